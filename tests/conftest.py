@@ -1,0 +1,85 @@
+"""Fixtures that every part of the suite shares: servers, stores, and the report of what could not be tested here."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ulid import ULID
+
+import trajstore
+from tests.servers import BACKENDS, FAKEREDIS_CANNOT_SHOW, FakeServer, RealServer, binary_of, running
+
+OpenStore = Callable[..., trajstore.Store]
+
+REAL = tuple(name for name in BACKENDS if name != "fakeredis")
+
+
+def _require(name: str) -> None:
+    if name != "fakeredis" and binary_of(name) is None:
+        pytest.skip(f"backend {name}: no server of that kind on this machine")
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Each backend in turn, one server for the whole session; a test keeps apart by its run's name."""
+    _require(request.param)
+    server = FakeServer() if request.param == "fakeredis" else RealServer(request.param, tmp_path_factory.mktemp("srv"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=REAL)
+def own_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RealServer]:
+    """A real server of this test's own, to kill, pause, restart or fill."""
+    _require(request.param)
+    with running(request.param, tmp_path / "server") as server:
+        yield server
+
+
+@pytest.fixture
+def run_name() -> str:
+    """A run that no other test uses."""
+    return f"test-{ULID()}"
+
+
+@pytest.fixture
+def open_store(backend: Any, run_name: str) -> Iterator[OpenStore]:
+    """Opens stores of this test's run on the backend, `open_store(archive=...)`; closes them at the end."""
+    with ExitStack() as stores:
+
+        def open_(**options: Any) -> trajstore.Store:
+            store = trajstore.open(backend.url(run_name), **({"partitions": 2, "timeout": 10.0} | options))
+            stores.callback(_close_quietly, store)
+            return store
+
+        yield open_
+
+
+@pytest.fixture
+def store(open_store: OpenStore, tmp_path: Path) -> trajstore.Store:
+    """An open store with an archive, on each backend in turn."""
+    return open_store(archive=tmp_path / "archive")
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> Iterator[trajstore.Store]:
+    """An embedded store over whatever server the machine has."""
+    with trajstore.open(tmp_path / "store", partitions=2) as store:
+        yield store
+
+
+def _close_quietly(store: trajstore.Store) -> None:
+    """What a test left unwritten on purpose has been looked at by the test."""
+    with suppress(trajstore.TrajstoreError, ExceptionGroup):
+        store.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which servers the log suite ran on, and what a fake one cannot show."""
+    missing = [name for name in REAL if binary_of(name) is None]
+    found = ", ".join(name for name in BACKENDS if name not in missing)
+    terminalreporter.write_line(f"log backends: {found}. fakeredis cannot show: {FAKEREDIS_CANNOT_SHOW}")
+    for name in missing:
+        terminalreporter.write_line(f"log backend NOT TESTED: {name}, for there is no such server here", red=True)

@@ -1,0 +1,136 @@
+"""Reading an archive: entries and payloads of a trajectory, from the packs that its manifest names."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import zarr
+
+from trajstore.archive.manifest import Manifest
+from trajstore.archive.pack import ReadEntry, decode_entries, payload_array
+from trajstore.archive.root import ArchiveInfo, ArchiveRoot
+from trajstore.entries import EntryStamp, Event, partition_of
+from trajstore.errors import Corrupt
+from trajstore.events import EventId, Tokens, UnknownEvent
+from trajstore.summary import Summary
+
+__all__ = ["ArchiveReader"]
+
+_OPEN_PACKS = 64
+
+
+class ArchiveReader:
+    """Everything that was published, found through the manifests. Thread-safe."""
+
+    def __init__(self, root: ArchiveRoot, info: ArchiveInfo) -> None:
+        self.root = root
+        self.info = info
+        self._manifests = [Manifest(root, partition) for partition in range(info.partitions)]
+        self._groups: OrderedDict[str, zarr.Group] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def manifest(self, partition: int) -> Manifest:
+        """A partition's manifest, as last refreshed."""
+        return self._manifests[partition]
+
+    def read(self, id: str) -> tuple[list[ReadEntry], list[ReadEntry]]:
+        """Entries and notes of a trajectory by id, from a fresh manifest; both empty if it was never archived.
+
+        Raises:
+            Corrupt: a pack that the manifest names cannot be read.
+        """
+        found: list[ReadEntry] = []
+        for pack, packed in self._fresh(id).packs_of(id):
+            found += self._entries(pack, packed.offset, packed.length, id)
+        entries = {entry.at: entry for entry in found if not entry.note}
+        notes = {entry.at: entry for entry in found if entry.note}
+        return [entries[at] for at in sorted(entries)], [notes[at] for at in sorted(notes)]
+
+    def payloads(self, id: str, events: Sequence[Event]) -> Iterator[bytes]:
+        """Payload bytes of archived events, in order.
+
+        Raises:
+            Corrupt: naming the pack and the trajectory.
+        """
+        for event in events:
+            header = event.header
+            if isinstance(header, UnknownEvent):
+                raise Corrupt(f"{id}: event {event.id} of pack {event.stored} is of unknown type and has no payload")
+            array = payload_array(header)
+            if event.payload is None or array is None:
+                yield b""
+            elif array == "routed":
+                yield self._rows(event, "routed", id).tobytes()
+            else:
+                data = self._rows(event, "tokens", id).tobytes()
+                if isinstance(header, Tokens) and header.logprobs:
+                    data += self._rows(event, "logprobs", id).tobytes()
+                yield data
+
+    def summaries(self, partition: int) -> list[Summary]:
+        """The newest archived summary of every trajectory of a partition."""
+        manifest = self._manifests[partition]
+        manifest.refresh()
+        return manifest.summaries()
+
+    # What a writer asks when its entry is no longer in the hot log (see `trajstore.log.resolve.ArchiveIndex`)
+
+    def entry(self, id: str, at: EventId) -> EntryStamp | None:
+        """What an archived entry was written as, None if it is not archived."""
+        return self._find(id, at, note=False)
+
+    def note(self, id: str, at: EventId) -> EntryStamp | None:
+        """Likewise for a note."""
+        return self._find(id, at, note=True)
+
+    def last_note(self, id: str) -> int:
+        """Number of the newest archived note, 0 for none."""
+        return self._fresh(id).last_note(id)
+
+    def last_entry(self, id: str) -> EventId | None:
+        """Id of the newest archived entry."""
+        return self._fresh(id).last_entry(id)
+
+    def _find(self, id: str, at: EventId, *, note: bool) -> EntryStamp | None:
+        last = EventId(self.last_note(id), 0) if note else self.last_entry(id)
+        if last is None or at > last:
+            return None
+        entries = self.read(id)[note]
+        return next((EntryStamp(entry.nonce, entry.digest) for entry in entries if entry.at == at), None)
+
+    def _fresh(self, id: str) -> Manifest:
+        manifest = self._manifests[partition_of(id, self.info.partitions)]
+        manifest.refresh()
+        return manifest
+
+    def _entries(self, pack: str, offset: int, length: int, id: str) -> list[ReadEntry]:
+        lines = self._slice(pack, "events", offset, offset + length, id).tobytes()
+        if len(lines) != length:
+            raise Corrupt(f"pack {pack} holds {len(lines)} of {length} event bytes of trajectory {id}")
+        return decode_entries(lines, pack=f"{pack}")
+
+    def _rows(self, event: Event, array: str, id: str) -> np.ndarray[Any, Any]:
+        pieces = [self._slice(event.stored, array, row, row + count, id) for row, count in event.extents]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _slice(self, pack: str, array: str, start: int, stop: int, id: str) -> np.ndarray[Any, Any]:
+        try:
+            return np.asarray(self._group(pack)[array][start:stop])  # type: ignore[index]
+        except (OSError, KeyError, ValueError, RuntimeError) as error:  # what zarr raises for damage
+            raise Corrupt(
+                f"pack {pack} is damaged: {array}[{start}:{stop}] of trajectory {id} cannot be read: {error}"
+            ) from error
+
+    def _group(self, pack: str) -> zarr.Group:
+        with self._lock:
+            group = self._groups.get(pack)
+            if group is None:
+                group = zarr.open_group(self.root.pack_path(pack), mode="r", zarr_format=3)
+                self._groups[pack] = group
+                if len(self._groups) > _OPEN_PACKS:
+                    self._groups.popitem(last=False)
+            else:
+                self._groups.move_to_end(pack)
+            return group

@@ -1,0 +1,180 @@
+"""How events travel: the entry that one flush writes, its encodings, and an event as it is read back.
+
+An entry is msgpack in the hot log and JSON, payload bytes left out, in a pack.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias, get_args
+
+import msgspec
+
+from trajstore.errors import Corrupt, SchemaError
+from trajstore.events import SCHEMA_VERSION, EventId, Header, PayloadInfo, UnknownEvent, payload_of
+
+__all__ = [
+    "Buffer",
+    "Entry",
+    "EntryStamp",
+    "Event",
+    "check_payload",
+    "decode_entry",
+    "decode_known",
+    "encode_entry",
+    "entry_digest",
+    "header_from",
+    "partition_of",
+]
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+"""Payload bytes."""
+
+
+class EntryStamp(NamedTuple):
+    """Who wrote an entry, and what: by this, hot log and archive compare."""
+
+    nonce: int
+    digest: str
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """What one flush of one trajectory wrote, taken or refused whole. Event *i* is `<epoch>-<seq + i>`.
+
+    Attributes:
+        v: schema version of the headers.
+        nonce: 64 random bits, drawn when the epoch was claimed: who wrote this.
+        time: wall clock of the writer, Unix seconds; for show, never for order.
+        events: the headers, at least one.
+    """
+
+    v: int
+    nonce: int
+    time: float
+    events: Sequence[Header]
+
+
+class _RawEntry(msgspec.Struct, frozen=True):
+    v: int
+    nonce: int
+    time: float
+    events: list[msgspec.Raw]
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One event as read back.
+
+    Attributes:
+        at: its id; notes count on a sequence of their own.
+        header: what happened.
+        nonce, time: of its entry.
+        note: True for the notes stream.
+        stored: "hot", or the name of the pack that holds it.
+        extents: `[(row, count), ...]` of its payload in the pack's arrays; empty for hot events.
+    """
+
+    at: EventId
+    header: Header | UnknownEvent
+    nonce: int
+    time: float
+    note: bool = False
+    stored: str = "hot"
+    extents: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def id(self) -> str:
+        """`"3-7"`, as `until=` takes it; notes read `"note 2-0"`."""
+        return f"note {self.at}" if self.note else str(self.at)
+
+    @property
+    def type(self) -> str:
+        """Name of the event type, e.g. `"SegmentOpened"`."""
+        return self.header.type if isinstance(self.header, UnknownEvent) else type(self.header).__name__
+
+    @property
+    def payload(self) -> PayloadInfo | None:
+        """Where the bytes are, None for events without any."""
+        return None if isinstance(self.header, UnknownEvent) else payload_of(self.header)
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_known = msgspec.msgpack.Decoder(Entry).decode
+_decode_raw = msgspec.msgpack.Decoder(_RawEntry).decode
+
+
+def encode_entry(entry: Entry) -> bytes:
+    """Msgpack bytes of an entry, as they go to Redis and are compared when a write is resolved."""
+    return _encode(entry)
+
+
+def decode_entry(at: EventId, data: bytes, *, note: bool = False) -> list[Event]:
+    """Events of a hot entry. Unknown types and newer schema versions become `UnknownEvent`.
+
+    Raises:
+        SchemaError: the bytes are no entry at all.
+    """
+    try:
+        raw = _decode_raw(data)
+    except msgspec.MsgspecError as error:
+        raise SchemaError(f"the entry at {at} cannot be read: {error}; is it trajstore's?") from error
+    return [
+        Event(
+            at=EventId(at.epoch, at.seq + i),
+            header=header_from(bytes(body), raw.v, at=at),
+            nonce=raw.nonce,
+            time=raw.time,
+            note=note,
+        )
+        for i, body in enumerate(raw.events)
+    ]
+
+
+def decode_known(data: bytes) -> Entry:
+    """A hot entry all of whose events are known, to be written elsewhere as it is."""
+    return _decode_known(data)
+
+
+def header_from(body: bytes, version: int, *, at: EventId, json: bool = False) -> Header | UnknownEvent:
+    """One header from its msgpack (or JSON) bytes; `UnknownEvent` for types and schema versions not known here.
+
+    Raises:
+        SchemaError: a known event with a bad field.
+    """
+    decode_header, decode_any = _HEADER_DECODERS[json]
+    problem: msgspec.ValidationError | None = None
+    if version <= SCHEMA_VERSION:
+        try:
+            return decode_header(body)
+        except msgspec.ValidationError as error:
+            problem = error
+    fields = decode_any(body)
+    if not isinstance(fields, dict) or (problem is not None and fields.get("type") in _HEADER_TYPES):
+        raise SchemaError(f"the event at {at} has a bad field: {problem or 'it is no map'}")
+    return UnknownEvent(type=str(fields.pop("type", "?")), version=version, fields=fields)
+
+
+_HEADER_DECODERS: dict[bool, tuple[Callable[[bytes], Header], Callable[[bytes], Any]]] = {
+    False: (msgspec.msgpack.Decoder(Header).decode, msgspec.msgpack.decode),
+    True: (msgspec.json.Decoder(Header).decode, msgspec.json.decode),
+}
+_HEADER_TYPES = frozenset(t.__name__ for t in get_args(Header))
+
+
+def entry_digest(entry: bytes) -> str:
+    """BLAKE2b-128 (hex) of an entry's msgpack bytes."""
+    return hashlib.blake2b(entry, digest_size=16).hexdigest()
+
+
+def check_payload(data: Buffer, info: PayloadInfo, *, what: str) -> None:
+    """Compare payload bytes with their header.
+
+    Raises:
+        Corrupt: other length or CRC; `what` says whose.
+    """
+    if len(data) != info.nbytes or zlib.crc32(data) != info.crc:
+        raise Corrupt(f"{what} does not match its header: {len(data)} bytes of {info.nbytes}, or another CRC-32")
+
+
+def partition_of(name: str, partitions: int) -> int:
+    """Partition of a trajectory id (or of a group, for group assembly): CRC-32 modulo their number."""
+    return zlib.crc32(name.encode()) % partitions

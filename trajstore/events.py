@@ -1,0 +1,224 @@
+"""What is recorded: the event types, their ids and their fields.
+
+These headers are small and always read; payloads (tokens, logprobs, routed experts) are raw little-endian bytes beside
+them. How headers travel together is in `entries.py`, what they mean together in `history.py` and `fold.py`.
+"""
+
+import re
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
+
+import msgspec
+
+from trajstore.errors import SchemaError
+from trajstore.routing import Origin, RoutingSpec
+
+__all__ = [
+    "CLOSED_STATUSES",
+    "FINAL_STATUSES",
+    "FINISH_REASONS",
+    "INLINE_LIMIT",
+    "SCHEMA_VERSION",
+    "EventId",
+    "Header",
+    "LateRouting",
+    "Note",
+    "PayloadInfo",
+    "Rewarded",
+    "Routing",
+    "RoutingAbsent",
+    "RoutingObserved",
+    "SegmentClosed",
+    "SegmentOpened",
+    "Tokens",
+    "TrajectoryClosed",
+    "TrajectoryOpened",
+    "UnknownEvent",
+    "WeightVersionSpan",
+    "payload_of",
+]
+
+SCHEMA_VERSION = 1
+"""Version of the headers. A reader refuses entries of a newer one."""
+
+INLINE_LIMIT = 512
+"""Payloads below this many bytes ride in their header: one field less to write and one round trip less to read."""
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
+Status = Literal["completed", "truncated", "failed", "aborted"]
+CLOSED_STATUSES: tuple[str, ...] = get_args(Status)
+FINAL_STATUSES: tuple[str, ...] = ("completed", "truncated", "failed")
+
+
+class EventId(NamedTuple):
+    """`<epoch>-<seq>`: orders all events of a trajectory, and is the id of its entry in Redis."""
+
+    epoch: int
+    seq: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}-{self.seq}"
+
+    @classmethod
+    def parse(cls, text: "str | bytes | EventId") -> Self:
+        """Read `"3-7"`.
+
+        Raises:
+            SchemaError: not an event id.
+        """
+        if isinstance(text, EventId):
+            return cls(*text)
+        plain = text.decode() if isinstance(text, bytes) else text
+        match = re.fullmatch(r"(\d{1,19})-(\d{1,19})", plain)
+        if match is None:
+            raise SchemaError(f"{plain!r} is not an event id; ids look like '3-7' (epoch, then sequence number)")
+        return cls(int(match[1]), int(match[2]))
+
+
+class PayloadInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where the bytes of an event are and what they must hash to.
+
+    Attributes:
+        nbytes: length in bytes.
+        crc: CRC-32 (zlib) of the bytes.
+        inline: the bytes themselves when they are shorter than `INLINE_LIMIT` and the entry lies in the hot log.
+    """
+
+    nbytes: int
+    crc: int
+    inline: bytes | None = None
+
+
+class WeightVersionSpan(msgspec.Struct, frozen=True):
+    """Output tokens `[start, end)` of a segment, 0-based within its output, sampled under `version`."""
+
+    version: str
+    start: int
+    end: int
+
+
+class _Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
+    pass
+
+
+class TrajectoryOpened(_Header, frozen=True):
+    """Always `1-0`."""
+
+    group: str | None = None
+    group_size: int | None = None
+    routing: RoutingSpec | None = None
+    metadata: dict[str, Any] = {}
+
+
+class SegmentOpened(_Header, frozen=True):
+    """One engine call begins: its input is `tokens[:base]` + `context`. Payload: context ids, int32 `[context]`.
+
+    `input_digest` is BLAKE2b-128 (hex) over the whole input as little-endian int32.
+    """
+
+    base: int
+    context: int
+    engine: str = ""
+    weight_version: str = ""
+    sampling: dict[str, Any] = {}
+    input_digest: str = ""
+    payload: PayloadInfo | None = None
+
+
+class Tokens(_Header, frozen=True):
+    """Sampled tokens at positions `[start, start + count)`.
+
+    Payload: ids int32 `[count]`, then logprobs float32 `[count]` if `logprobs`. `nonfinite` counts NaN and infinite
+    ones: kept as they came, and visible.
+    """
+
+    start: int
+    count: int
+    payload: PayloadInfo
+    logprobs: bool = False
+    nonfinite: int = 0
+
+
+class Routing(_Header, frozen=True):
+    """A recording: rows `[start, start + rows)`. Payload: `[rows, L, K]` in the trajectory's dtype."""
+
+    start: int
+    rows: int
+    payload: PayloadInfo
+    origin: Origin = "computed"
+
+
+class RoutingAbsent(_Header, frozen=True):
+    """This segment has no (more) routing, and why."""
+
+    reason: str
+
+
+class SegmentClosed(_Header, frozen=True):
+    """The engine call ended. `cached_tokens`: input tokens served from a prefix cache, None where not told."""
+
+    finish_reason: FinishReason
+    cached_tokens: int | None = None
+    retractions: int = 0
+    weight_versions: tuple[WeightVersionSpan, ...] = ()
+
+
+class Rewarded(_Header, frozen=True):
+    """A score of the trajectory as it stands. The newest counts."""
+
+    reward: float
+    components: dict[str, float] = {}
+
+
+class TrajectoryClosed(_Header, frozen=True):
+    """`aborted` may be resumed; the other statuses are final."""
+
+    status: Status
+
+
+class RoutingObserved(_Header, frozen=True):
+    """Note: another party's routing of the same tokens (a trainer's). Never enters a fold."""
+
+    source: str
+    start: int
+    rows: int
+    payload: PayloadInfo
+    weight_version: str = ""
+
+
+class LateRouting(_Header, frozen=True):
+    """Note: a recording that arrived after its segment's epoch was over; folds as that segment's last one."""
+
+    segment: int
+    start: int
+    rows: int
+    payload: PayloadInfo
+    origin: Origin = "computed"
+
+
+class UnknownEvent(msgspec.Struct, frozen=True):
+    """An event of a type or schema version that this trajstore does not know. Shown, kept, never folded."""
+
+    type: str
+    version: int
+    fields: dict[str, Any]
+
+
+Note: TypeAlias = RoutingObserved | LateRouting
+Header: TypeAlias = (
+    TrajectoryOpened
+    | SegmentOpened
+    | Tokens
+    | Routing
+    | RoutingAbsent
+    | SegmentClosed
+    | Rewarded
+    | TrajectoryClosed
+    | RoutingObserved
+    | LateRouting
+)
+
+
+def payload_of(header: Header) -> PayloadInfo | None:
+    """The payload of a header, None for types and events without one."""
+    return getattr(header, "payload", None)

@@ -1,0 +1,296 @@
+"""Events → trajectory: which rows of which recording go where, under a named policy.
+
+`plan` reads headers and decides; `Plan.apply` fetches the payloads that won, and no others, and copies each once. Both
+are pure, and the only fold there is: `load`, the materializer, provenance and audits cannot disagree.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from trajstore.entries import Buffer, Event
+from trajstore.errors import Corrupt, SchemaError
+from trajstore.events import EventId, SegmentOpened, Tokens
+from trajstore.history import History, Recording, Segment, read_history
+from trajstore.trajectory import Trajectory
+
+__all__ = ["POLICIES", "Candidate", "Fetch", "Placement", "Plan", "Policy", "input_digest", "plan"]
+
+Policy = Literal["last_segment_wins", "as_sampled"]
+POLICIES: tuple[str, ...] = get_args(Policy)
+
+Fetch: TypeAlias = Callable[[Sequence[Event]], Iterable[Buffer]]
+"""Payload bytes of events, in the order asked for; a generator keeps one at a time in memory."""
+
+
+class Placement(NamedTuple):
+    """Rows `[start, stop)` of the trajectory come from `recording`."""
+
+    start: int
+    stop: int
+    recording: Recording
+
+
+class Candidate(NamedTuple):
+    """A recording that has a certain row, and what became of it.
+
+    `outcome`: "wins", or why not: "overridden", "rewound", "recomputed", "did not sample the next token".
+    """
+
+    recording: Recording
+    outcome: str
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """A fold, decided but not yet carried out.
+
+    Attributes:
+        history: the events, read.
+        policy: see `POLICIES`.
+        placements: where each known row comes from; ascending, without overlap.
+    """
+
+    history: History
+    policy: Policy
+    placements: tuple[Placement, ...]
+
+    def needed(self) -> list[Event]:
+        """Events whose payloads `apply` will fetch, each once, in the order in which it asks for them."""
+        return [*self._token_events(), *self._routing_events()]
+
+    def apply(self, fetch: Fetch, *, id: str = "") -> Trajectory:
+        """Fetch the winning payloads and fill the arrays.
+
+        Args:
+            fetch: gives payload bytes, already checked against their CRC.
+            id: of the trajectory, for the result and the errors.
+
+        Raises:
+            Corrupt: a payload has the wrong length, or a segment's input is not what the log holds before it.
+        """
+        history = self.history
+        length, spec = history.length, history.opened.routing
+        token_ids = np.empty(length, np.int32)
+        logprobs = np.full(length, np.nan, np.float32)
+        loss_mask = np.zeros(length, np.bool_)
+        segment_ids = np.full(length, -1, np.int16)
+        nonfinite = 0
+        for span, buffer in zip(history.spans, fetch(self._token_events()), strict=True):
+            at, n = slice(span.start, span.stop), span.stop - span.start
+            ids, probs = _split_tokens(span.event, buffer)
+            token_ids[at] = ids[:n]
+            segment_ids[at] = span.segment
+            loss_mask[at] = span.sampled
+            if probs is not None:
+                logprobs[at] = probs[:n]
+                nonfinite += n - int(np.count_nonzero(np.isfinite(probs[:n])))
+        _check_inputs(history.segments, token_ids, id)
+        version_ids, versions = _weight_versions(history.segments, segment_ids, loss_mask)
+
+        routing_mask = np.zeros(length, np.bool_)
+        routing_source = np.full(length, -1, np.int16)
+        routed = None if spec is None else spec.empty(length)
+        if routed is not None and spec is not None:
+            by_event: dict[str, list[Placement]] = {}
+            for placement in self.placements:
+                by_event.setdefault(placement.recording.event, []).append(placement)
+            wanted = self._routing_events()
+            for event, buffer in zip(wanted, fetch(wanted), strict=True):
+                for start, stop, recording in by_event[event.id]:
+                    if len(buffer) != (recording.stop - recording.start) * spec.row_bytes:
+                        raise Corrupt(f"{id}: the payload of event {event.id} has {len(buffer)} bytes")
+                    first, last = start - recording.start, stop - recording.start
+                    routed[start:stop] = spec.from_bytes(buffer)[first:last]
+                    routing_mask[start:stop] = True
+                    routing_source[start:stop] = recording.segment
+        return Trajectory(
+            id=id,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            loss_mask=loss_mask,
+            segment_ids=segment_ids,
+            weight_version_ids=version_ids,
+            weight_versions=versions,
+            routed_experts=routed,
+            routing_mask=routing_mask,
+            routing_source=routing_source,
+            policy=self.policy,
+            at=str(history.last),
+            status=history.status,
+            finish_reason=history.segments[-1].finish_reason if history.segments else "",
+            reward=history.reward,
+            reward_components=history.components,
+            group=history.opened.group,
+            group_size=history.opened.group_size,
+            metadata=history.opened.metadata,
+            routing=spec,
+            segments=history.segments,
+            nonfinite_logprobs=nonfinite,
+            version=history.closes,
+        )
+
+    def why(self, row: int) -> list[Candidate]:
+        """Every recording of row `row` (a token position), newest segment first, and what became of it.
+
+        Observations are left out: they never enter a fold.
+        """
+        winner = next((p.recording for p in self.placements if p.start <= row < p.stop), None)
+        found = []
+        for segment in reversed(self.history.segments):
+            for recording in reversed(segment.recordings):
+                if recording.start <= row < recording.stop:
+                    found.append(Candidate(recording, self._outcome(row, segment, recording, winner)))
+        return found
+
+    def _outcome(self, row: int, segment: Segment, recording: Recording, winner: Recording | None) -> str:
+        if recording is winner:
+            return "wins"
+        if row >= segment.counts:
+            return "rewound"
+        if self.policy == "as_sampled":
+            owner = next((s.segment for s in self.history.spans if s.start <= row + 1 < s.stop), None)
+            if owner != segment.index:
+                return "did not sample the next token"
+            if recording.origin == "recomputed":
+                return "recomputed"
+        return "overridden"
+
+    def _token_events(self) -> list[Event]:
+        return [span.event for span in self.history.spans]
+
+    def _routing_events(self) -> list[Event]:
+        return [self.history.carriers[event] for event in dict.fromkeys(p.recording.event for p in self.placements)]
+
+
+def plan(
+    events: Sequence[Event],
+    policy: Policy = "last_segment_wins",
+    *,
+    notes: Iterable[Event] = (),
+    until: EventId | None = None,
+) -> Plan:
+    """Decide a fold from headers alone.
+
+    `last_segment_wins`: row *p* comes from the newest segment that has a counting row for it, within a segment from its
+    later recording. `as_sampled`: row *p* comes from the segment that brought token *p + 1*; if that segment did not
+    record it, or says it was `recomputed`, the row is missing. A row counts if no later segment began at or below it.
+
+    Args:
+        events: of one trajectory, by id.
+        policy: see above.
+        notes: late recordings and observations, by id.
+        until: fold the state at this event.
+
+    Raises:
+        SequenceGap, SchemaError, RoutingError, NotFound: see `trajstore.history.read_history`.
+    """
+    if policy not in POLICIES:
+        raise SchemaError(f"there is no fold policy {policy!r}; policies are {' and '.join(POLICIES)}")
+    history = read_history(events, notes=notes, until=until)
+    if len(history.segments) > np.iinfo(np.int16).max:
+        raise SchemaError(f"{len(history.segments)} segments in one trajectory; segment_ids holds 32767")
+    place = _last_segment_wins if policy == "last_segment_wins" else _as_sampled
+    return Plan(history=history, policy=policy, placements=tuple(sorted(place(history), key=lambda p: p.start)))
+
+
+def _last_segment_wins(history: History) -> list[Placement]:
+    placements: list[Placement] = []
+    holes = [(0, history.length)]
+    for segment in reversed(history.segments):
+        for recording in reversed(segment.recordings):
+            holes = _fill(holes, recording, segment.counts, placements)
+    return placements
+
+
+def _as_sampled(history: History) -> list[Placement]:
+    placements: list[Placement] = []
+    owned: dict[int, list[tuple[int, int]]] = {}
+    for span in history.spans:  # row p decides token p + 1; position 0 has no row before it
+        if span.stop - 1 > max(span.start - 1, 0):
+            owned.setdefault(span.segment, []).append((max(span.start - 1, 0), span.stop - 1))
+    for index, holes in owned.items():
+        segment = history.segments[index]
+        for recording in reversed(segment.recordings):
+            holes = _fill(holes, recording, segment.counts, placements)
+    return [placement for placement in placements if placement.recording.origin != "recomputed"]
+
+
+def _fill(
+    holes: list[tuple[int, int]], recording: Recording, limit: int, placements: list[Placement]
+) -> list[tuple[int, int]]:
+    """Give a recording the holes that it covers below `limit`; return what stays open."""
+    left = []
+    for start, stop in holes:
+        low, high = max(start, recording.start), min(stop, recording.stop, limit)
+        if low >= high:
+            left.append((start, stop))
+            continue
+        placements.append(Placement(low, high, recording))
+        if start < low:
+            left.append((start, low))
+        if high < stop:
+            left.append((high, stop))
+    return left
+
+
+def input_digest(token_ids: npt.NDArray[np.int32]) -> str:
+    """BLAKE2b-128 (hex) over token ids as little-endian int32: `SegmentOpened.input_digest`."""
+    return hashlib.blake2b(token_ids.astype("<i4", copy=False).data, digest_size=16).hexdigest()
+
+
+def _split_tokens(event: Event, buffer: Buffer) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+    """Token ids and logprobs of a `SegmentOpened` or `Tokens` payload."""
+    header = event.header
+    if isinstance(header, Tokens):
+        count, has_logprobs = header.count, header.logprobs
+    elif isinstance(header, SegmentOpened):
+        count, has_logprobs = header.context, False
+    else:
+        raise Corrupt(f"event {event.id} ({event.type}) brings no tokens")
+    if len(buffer) != count * (8 if has_logprobs else 4):
+        raise Corrupt(f"the payload of event {event.id} has {len(buffer)} bytes for {count} tokens")
+    ids = np.frombuffer(buffer, "<i4", count)
+    return ids, np.frombuffer(buffer, "<f4", count, offset=count * 4) if has_logprobs else None
+
+
+def _check_inputs(segments: Sequence[Segment], token_ids: npt.NDArray[np.int32], id: str) -> None:
+    """Each surviving input must hash to what its writer said. One pass over the tokens, however many segments."""
+    running, done = hashlib.blake2b(digest_size=16), 0
+    inputs = sorted(
+        (s.base + s.context, s.index, s.input_digest)
+        for s in segments
+        if s.input_digest and s.base + s.context <= s.counts
+    )
+    for stop, index, digest in inputs:
+        running.update(token_ids[done:stop].astype("<i4", copy=False).data)
+        done = stop
+        if running.copy().hexdigest() != digest:
+            raise Corrupt(
+                f"{id}: the input of segment {index} is not tokens[:{stop}] of the log; the engine was given "
+                "something else, or another writer's tokens lie below it"
+            )
+
+
+def _weight_versions(
+    segments: Sequence[Segment], segment_ids: npt.NDArray[np.int16], loss_mask: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int32], tuple[str, ...]]:
+    """Per token the index of its weight version, -1 where not sampled, and the versions in order of appearance."""
+    names: dict[str, int] = {}
+    result = np.full(len(segment_ids), -1, np.int32)
+    for segment in segments:
+        first, kept = segment.base + segment.context, segment.kept
+        spans = [(first, segment.end, segment.weight_version)]
+        spans += [(first + s.start, first + s.end, s.version) for s in segment.weight_versions]
+        for start, stop, version in spans:
+            if start < min(stop, kept):
+                result[start : min(stop, kept)] = names.setdefault(version, len(names))
+    result[~loss_mask] = -1
+    used = np.unique(result[loss_mask])
+    renumber = np.full(len(names) + 1, -1, np.int32)  # its last item serves index -1
+    renumber[used] = np.arange(len(used), dtype=np.int32)
+    order = list(names)
+    return renumber[result], tuple(order[i] for i in used)

@@ -1,0 +1,373 @@
+"""Events in order → what happened: segments, surviving token spans, status. Pure; reads headers only.
+
+The first half of the fold, shared with everything else that asks about a trajectory's state (`get`, summaries,
+overlaps). Which recording wins a row is decided in `fold.py`.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from trajstore.entries import Event
+from trajstore.errors import NotFound, RoutingError, SchemaError, SequenceGap
+from trajstore.events import (
+    EventId,
+    LateRouting,
+    Rewarded,
+    Routing,
+    RoutingAbsent,
+    RoutingObserved,
+    SegmentClosed,
+    SegmentOpened,
+    Tokens,
+    TrajectoryClosed,
+    TrajectoryOpened,
+    UnknownEvent,
+    WeightVersionSpan,
+)
+from trajstore.routing import Origin
+
+__all__ = ["History", "Recording", "Segment", "TokenSpan", "read_history"]
+
+
+class Recording(msgspec.Struct, frozen=True, kw_only=True):
+    """A block of routed-expert rows `[start, stop)`, made by a segment or observed by another party.
+
+    Attributes:
+        segment: index of the segment that made it, -1 for an observation.
+        event: id of the event that carries it, e.g. "3-2" or "note 1-0".
+        start, stop: absolute token positions.
+        origin: see `trajstore.routing.Origin`; "unknown" for observations.
+        weight_version: of the segment when it opened, or of the observation.
+        source: "" for a segment's own recording, "late" for one that came after its epoch, else who observed it.
+    """
+
+    segment: int
+    event: str
+    start: int
+    stop: int
+    origin: Origin
+    weight_version: str = ""
+    source: str = ""
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine call. Spans `[base, end)`; positions from `kept` on were rewound by a later segment.
+
+    Attributes:
+        index: 0-based, as in `segment_ids` and `routing_source`.
+        epoch: its epoch in the log.
+        base: tokens of the trajectory that its input began with.
+        context: tokens that its input added (prompt, tool or environment tokens).
+        output: tokens that it sampled.
+        kept: first position of it, if any, that no longer belongs to the trajectory; `end` if none.
+        counts: its rows below this position count: no later segment began below them.
+        engine, weight_version, sampling, input_digest: as given when it opened.
+        weight_versions: spans over its output, where the engine told them.
+        finish_reason: stop, length, abort or error; "lost" if a later epoch took over before it closed; "" while open.
+        cached_tokens, retractions: as the engine told.
+        absent: reasons for routing that is not there.
+        recordings: its recordings, oldest first, late ones last.
+    """
+
+    index: int
+    epoch: int
+    base: int
+    context: int
+    output: int = 0
+    kept: int = 0
+    counts: int = 0
+    engine: str = ""
+    weight_version: str = ""
+    weight_versions: tuple[WeightVersionSpan, ...] = ()
+    sampling: dict[str, Any] = {}
+    input_digest: str = ""
+    finish_reason: str = ""
+    cached_tokens: int | None = None
+    retractions: int = 0
+    absent: tuple[str, ...] = ()
+    recordings: tuple[Recording, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """Position after its last token: base + context + output."""
+        return self.base + self.context + self.output
+
+
+class TokenSpan(NamedTuple):
+    """Positions `[start, stop)` of the trajectory are the first `stop - start` tokens of an event's payload."""
+
+    start: int
+    stop: int
+    segment: int
+    sampled: bool
+    event: Event
+
+
+class History(msgspec.Struct, frozen=True, kw_only=True):
+    """What a trajectory's events say up to its last one.
+
+    Attributes:
+        opened: how it was created.
+        segments: all of them, rewound ones too.
+        spans: the surviving tokens, in order, without gap or overlap: `[0, length)`.
+        length: T, tokens in the trajectory.
+        status: open, or the status of the close that nothing followed.
+        reward, components: the newest, None where there is none.
+        observations: recordings of other parties.
+        carriers: the event of each recording, by its id.
+        last: id of the last event.
+        closes: how often it was closed, the `version` of a publication.
+    """
+
+    opened: TrajectoryOpened
+    segments: tuple[Segment, ...]
+    spans: tuple[TokenSpan, ...]
+    length: int
+    status: str
+    reward: float | None
+    components: dict[str, float]
+    observations: tuple[Recording, ...]
+    carriers: dict[str, Event]
+    last: EventId
+    closes: int
+
+    @property
+    def has_open_segment(self) -> bool:
+        """True while the newest epoch is a segment that has not closed."""
+        return bool(self.segments) and not self.segments[-1].finish_reason
+
+
+def read_history(events: Sequence[Event], *, notes: Iterable[Event] = (), until: EventId | None = None) -> History:
+    """Walk the events of one trajectory.
+
+    Args:
+        events: all of them, by id, without repeats.
+        notes: observations and late recordings, by id. A late recording counts once its segment is over.
+        until: stop after this event.
+
+    Raises:
+        SequenceGap: an id is missing and no later segment starts at or below what was known there.
+        SchemaError: an event of unknown type or of a newer schema.
+        RoutingError: a recording reaches past its segment's end.
+        NotFound: there is no event `until`.
+    """
+    if until is not None:
+        cut = [event for event in events if event.at <= until]
+        if not cut or cut[-1].at != until:
+            last = f"; the last is {events[-1].at}" if events else ""
+            raise NotFound(f"there is no event {until} in this trajectory{last}")
+        events = cut
+    walk = _Walk()
+    for event in events:
+        walk.take(event)
+    return walk.result(notes)
+
+
+class _OpenSegment:
+    """A segment while it is being read."""
+
+    def __init__(self, event: Event, opened: SegmentOpened, index: int) -> None:
+        self.index = index
+        self.epoch = event.at.epoch
+        self.opened = opened
+        self.output = 0
+        self.counts: int | None = None  # the least base of later segments
+        self.closed: SegmentClosed | None = None
+        self.superseded = False
+        self.absent: list[str] = []
+        self.recordings: list[Recording] = []
+
+    @property
+    def end(self) -> int:
+        return self.opened.base + self.opened.context + self.output
+
+    def record(self, event: Event, start: int, rows: int, origin: Origin, source: str = "") -> None:
+        stop = start + rows
+        if start < 0 or stop > self.end:
+            raise RoutingError(
+                f"{event.type} {event.id} has rows {start} to {stop - 1}, but segment {self.index} ends at {self.end}"
+            )
+        self.recordings.append(
+            Recording(
+                segment=self.index,
+                event=event.id,
+                start=start,
+                stop=stop,
+                origin=origin,
+                weight_version=self.opened.weight_version,
+                source=source,
+            )
+        )
+
+    def freeze(self) -> Segment:
+        closed = self.closed
+        counts = self.end if self.counts is None else min(self.counts, self.end)
+        return Segment(
+            index=self.index,
+            epoch=self.epoch,
+            base=self.opened.base,
+            context=self.opened.context,
+            output=self.output,
+            kept=max(counts, self.opened.base),
+            counts=counts,
+            engine=self.opened.engine,
+            weight_version=self.opened.weight_version,
+            weight_versions=closed.weight_versions if closed else (),
+            sampling=self.opened.sampling,
+            input_digest=self.opened.input_digest,
+            finish_reason=closed.finish_reason if closed else ("lost" if self.superseded else ""),
+            cached_tokens=closed.cached_tokens if closed else None,
+            retractions=closed.retractions if closed else 0,
+            absent=tuple(self.absent),
+            recordings=tuple(self.recordings),
+        )
+
+
+class _Walk:
+    """The state between two events."""
+
+    def __init__(self) -> None:
+        self.opened: TrajectoryOpened | None = None
+        self.segments: list[_OpenSegment] = []
+        self.spans: list[TokenSpan] = []
+        self.length = 0
+        self.status = "open"
+        self.reward: float | None = None
+        self.components: dict[str, float] = {}
+        self.last: EventId | None = None
+        self.closes = 0
+        self.gap: SequenceGap | None = None
+        self.carriers: dict[str, Event] = {}
+
+    def take(self, event: Event) -> None:
+        self._follow(event)
+        header = event.header
+        if isinstance(header, UnknownEvent):
+            raise SchemaError(
+                f"event {event.id} is a {header.type} of schema version {header.version}, which this trajstore does "
+                "not know; upgrade trajstore, or load an earlier state with until="
+            )
+        if self.gap is not None and not (isinstance(header, SegmentOpened) and header.base <= self.length):
+            return  # nothing above a hole can be placed
+        match header:
+            case TrajectoryOpened():
+                self.opened = header
+            case SegmentOpened():
+                self._open_segment(event, header)
+            case Tokens():
+                segment = self._current(event)
+                if header.start != self.length:
+                    raise SequenceGap(
+                        f"tokens of event {event.id} start at {header.start}, but the trajectory has {self.length}"
+                    )
+                self._extend(event, header.count, segment.index, sampled=True)
+                segment.output += header.count
+            case Routing():
+                self.carriers[event.id] = event
+                self._current(event).record(event, header.start, header.rows, header.origin)
+            case RoutingAbsent():
+                self._current(event).absent.append(header.reason)
+            case SegmentClosed():
+                self._current(event).closed = header
+            case Rewarded():
+                self.reward, self.components = header.reward, header.components
+            case TrajectoryClosed():
+                self.status = header.status
+                self.closes += 1
+            case LateRouting() | RoutingObserved():
+                raise SchemaError(f"event {event.id} is a note ({event.type}) among the trajectory's events")
+
+    def _follow(self, event: Event) -> None:
+        """Check the id against the one before it."""
+        at, last = event.at, self.last
+        if last is None:
+            fits = at == (1, 0) and isinstance(event.header, TrajectoryOpened | UnknownEvent)
+        else:
+            fits = at == (last.epoch, last.seq + 1) or at == (last.epoch + 1, 0)
+        if not fits and self.gap is None:
+            good = str(last) if last else ""
+            after = f"events are missing after {good}" if good else "the first events are missing"
+            how = f"; until={good!r} loads the state before the gap" if good else ""
+            self.gap = SequenceGap(f"{after}: the next one is {at}{how}", last_good=good)
+        if last is not None and at.epoch != last.epoch and self.segments:
+            self.segments[-1].superseded = True
+        self.last = at
+
+    def _open_segment(self, event: Event, header: SegmentOpened) -> None:
+        if header.base > self.length:
+            raise SequenceGap(
+                f"segment {len(self.segments)} (event {event.id}) resumes from {header.base} tokens, "
+                f"but the log holds {self.length}"
+            )
+        self.gap = None
+        self.status = "open"
+        self._rewind(header.base)
+        segment = _OpenSegment(event, header, len(self.segments))
+        self.segments.append(segment)
+        if header.context:
+            self._extend(event, header.context, segment.index, sampled=False)
+
+    def _rewind(self, base: int) -> None:
+        for segment in self.segments:
+            segment.counts = base if segment.counts is None else min(segment.counts, base)
+        while self.spans and self.spans[-1].start >= base:
+            self.spans.pop()
+        if self.spans and self.spans[-1].stop > base:
+            self.spans[-1] = self.spans[-1]._replace(stop=base)
+        self.length = base
+
+    def _extend(self, event: Event, count: int, segment: int, *, sampled: bool) -> None:
+        self.spans.append(TokenSpan(self.length, self.length + count, segment, sampled, event))
+        self.length += count
+
+    def _current(self, event: Event) -> _OpenSegment:
+        segment = self.segments[-1] if self.segments else None
+        if segment is None or segment.epoch != event.at.epoch or segment.closed is not None:
+            raise SchemaError(f"event {event.id} ({event.type}) stands outside of any open segment")
+        return segment
+
+    def result(self, notes: Iterable[Event]) -> History:
+        if self.gap is not None:
+            raise self.gap
+        if self.opened is None or self.last is None:
+            raise NotFound("the trajectory has no events")
+        observations = []
+        for note in notes:
+            header = note.header
+            if isinstance(header, LateRouting):
+                if header.segment >= len(self.segments):
+                    continue  # of a segment after `until`
+                segment = self.segments[header.segment]
+                if segment.closed is not None or segment.superseded:
+                    self.carriers[note.id] = note
+                    segment.record(note, header.start, header.rows, header.origin, "late")
+            elif isinstance(header, RoutingObserved):
+                self.carriers[note.id] = note
+                observations.append(
+                    Recording(
+                        segment=-1,
+                        event=note.id,
+                        start=header.start,
+                        stop=header.start + header.rows,
+                        origin="unknown",
+                        weight_version=header.weight_version,
+                        source=header.source,
+                    )
+                )
+            else:
+                raise SchemaError(f"note {note.at} is a {note.type}, which this trajstore does not know; upgrade it")
+        return History(
+            opened=self.opened,
+            segments=tuple(segment.freeze() for segment in self.segments),
+            spans=tuple(self.spans),
+            length=self.length,
+            status=self.status,
+            reward=self.reward,
+            components=self.components,
+            observations=tuple(observations),
+            carriers=self.carriers,
+            last=self.last,
+            closes=self.closes,
+        )

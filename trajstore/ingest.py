@@ -1,0 +1,112 @@
+"""The checks that data passes once, on its way in; behind them it is trusted. Routing has its own in `routing.py`."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trajstore.errors import SchemaError
+
+__all__ = ["check_finite", "check_group", "check_id", "check_json", "check_label", "logprob_array", "token_array"]
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+=~-]{0,199}")
+
+
+def check_id(text: str) -> str:
+    """A trajectory or run id that is safe in keys, paths and terminals.
+
+    Raises:
+        SchemaError: other characters, empty, or longer than 200.
+    """
+    if not isinstance(text, str) or _ID.fullmatch(text) is None:
+        raise SchemaError(
+            f"{text!r} cannot be an id: use 1 to 200 letters, digits or ._:@+=~- and begin with a letter or digit"
+        )
+    return text
+
+
+def check_group(text: str | None) -> str | None:
+    """A group's name: 1 to 200 printable characters.
+
+    Raises:
+        SchemaError: anything else.
+    """
+    if text is not None and not (isinstance(text, str) and 0 < len(text) <= 200 and text.isprintable()):
+        raise SchemaError(f"{text!r} cannot name a group: use 1 to 200 printable characters")
+    return text
+
+
+def check_label(text: str, *, name: str) -> str:
+    """A short label (engine, weight version, reason, source): up to 1000 characters.
+
+    Raises:
+        SchemaError: no string, or longer.
+    """
+    if not isinstance(text, str) or len(text) > 1000:
+        raise SchemaError(f"{name} must be a string of at most 1000 characters, not {text!r:.80}")
+    return text
+
+
+def check_json(value: Mapping[str, Any] | None, *, name: str, limit: int = 1 << 16) -> dict[str, Any]:
+    """A copy of a mapping as JSON would give it back; packs keep headers as JSON.
+
+    Raises:
+        SchemaError: not JSON (NaN and infinities are not), or above `limit` bytes.
+    """
+    try:
+        text = json.dumps(dict(value or {}), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SchemaError(f"{name} must be plain JSON data: {error}") from error
+    if len(text) > limit:
+        raise SchemaError(f"{name} takes {len(text)} bytes as JSON, the limit is {limit}; store large data elsewhere")
+    result: dict[str, Any] = json.loads(text)
+    return result
+
+
+def check_finite(value: float, *, name: str) -> float:
+    """A finite number, for headers.
+
+    Raises:
+        SchemaError: NaN, infinite, or no number.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise SchemaError(f"{name} must be a number, not {value!r}") from error
+    if not math.isfinite(number):
+        raise SchemaError(f"{name} must be finite, not {number}; leave it out where there is none")
+    return number
+
+
+def token_array(token_ids: npt.ArrayLike, *, name: str = "token_ids") -> npt.NDArray[np.int32]:
+    """Token ids as int32 `[n]`, a copy.
+
+    Raises:
+        SchemaError: not one-dimensional, not integers, or outside `[0, 2**31)`.
+    """
+    given = np.asarray(token_ids)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise SchemaError(f"{name} must be integers of shape [n], not {given.dtype} of shape {list(given.shape)}")
+    if given.size and (int(given.min()) < 0 or int(given.max()) >= 1 << 31):
+        bad = int(np.argmax((given < 0) | (given >= 1 << 31)))
+        raise SchemaError(f"{name}[{bad}] is {given[bad]}, outside [0, 2**31)")
+    return np.array(given, "<i4", copy=True)
+
+
+def logprob_array(logprobs: npt.ArrayLike, *, count: int) -> npt.NDArray[np.float32]:
+    """Logprobs as float32 `[count]`, natural log; NaN and infinities are kept.
+
+    Raises:
+        SchemaError: not numbers, or not one per token.
+    """
+    try:
+        given = np.array(logprobs, "<f4", copy=True)
+    except (TypeError, ValueError) as error:
+        raise SchemaError(f"logprobs must be numbers: {error}") from error
+    if given.shape != (count,):
+        raise SchemaError(f"logprobs have shape {list(given.shape)}, expected [{count}], one per token")
+    return given

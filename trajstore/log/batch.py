@@ -1,0 +1,158 @@
+"""A batch: the events of one flush of one trajectory, frozen byte for byte, and the commands that write it.
+
+Entry, payloads, summary and feed hint go in one `MULTI` of one slot. The entry's explicit id is the fence: Redis
+refuses an id that is not above the newest. A payload's field carries the writer's nonce, so that a loser's payload
+cannot occupy the winner's place.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from trajstore.entries import Buffer, Entry, encode_entry
+from trajstore.events import (
+    SCHEMA_VERSION,
+    EventId,
+    Header,
+    LateRouting,
+    Rewarded,
+    RoutingObserved,
+    SegmentClosed,
+    TrajectoryClosed,
+)
+from trajstore.log.keys import Keys
+from trajstore.log.wire import Command
+from trajstore.summary import Summary, advance, encode_summary
+
+__all__ = ["BATCH_LIMIT", "Batch", "Item", "Turn", "freeze", "payload_field"]
+
+BATCH_LIMIT = 16 << 20
+"""Bytes of one MULTI."""
+
+LIFECYCLE = (SegmentClosed, Rewarded, TrajectoryClosed, RoutingObserved, LateRouting)
+"""Events that the feed's followers may have to act upon."""
+
+ENTRY_FIELD = b"e"
+"""The one field of a stream entry."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """A writer's turn on a trajectory: an epoch and the nonce drawn at its claim.
+
+    Attributes:
+        epoch: its number; for notes, the number of the note.
+        creates: this claim may create the stream (`1-0`, a first note, or re-opening what was archived and removed).
+        nonce: 64 random bits.
+        seq: of the next event.
+    """
+
+    epoch: int
+    creates: bool = False
+    nonce: int = field(default_factory=lambda: secrets.randbits(64))
+    seq: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An event on its way: header, and payload bytes unless they ride in the header."""
+
+    turn: Turn
+    header: Header
+    payload: Buffer | None
+
+    @property
+    def nbytes(self) -> int:
+        """Buffer space that it takes, headers counted flat."""
+        return 256 + (len(self.payload) if self.payload is not None else 0)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Attributes:
+    id: of the trajectory.
+    note: goes to the notes stream.
+    at: id of the entry; its events are `at`, `at + 1`, ...
+    turn: whose turn it belongs to.
+    entry: the entry's bytes, compared when a write is resolved.
+    fields: payload hash fields and their bytes.
+    items: the events.
+    summary: after these events; None for notes.
+    hint: kind of the newest lifecycle event, "" for none.
+    creates: may create the stream.
+    before: id of the entry acknowledged before it, once sent; None for the first.
+    sent: it went out at least once, so it may be in the log.
+    acked: it was acknowledged once, so nobody waits for it any more.
+    """
+
+    id: str
+    note: bool
+    at: EventId
+    turn: Turn
+    entry: bytes
+    fields: list[tuple[str, Buffer]]
+    items: Sequence[Item]
+    summary: Summary | None
+    hint: str
+    creates: bool
+    before: EventId | None = None
+    sent: bool = False
+    acked: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire, nearly."""
+        return len(self.entry) + sum(len(data) for _, data in self.fields)
+
+    def commands(self, keys: Keys) -> list[Command]:
+        """The batch as one transaction; XADD comes first in it."""
+        stream = keys.notes(self.id) if self.note else keys.entries(self.id)
+        guard = () if self.creates else ("NOMKSTREAM",)
+        commands: list[Command] = [("MULTI",), ("XADD", stream, *guard, str(self.at), ENTRY_FIELD, self.entry)]
+        if self.fields:
+            pairs = [part for name, data in self.fields for part in (name, data)]
+            commands.append(("HSET", keys.payloads(self.id), *pairs))
+        partition = keys.partition(self.id)
+        if self.summary is not None:
+            commands.append(("HSET", keys.summaries(partition), self.id, encode_summary(self.summary)))
+        if self.note:  # a final trajectory's keys may be about to expire; what is new in them must not
+            commands += [("PERSIST", keys.notes(self.id)), ("PERSIST", keys.payloads(self.id))]
+        if self.hint:
+            commands.append(("XADD", keys.feed(partition), "*", "t", self.id, "k", self.hint, "e", str(self.at)))
+        commands.append(("EXEC",))
+        return commands
+
+
+def payload_field(at: EventId, nonce: int, *, note: bool) -> str:
+    """Hash field of an event's payload: `<epoch>-<seq>:<nonce>`, notes with an `n` before it."""
+    return f"{'n' if note else ''}{at}:{nonce:016x}"
+
+
+def freeze(id: str, items: Sequence[Item], *, note: bool, summary: Summary | None, now: float) -> Batch:
+    """Make a batch of events of one turn, which advances; the summary follows unless they are notes."""
+    turn = items[0].turn
+    at = EventId(turn.epoch, turn.seq)
+    turn.seq += len(items)
+    entry = encode_entry(Entry(SCHEMA_VERSION, turn.nonce, now, [item.header for item in items]))
+    fields: list[tuple[str, Buffer]] = []
+    hint = ""
+    for i, item in enumerate(items):
+        event_at = EventId(at.epoch, at.seq + i)
+        if item.payload is not None:
+            fields.append((payload_field(event_at, turn.nonce, note=note), item.payload))
+        if isinstance(item.header, LIFECYCLE):
+            hint = type(item.header).__name__
+        if not note:
+            summary = advance(summary, id, event_at, now, item.header)
+    return Batch(
+        id=id,
+        note=note,
+        at=at,
+        turn=turn,
+        entry=entry,
+        fields=fields,
+        items=items,
+        summary=None if note else summary,
+        hint=hint,
+        creates=turn.creates and at.seq == 0,
+    )

@@ -1,0 +1,145 @@
+"""Following the feed: the partition's stream of hints that something closed, was scored or was noted.
+
+Hints are repeated, spurious and out of order by right. A follower reads the trajectory again, acts on what it finds,
+keys its effect by (trajectory, event id), and acknowledges last.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import redis
+
+from trajstore.events import EventId
+from trajstore.log.keys import Keys
+from trajstore.log.wire import Command, Wire, translate
+
+__all__ = ["ARCHIVER", "FEED_GROUPS", "MATERIALIZER", "FeedFollower", "Hint", "parse_stream"]
+
+ARCHIVER = "archiver"
+MATERIALIZER = "materializer"
+FEED_GROUPS = (ARCHIVER, MATERIALIZER)
+"""Consumer groups of every feed, made at the run's first open: a full server refuses XGROUP CREATE."""
+
+
+class Hint(NamedTuple):
+    """One feed entry: something happened to trajectory `id`."""
+
+    partition: int
+    at: str
+    id: str
+    kind: str
+    event: str
+
+
+class FeedFollower:
+    """One consumer of one group over some partitions' feeds."""
+
+    def __init__(self, wire: Wire, keys: Keys, group: str, consumer: str) -> None:
+        self._wire = wire
+        self._keys = keys
+        self._group = group
+        self._consumer = consumer
+
+    def poll(self, partitions: Sequence[int], *, count: int, block: float = 0.0) -> list[Hint]:
+        """New hints, at most `count` per partition; waits up to `block` seconds for the first."""
+        if not partitions:
+            return []
+        feeds = {self._keys.feed(partition): partition for partition in partitions}
+        wait: tuple[str | int, ...] = ("BLOCK", max(1, int(block * 1000))) if block > 0 else ()
+        reply = self._wire.call(
+            "XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", count, *wait,
+            "STREAMS", *feeds, *(">" for _ in feeds),
+        )  # fmt: skip
+        return [_hint(feeds[name.decode()], entry) for name, entries in reply or [] for entry in parse_stream(entries)]
+
+    def take_over(self, partition: int, *, idle: float, count: int = 1000) -> list[Hint]:
+        """Hints that another consumer (or this one, earlier) read `idle` seconds ago and never acknowledged."""
+        hints: list[Hint] = []
+        cursor: Any = b"0-0"
+        while True:
+            reply = self._wire.call(
+                "XAUTOCLAIM", self._keys.feed(partition), self._group, self._consumer, int(idle * 1000), cursor,
+                "COUNT", count,
+            )  # fmt: skip
+            cursor = reply[0]
+            hints += [_hint(partition, entry) for entry in parse_stream(reply[1])]
+            if cursor in (b"0-0", "0-0"):
+                return hints
+
+    def acknowledgement(self, partition: int, hints: Iterable[Hint]) -> Command | None:
+        """The XACK for hints of one partition, to go into a transaction; None for no hints."""
+        ids = [hint.at for hint in hints]
+        return ("XACK", self._keys.feed(partition), self._group, *ids) if ids else None
+
+    def acknowledge(self, hints: Iterable[Hint]) -> None:
+        """These hints need no more work by this group."""
+        by_partition: dict[int, list[Hint]] = {}
+        for hint in hints:
+            by_partition.setdefault(hint.partition, []).append(hint)
+        commands = [self.acknowledgement(partition, some) for partition, some in by_partition.items()]
+        self._run([command for command in commands if command is not None])
+
+    def trim(self, partitions: Iterable[int]) -> None:
+        """Drop hints that no group needs any more: those below every group's oldest unacknowledged one."""
+        partitions = list(partitions)
+        groups = self._run([("XINFO", "GROUPS", self._keys.feed(partition)) for partition in partitions])
+        summaries = self._run(
+            [("XPENDING", self._keys.feed(partition), group) for partition in partitions for group in FEED_GROUPS]
+        )
+        commands: list[Command] = []
+        for i, partition in enumerate(partitions):
+            pending = summaries[i * len(FEED_GROUPS) : (i + 1) * len(FEED_GROUPS)]
+            needed = lowest_needed(groups[i], pending)
+            if needed is not None:
+                commands.append(("XTRIM", self._keys.feed(partition), "MINID", str(needed)))
+        self._run(commands)
+
+    def leave(self, partitions: Iterable[int]) -> None:
+        """Remove this consumer where nothing is pending for it, so that names do not pile up."""
+        partitions = list(partitions)
+        pending = self._run(
+            [("XPENDING", self._keys.feed(p), self._group, "-", "+", 1, self._consumer) for p in partitions]
+        )
+        self._run(
+            [
+                ("XGROUP", "DELCONSUMER", self._keys.feed(partition), self._group, self._consumer)
+                for partition, entries in zip(partitions, pending, strict=True)
+                if not entries
+            ]
+        )
+
+    def _run(self, commands: Sequence[Command]) -> list[Any]:
+        replies = self._wire.exchange(commands)
+        for command, reply in zip(commands, replies, strict=True):
+            if isinstance(reply, redis.RedisError):
+                raise translate(reply, str(command[0]))
+        return replies
+
+
+def parse_stream(entries: Any) -> list[tuple[str, dict[bytes, bytes]]]:
+    """Entries of a stream reply as (id, fields); those trimmed meanwhile are left out."""
+    parsed = []
+    for entry in entries:
+        if entry is not None and entry[1] is not None:
+            fields = entry[1]
+            parsed.append((entry[0].decode(), dict(zip(fields[::2], fields[1::2], strict=True))))
+    return parsed
+
+
+def lowest_needed(groups: Any, pending: Sequence[Any]) -> EventId | None:
+    """Oldest id that some group still needs, from XINFO GROUPS and each group's XPENDING summary."""
+    needed = [
+        EventId(last.epoch, last.seq + 1)
+        for last in (EventId.parse(_fields(group)["last-delivered-id"]) for group in groups)
+    ]
+    needed += [EventId.parse(summary[1]) for summary in pending if summary and summary[1] is not None]
+    return min(needed, default=None)
+
+
+def _hint(partition: int, entry: tuple[str, dict[bytes, bytes]]) -> Hint:
+    at, fields = entry
+    return Hint(partition, at, *(fields.get(name, b"").decode() for name in (b"t", b"k", b"e")))
+
+
+def _fields(flat: Any) -> dict[str, Any]:
+    return {name.decode(): value for name, value in zip(flat[::2], flat[1::2], strict=True)}

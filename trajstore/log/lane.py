@@ -1,0 +1,134 @@
+"""One handle's queue of events on their way to the log. Plain state; the flusher owns it and its lock guards it."""
+
+from collections import deque
+from concurrent.futures import Future
+from typing import NamedTuple
+
+from trajstore.errors import TrajstoreError
+from trajstore.events import EventId
+from trajstore.log.batch import BATCH_LIMIT, Batch, Item, Turn, freeze
+from trajstore.summary import Summary
+
+__all__ = ["Kept", "Lane", "Waiter"]
+
+
+class Kept(NamedTuple):
+    """An acknowledged batch that a server crash might still lose."""
+
+    since: float
+    batch: Batch
+
+
+class Waiter:
+    """Somebody who waits for several lanes to settle what they had queued."""
+
+    def __init__(self, lanes: int) -> None:
+        self.left = lanes
+        self.future: Future[None] = Future()
+
+    def one_less(self) -> None:
+        """A lane is through, or has failed."""
+        self.left -= 1
+        if self.left <= 0 and not self.future.done():
+            self.future.set_result(None)
+
+
+class Lane:
+    """Events of one trajectory by one handle, in order; notes have a lane of their own.
+
+    Attributes:
+        id: of the trajectory.
+        note: feeds the notes stream.
+        queue: events not yet frozen.
+        frozen: batches to send, the first of them perhaps in flight.
+        kept: acknowledged batches younger than the fsync horizon, oldest first.
+        acked, acked_nonce: newest entry known to be in the log, and its nonce.
+        summary: of the trajectory as of the newest frozen event.
+        holds_open: a segment of this handle is open.
+        error: why nothing more can be written; sticky.
+        queued, settled: events taken in, and events acknowledged or given up.
+        since: when it last got on, by a monotonic clock; None while nothing waits.
+        scheduled: waits for its turn, or has a batch in flight.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        *,
+        note: bool = False,
+        acked: EventId | None = None,
+        acked_nonce: int | None = None,
+        summary: Summary | None = None,
+    ) -> None:
+        self.id = id
+        self.note = note
+        self.queue: deque[Item] = deque()
+        self.frozen: deque[Batch] = deque()
+        self.kept: deque[Kept] = deque()
+        self.acked = acked
+        self.acked_nonce = acked_nonce
+        self.summary = summary
+        self.holds_open = False
+        self.error: TrajstoreError | None = None
+        self.queued = 0
+        self.settled = 0
+        self.since: float | None = None
+        self.scheduled = False
+        self.waiters: list[tuple[int, Waiter]] = []
+
+    @property
+    def busy(self) -> bool:
+        """True while something waits to be acknowledged."""
+        return self.settled < self.queued
+
+    def next_batch(self, now: float) -> Batch | None:
+        """The batch to send now: events of one turn, up to the size of one MULTI."""
+        if not self.frozen and self.queue:
+            items: list[Item] = []
+            nbytes = 0
+            while self.queue and (not items or self.queue[0].turn is items[0].turn):
+                nbytes += self.queue[0].nbytes
+                if items and nbytes > BATCH_LIMIT:
+                    break
+                items.append(self.queue.popleft())
+                if self.note:  # one number each
+                    items[0].turn.epoch = self.acked.epoch + 1 if self.acked is not None else 1
+                    break
+            batch = freeze(self.id, items, note=self.note, summary=self.summary, now=now)
+            self.summary = batch.summary or self.summary
+            self.frozen.append(batch)
+        return self.frozen[0] if self.frozen else None
+
+    def landed(self) -> None:
+        """The first frozen batch is in the log."""
+        batch = self.frozen.popleft()
+        self.acked, self.acked_nonce = batch.at, batch.turn.nonce
+
+    def renumber(self, number: int, *, creates: bool, now: float) -> None:
+        """Freeze the first frozen note anew, under another number."""
+        head = self.frozen[0]
+        turn = Turn(number, creates=creates)
+        items = [Item(turn, item.header, item.payload) for item in head.items]
+        self.frozen[0] = freeze(self.id, items, note=True, summary=None, now=now)
+        self.frozen[0].acked = head.acked
+
+    def settle(self, events: int, now: float) -> None:
+        """Count events as acknowledged or given up, and tell those who wait."""
+        self.settled += events
+        self.since = now if self.busy else None
+        if self.waiters:
+            through = [waiter for count, waiter in self.waiters if self.settled >= count]
+            self.waiters = [(count, waiter) for count, waiter in self.waiters if self.settled < count]
+            for waiter in through:
+                waiter.one_less()
+
+    def fail(self, error: TrajstoreError, now: float) -> int:
+        """Give up everything queued; returns the bytes that this frees in the buffer."""
+        self.error = error
+        freed = sum(item.nbytes for item in self.queue)
+        freed += sum(item.nbytes for batch in self.frozen if not batch.acked for item in batch.items)
+        self.queue.clear()
+        self.frozen.clear()
+        self.kept.clear()
+        self.settle(self.queued - self.settled, now)
+        return freed

@@ -1,0 +1,65 @@
+"""The archiver's lease on a partition, kept as a pending stream entry.
+
+A full server refuses SET, but lets a consumer group hand a pending entry from one consumer to another. So the lease of
+a partition is one entry in a stream of its own: who has it pending holds the lease, reading it again renews it, and
+XAUTOCLAIM takes it from a holder that stayed idle. It saves work; what makes two archivers safe is the numbered
+manifest record.
+"""
+
+from trajstore.log.keys import Keys
+from trajstore.log.wire import Command, Wire
+
+__all__ = ["LEASE_GROUP", "Lease", "lease_setup"]
+
+LEASE_GROUP = "archiver"
+_ENTRY = "1-0"
+
+
+def lease_setup(keys: Keys, partition: int) -> list[Command]:
+    """Commands that make a partition's lease; repeating them does no harm."""
+    return [
+        ("XADD", keys.lease(partition), _ENTRY, "lease", "1"),
+        ("XGROUP", "CREATE", keys.lease(partition), LEASE_GROUP, "0"),
+    ]
+
+
+class Lease:
+    """One holder's leases.
+
+    Args:
+        seconds: how long a holder may stay silent before another takes over.
+    """
+
+    def __init__(self, wire: Wire, keys: Keys, holder: str, *, seconds: float) -> None:
+        self._wire = wire
+        self._keys = keys
+        self._holder = holder
+        self._seconds = seconds
+
+    def acquire(self, partition: int) -> bool:
+        """Take the lease if it is free or its holder is silent; True if this holder has it now."""
+        if self.renew(partition) or self._read(partition, ">"):
+            return True
+        claimed = self._wire.call(
+            "XAUTOCLAIM", self._keys.lease(partition), LEASE_GROUP, self._holder, int(self._seconds * 1000), "0-0",
+            "COUNT", 1,
+        )  # fmt: skip
+        return bool(claimed[1])
+
+    def renew(self, partition: int) -> bool:
+        """Prolong; False if it is another's."""
+        return self._read(partition, "0")
+
+    def release(self, partition: int) -> None:
+        """Let the next one take it at once."""
+        if self.renew(partition):
+            self._wire.call(
+                "XCLAIM", self._keys.lease(partition), LEASE_GROUP, self._holder, 0, _ENTRY,
+                "IDLE", int(self._seconds * 1000) + 1, "JUSTID",
+            )  # fmt: skip
+
+    def _read(self, partition: int, start: str) -> bool:
+        reply = self._wire.call(
+            "XREADGROUP", "GROUP", LEASE_GROUP, self._holder, "COUNT", 1, "STREAMS", self._keys.lease(partition), start
+        )
+        return bool(reply and reply[0][1])

@@ -1,0 +1,209 @@
+"""What became of a write: decided by reading back, after a refusal, a lost reply, or a reconnect. Pure.
+
+An ambiguous write is never blindly repeated. The writer reads the id back, the first entry of its epoch and the newest
+id, and `judge` says what follows. Two more rules meet here: after a server crash the log may end earlier than what was
+acknowledged, and a writer never writes above such a hole; and what is not in the hot log may have been archived.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from trajstore.entries import EntryStamp, entry_digest
+from trajstore.errors import Fenced, SequenceGap, TrajstoreError
+from trajstore.events import EventId
+from trajstore.log.batch import Batch
+
+__all__ = [
+    "ArchiveIndex",
+    "Landed",
+    "NoArchive",
+    "Nothing",
+    "Refused",
+    "Renumber",
+    "Resend",
+    "Seen",
+    "Verdict",
+    "judge",
+]
+
+
+class ArchiveIndex(Protocol):
+    """Looks entries up in a fresh manifest of the archive, by trajectory id and entry id."""
+
+    def entry(self, id: str, at: EventId) -> EntryStamp | None: ...
+    def note(self, id: str, at: EventId) -> EntryStamp | None: ...
+    def last_note(self, id: str) -> int:
+        """Number of the newest archived note, 0 for none."""
+        ...
+
+
+class NoArchive:
+    """The index of a store that has no archive."""
+
+    def entry(self, id: str, at: EventId) -> EntryStamp | None:
+        return None
+
+    def note(self, id: str, at: EventId) -> EntryStamp | None:
+        return None
+
+    def last_note(self, id: str) -> int:
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the server shows of one trajectory's stream.
+
+    Attributes:
+        last: newest id that it ever took; None if the stream does not exist.
+        first_nonce: of the entry `e-0` of the newest acknowledged epoch; None if it is not there.
+        at_head: bytes at the id of the batch in question; None if there are none.
+    """
+
+    last: EventId | None
+    first_nonce: int | None
+    at_head: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """The batch is in the log, or was and has been archived."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """All is as it was left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resend:
+    """Send these batches, in this order, the same bytes; what was acknowledged ends with `acked`."""
+
+    batches: Sequence[Batch]
+    acked: EventId | None
+
+
+@dataclass(frozen=True, slots=True)
+class Renumber:
+    """Write the note under this number."""
+
+    number: int
+    creates: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The writer's turn is over."""
+
+    error: TrajstoreError
+
+
+Verdict: TypeAlias = Landed | Nothing | Resend | Renumber | Refused
+
+
+def judge(
+    id: str,
+    seen: Seen,
+    *,
+    acked_nonce: int | None,
+    head: Batch | None,
+    acked: EventId | None,
+    kept: Sequence[Batch],
+    holds_open: bool,
+    archive: ArchiveIndex,
+) -> Verdict:
+    """Decide for one writer of one trajectory.
+
+    Args:
+        id: of the trajectory.
+        seen: read from the server just now.
+        head: the batch in question, None to look after what was acknowledged only.
+        acked: id of the newest entry known to be in the log; None for a trajectory that is being created.
+        acked_nonce: nonce of that entry, None where not known.
+        kept: acknowledged batches that a server crash might still lose, oldest first.
+        holds_open: the writer has an open segment, so that a newer epoch concerns it even when nothing is in question.
+        archive: what was archived and trimmed.
+    """
+    if head is not None and seen.at_head is not None:
+        return Landed() if seen.at_head == head.entry else _fenced(id, head.at)
+    if head is not None and head.sent and (seen.last is None or seen.last >= head.at):
+        copy = archive.entry(id, head.at)  # taken, archived and trimmed before its reply was read back
+        if copy is not None:
+            return Landed() if _is_copy(copy, head) else _fenced(id, head.at)
+    if seen.last is None:
+        return _without_stream(id, head, acked, kept, archive)
+    held = head.at if head is not None else acked
+    if held is None:
+        return Nothing()
+    if seen.last > held or (head is not None and seen.last == head.at):
+        return _fenced(id, held, seen.last) if head is not None or holds_open else Nothing()
+    if acked is not None and None not in (seen.first_nonce, acked_nonce) and seen.first_nonce != acked_nonce:
+        return _fenced(id, held, seen.last)
+    if acked is not None and seen.last < acked:
+        return _after_loss(id, seen.last, head, acked, kept)
+    if acked is not None and seen.last > acked:
+        return _fenced(id, held, seen.last)
+    return Resend([head], acked) if head is not None else Nothing()
+
+
+def judge_note(head: Batch, seen: Seen, archive: ArchiveIndex) -> Verdict:
+    """Decide for a note. Notes fence nobody: one whose number is taken gets the next."""
+    if seen.at_head is not None and seen.at_head == head.entry:
+        return Landed()
+    if _is_copy(archive.note(head.id, head.at), head):
+        return Landed()
+    newest = max(seen.last.epoch if seen.last is not None else 0, archive.last_note(head.id))
+    if newest < head.at.epoch and (seen.last is not None or head.creates):
+        return Resend([head], None)
+    return Renumber(newest + 1, creates=seen.last is None)
+
+
+def _is_copy(copy: EntryStamp | None, head: Batch) -> bool:
+    return copy == EntryStamp(head.turn.nonce, entry_digest(head.entry))
+
+
+def _without_stream(
+    id: str, head: Batch | None, acked: EventId | None, kept: Sequence[Batch], archive: ArchiveIndex
+) -> Verdict:
+    if acked is not None and archive.entry(id, acked) is not None:
+        if head is None:
+            return Nothing()
+        return Refused(
+            Fenced(f"{id} was finished, archived and removed from the hot log; store.get({id!r}) opens what is there")
+        )
+    if acked is None and head is not None:
+        if head.creates:
+            return Resend([head], None)
+        return Refused(
+            Fenced(f"{id} is no longer in the hot log (archived and removed); store.get({id!r}) opens it again")
+        )
+    if acked is None:
+        return Nothing()
+    return _after_loss(id, None, head, acked, kept)
+
+
+def _after_loss(id: str, last: EventId | None, head: Batch | None, acked: EventId, kept: Sequence[Batch]) -> Verdict:
+    """The server came back with a shorter log: write the lost batches again, if all of them are still at hand."""
+    lost = [batch for batch in kept if last is None or batch.at > last]
+    if lost and lost[0].before == last and (last is not None or lost[0].creates):
+        return Resend([*lost, *([head] if head is not None else [])], last)
+    good = str(last) if last is not None else ""
+    return Refused(
+        SequenceGap(
+            f"{id}: the server came back without acknowledged entries, from after {good or 'the start'} up to {acked}, "
+            "and they are no longer at hand; nothing was written above the gap. "
+            f"store.get({id!r}) resumes from what is left",
+            last_good=good,
+        )
+    )
+
+
+def _fenced(id: str, held: EventId, last: EventId | None = None) -> Refused:
+    newest = f" (newest is {last})" if last is not None else ""
+    return Refused(
+        Fenced(
+            f"{id}: entry {held} belongs to another writer or a newer epoch exists{newest}; this writer's turn is "
+            f"over. store.get({id!r}) shows the state and can take the next turn"
+        )
+    )

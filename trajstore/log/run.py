@@ -1,0 +1,107 @@
+"""A run's identity in Redis: incarnation and partition count, written once by the first open; and what it sets up."""
+
+import time
+
+import msgspec
+import redis
+from ulid import ULID
+
+from trajstore.errors import Conflict, NotFound, SchemaError, Unavailable
+from trajstore.log.feed import FEED_GROUPS
+from trajstore.log.keys import Keys
+from trajstore.log.lease import lease_setup
+from trajstore.log.wire import Command, Wire, translate
+
+__all__ = ["DEFAULT_PARTITIONS", "TRAINER_GROUP", "RunInfo", "open_run", "require_fsync"]
+
+DEFAULT_PARTITIONS = 16
+MAX_PARTITIONS = 4096
+TRAINER_GROUP = "trainer"
+"""Consumer group of the ready streams that every run has from the start."""
+
+_FORMAT = 1
+
+
+class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The run record."""
+
+    format: int
+    incarnation: str
+    partitions: int
+    created: float
+
+
+def read_run(wire: Wire, run: str) -> RunInfo | None:
+    """The record of a run, None if it has none yet.
+
+    Raises:
+        SchemaError: of a newer format.
+    """
+    data = wire.call("GET", Keys.run_record(run))
+    if data is None:
+        return None
+    info = msgspec.json.decode(data, type=RunInfo)
+    if info.format > _FORMAT:
+        raise SchemaError(f"run {run!r} has format {info.format}; this trajstore reads up to {_FORMAT}, upgrade it")
+    return info
+
+
+def open_run(wire: Wire, run: str, *, partitions: int | None, create: bool) -> RunInfo:
+    """Find the run, or begin it.
+
+    Args:
+        partitions: P for a new run, default 16; an existing run must have it, if given.
+        create: begin the run if there is none.
+
+    Raises:
+        NotFound: there is no such run, and `create` is False.
+        Conflict: the run has another number of partitions.
+    """
+    info = read_run(wire, run)
+    if info is None:
+        if not create:
+            raise NotFound(f"there is no run {run!r} on this server")
+        wanted = partitions or DEFAULT_PARTITIONS
+        if not 1 <= wanted <= MAX_PARTITIONS:
+            raise SchemaError(f"partitions must lie in [1, {MAX_PARTITIONS}], not {wanted}")
+        # Groups first: a run whose record exists has them, and a full server would refuse to make them later.
+        _set_up(wire, Keys(run, wanted))
+        fresh = RunInfo(format=_FORMAT, incarnation=str(ULID()), partitions=wanted, created=time.time())
+        wire.call("SET", Keys.run_record(run), msgspec.json.encode(fresh), "NX")
+        info = read_run(wire, run)
+        if info is None:
+            raise Unavailable(f"run {run!r} vanished while it was being opened")
+    if partitions is not None and partitions != info.partitions:
+        raise Conflict(f"run {run!r} has {info.partitions} partitions, which are fixed; {partitions} were asked for")
+    return info
+
+
+def _set_up(wire: Wire, keys: Keys) -> None:
+    commands: list[Command] = []
+    for partition in range(keys.partitions):
+        commands += lease_setup(keys, partition)
+        commands += [("XGROUP", "CREATE", keys.feed(partition), group, "0", "MKSTREAM") for group in FEED_GROUPS]
+        commands.append(("XGROUP", "CREATE", keys.ready(partition), TRAINER_GROUP, "0", "MKSTREAM"))
+    for reply in wire.exchange(commands):
+        repeated = isinstance(reply, redis.ResponseError) and (
+            "BUSYGROUP" in str(reply) or "equal or smaller" in str(reply) or "already exists" in str(reply)
+        )
+        if isinstance(reply, redis.RedisError) and not repeated:
+            raise translate(reply, "setting up the run")
+
+
+def require_fsync(wire: Wire) -> None:
+    """Make sure that the server writes to disk before it acknowledges.
+
+    Raises:
+        Conflict: it does not, or does not say.
+    """
+    reply = wire.exchange([("CONFIG", "GET", "appendonly"), ("CONFIG", "GET", "appendfsync")])
+    values = [part[1].decode() if isinstance(part, list) and len(part) == 2 else None for part in reply]
+    if values != ["yes", "always"]:
+        shown = "its configuration cannot be read" if None in values else f"it has appendonly {values[0]}, "
+        shown += "" if None in values else f"appendfsync {values[1]}"
+        raise Conflict(
+            f"ack='fsync' needs a server with appendonly yes and appendfsync always, but {shown}. Configure it so, "
+            "allow CONFIG GET, or use ack='memory'"
+        )

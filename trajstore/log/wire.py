@@ -1,0 +1,281 @@
+"""Commands to a Redis server and their raw replies, over redis-py's connections.
+
+redis-py gives sockets, TLS, authentication and RESP; what it adds on top is left off: its retries send an XADD twice
+when a reply is lost (redis-py 8 retries ten times by default), so every retry is the log protocol's own. RESP2 is
+pinned. Large arguments go out by the Python packer, which sends them without a copy (hiredis' packer copies).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import PythonRespSerializer
+from redis.exceptions import NoPermissionError
+from redis.retry import Retry
+
+from trajstore.errors import SchemaError, StoreFull, TrajstoreError, Unavailable
+
+__all__ = [
+    "Argument",
+    "Command",
+    "ServerInfo",
+    "Session",
+    "Wire",
+    "describe_url",
+    "info_fields",
+    "server_info",
+    "split_run",
+]
+
+Argument: TypeAlias = str | bytes | bytearray | memoryview | int
+Command: TypeAlias = Sequence[Argument]
+
+_READ_SIZE = 1 << 20
+
+
+class Wire:
+    """A pool of connections to one server. Thread-safe; a fork gets connections of its own.
+
+    Args:
+        pool: made by `Wire.to_url`, or by the embedded server for its socket.
+        timeout: seconds that connecting, sending and each reply may take.
+    """
+
+    def __init__(self, pool: redis.ConnectionPool, *, timeout: float) -> None:
+        self._pool = pool
+        self.timeout = timeout
+
+    @classmethod
+    def to_url(cls, url: str, *, timeout: float) -> "Wire":
+        """Connect (lazily) to `redis://`, `rediss://` or `unix://`.
+
+        Raises:
+            SchemaError: not such a URL, or with options that redis-py does not know.
+        """
+        try:
+            pool = redis.ConnectionPool.from_url(url, **connection_options(timeout))
+            pool.make_connection()
+        except (ValueError, TypeError) as error:
+            raise SchemaError(f"{describe_url(url)} is no usable Redis URL: {error}") from error
+        return cls(pool, timeout=timeout)
+
+    def call(self, *command: Argument) -> Any:
+        """Send one command, return its raw reply.
+
+        Raises:
+            Unavailable, StoreFull: see `translate`.
+        """
+        reply = self.exchange([command])[0]
+        if isinstance(reply, redis.RedisError):
+            raise translate(reply, str(command[0]))
+        return reply
+
+    def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands together, return their replies; an error reply is a value in the list.
+
+        Raises:
+            Unavailable: the connection was lost; any of the commands may or may not have run.
+        """
+        if not commands:
+            return []
+        with translated(str(commands[0][0])):
+            connection = self._pool.get_connection()
+            try:
+                return _exchange(connection, commands)
+            finally:
+                self._pool.release(connection)
+
+    def transaction(self, commands: Sequence[Command], *, watch: "Watch | None" = None) -> list[Any] | None:
+        """Run commands in one MULTI; None if a watched key changed.
+
+        Raises:
+            Unavailable, StoreFull: refused as a whole, or the connection was lost.
+        """
+        if watch is not None:
+            replies = watch.session.exchange([("MULTI",), *commands, ("EXEC",)])
+        else:
+            replies = self.exchange([("MULTI",), *commands, ("EXEC",)])
+        result = replies[-1]
+        if isinstance(result, redis.RedisError):
+            first = next((r for r in replies if isinstance(r, redis.RedisError)), result)
+            raise translate(first, "MULTI")
+        if result is None:
+            return None
+        for reply in result:
+            if isinstance(reply, redis.RedisError):
+                raise translate(reply, "MULTI")
+        return list(result)
+
+    @contextmanager
+    def watching(self, *keys: str) -> "Iterator[Watch]":
+        """Hold one connection with WATCH on `keys`; hand it to `transaction(..., watch=)`."""
+        session = self.session()
+        try:
+            session.connect()
+            session.exchange([("WATCH", *keys)])
+            yield Watch(session)
+        finally:
+            session.disconnect()
+
+    def session(self) -> "Session":
+        """A connection of its own, which reconnects only when told."""
+        return Session(self._pool.make_connection())
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._pool.disconnect(inuse_connections=False)
+
+
+class Session:
+    """One connection that its owner connects and disconnects, so that no reconnect goes unseen."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    @property
+    def connected(self) -> bool:
+        """False before `connect` and after any failure."""
+        return self._connection._sock is not None
+
+    def connect(self) -> None:
+        """Open the socket and authenticate.
+
+        Raises:
+            Unavailable: refused or too slow.
+        """
+        with translated("connect"):
+            self._connection.connect()
+
+    def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """As `Wire.exchange`, on this connection only.
+
+        Raises:
+            Unavailable: not connected, or the connection was lost meanwhile.
+        """
+        if not self.connected:
+            raise Unavailable("not connected")
+        if not commands:
+            return []
+        with translated(str(commands[0][0])):
+            return _exchange(self._connection, commands)
+
+    def disconnect(self) -> None:
+        """Close the socket; safe at any time."""
+        self._connection.disconnect()
+
+
+class Watch:
+    """A connection with a WATCH pending."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def call(self, *command: Argument) -> Any:
+        """Read something under the watch."""
+        reply = self.session.exchange([command])[0]
+        if isinstance(reply, redis.RedisError):
+            raise translate(reply, str(command[0]))
+        return reply
+
+
+def connection_options(timeout: float) -> dict[str, Any]:
+    """Keyword arguments for redis-py connections, as the protocol wants them."""
+    return {
+        "protocol": 2,
+        "retry": Retry(NoBackoff(), 0),
+        "socket_timeout": timeout,
+        "socket_connect_timeout": min(timeout, 10.0),
+        "socket_read_size": _READ_SIZE,
+        "command_packer": PythonRespSerializer(6000, _as_bytes),
+    }
+
+
+def _as_bytes(argument: Argument) -> bytes | bytearray | memoryview:
+    if isinstance(argument, str):
+        return argument.encode()
+    return b"%d" % argument if isinstance(argument, int) else argument
+
+
+def _exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    connection.send_packed_command(connection.pack_commands(commands))
+    replies: list[Any] = []
+    for _ in commands:
+        try:
+            replies.append(connection.read_response())
+        except redis.ResponseError as error:
+            replies.append(error)
+    return replies
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn redis-py's errors into ours."""
+    try:
+        yield
+    except redis.RedisError as error:
+        raise translate(error, what) from error
+
+
+def translate(error: redis.RedisError, what: str) -> TrajstoreError:
+    """Our error for redis-py's: `StoreFull` for a full server, else `Unavailable` with what to do."""
+    if isinstance(error, redis.OutOfMemoryError):
+        return StoreFull(
+            f"the server refused {what}: memory is full. Start an archiver (`trajstore archive STORE`) to drain it, "
+            "or raise maxmemory"
+        )
+    if isinstance(error, redis.AuthenticationError | NoPermissionError):
+        return Unavailable(f"the server refused {what}: {error}; check the user and password of the URL and its ACL")
+    if isinstance(error, redis.ResponseError) and not isinstance(error, redis.BusyLoadingError | redis.ReadOnlyError):
+        return Unavailable(f"the server refused {what}: {error}")
+    return Unavailable(f"the server did not answer {what}: {error}")
+
+
+class ServerInfo(NamedTuple):
+    """What INFO and CONFIG tell, as far as they are allowed.
+
+    Attributes:
+        run_id: changes when the server restarts; "" where it is not told.
+        fsyncs_always: every command is on disk before its reply.
+    """
+
+    run_id: str
+    fsyncs_always: bool
+
+
+def server_info(wire: Wire) -> ServerInfo:
+    """Ask the server about itself; what it does not tell counts as the careful answer."""
+    info, *settings = wire.exchange(
+        [("INFO", "server"), ("CONFIG", "GET", "appendonly"), ("CONFIG", "GET", "appendfsync")]
+    )
+    run_id = info_fields(info).get("run_id", "") if isinstance(info, bytes) else ""
+    values = [reply[1] if isinstance(reply, list) and len(reply) == 2 else None for reply in settings]
+    return ServerInfo(run_id, values == [b"yes", b"always"])
+
+
+def info_fields(info: bytes) -> dict[str, str]:
+    """The fields of an INFO reply."""
+    lines = (line.partition(":") for line in info.decode().splitlines())
+    return {name: value for name, colon, value in lines if colon}
+
+
+def split_run(url: str) -> tuple[str, str | None]:
+    """Take `run=` out of a Redis URL's query.
+
+    Returns:
+        The URL as redis-py wants it, and the run's name, None if it names none.
+    """
+    parts = urlsplit(url)
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    runs = [value for key, value in query if key == "run"]
+    rest = urlencode([(key, value) for key, value in query if key != "run"])
+    return urlunsplit(parts._replace(query=rest)), runs[-1] if runs else None
+
+
+def describe_url(url: str) -> str:
+    """A URL fit for messages: without user, password and options."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))

@@ -1,0 +1,145 @@
+"""What routed experts look like, and the checks that every recording passes once, on its way in.
+
+A *row* is the routing that was used when the token at one position was the model's input: `[L, K]` expert ids, L MoE
+layers by K experts per token. After ingest, rows are trusted: ids in range, distinct within a layer, one dtype.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from trajstore.errors import RoutingError, SchemaError
+
+__all__ = ["ORIGINS", "Origin", "RoutingArray", "RoutingSpec"]
+
+RoutingArray: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
+"""Expert ids `[rows, L, K]`, uint8 or uint16 as `RoutingSpec.dtype` says."""
+
+Origin = Literal["computed", "cached", "recomputed", "unknown"]
+ORIGINS: tuple[Origin, ...] = ("computed", "cached", "recomputed", "unknown")
+"""What the rows of a recording are: by this segment's own forward, from a prefix cache (an older computation), re-run
+after a retraction or preemption (not what sampled the tokens), or not known."""
+
+
+class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The routing of one trajectory: which layers, how many experts.
+
+    Attributes:
+        layer_ids: global ids (0-based decoder layer index) of the layers that route, ascending; L = their number.
+        top_k: experts per token, K.
+        num_experts: routed experts per layer; ids lie in `[0, num_experts)`.
+        num_hidden_layers: all decoder layers of the model, dense ones too. Engines deliver rows over all of them.
+    """
+
+    layer_ids: tuple[int, ...]
+    top_k: int
+    num_experts: int
+    num_hidden_layers: int
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "num_experts", "num_hidden_layers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise SchemaError(f"RoutingSpec.{name} must be a positive integer, not {value!r}")
+        if not isinstance(self.layer_ids, tuple):
+            msgspec.structs.force_setattr(self, "layer_ids", tuple(self.layer_ids))
+        ids = self.layer_ids
+        if not ids or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            raise SchemaError(f"RoutingSpec.layer_ids must name at least one layer by integer id, not {ids!r}")
+        if any(b <= a for a, b in pairwise(ids)) or ids[0] < 0 or ids[-1] >= self.num_hidden_layers:
+            raise SchemaError(
+                f"RoutingSpec.layer_ids must ascend within [0, {self.num_hidden_layers}) "
+                f"(num_hidden_layers), not {ids!r}"
+            )
+        if self.top_k > self.num_experts:
+            raise SchemaError(f"RoutingSpec: top_k {self.top_k} exceeds num_experts {self.num_experts}")
+        if self.num_experts > 1 << 16:
+            raise SchemaError(f"RoutingSpec: num_experts {self.num_experts} exceeds 65536, ids would not fit uint16")
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of routing layers."""
+        return len(self.layer_ids)
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
+        """uint8 up to 256 experts, else uint16: one dtype per trajectory, from the model and never from the data."""
+        return np.dtype("u1") if self.num_experts <= 256 else np.dtype("<u2")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, L x K x itemsize."""
+        return self.num_layers * self.top_k * self.dtype.itemsize
+
+    def empty(self, rows: int) -> RoutingArray:
+        """Zeroed rows `[rows, L, K]`."""
+        return np.zeros((rows, self.num_layers, self.top_k), self.dtype)
+
+    def from_bytes(self, data: bytes | bytearray | memoryview) -> RoutingArray:
+        """Rows `[rows, L, K]` over little-endian C-order bytes, without a copy."""
+        return np.frombuffer(data, self.dtype).reshape(-1, self.num_layers, self.top_k)
+
+    def narrow(self, rows: npt.ArrayLike, *, start: int) -> RoutingArray:
+        """Check rows from an engine and return a copy of its own in the stored form.
+
+        Args:
+            rows: any integer dtype, `[rows, L, K]`, or `[rows, num_hidden_layers, K]` of which `layer_ids` are taken.
+            start: absolute position of the first row, for the error's sake.
+
+        Returns:
+            `[rows, L, K]`, C order, `self.dtype`.
+
+        Raises:
+            RoutingError: wrong shape or dtype; an id out of `[0, num_experts)`; an expert repeated within a layer
+                (all-zero rows of an MoE layer are such). Names the layer and the row.
+        """
+        given = np.asarray(rows)
+        if given.dtype.kind not in "iu":
+            raise RoutingError(f"routed experts must be integers, not {given.dtype}; pass the ids, not their weights")
+        want = (self.num_layers, self.top_k)
+        if given.ndim != 3 or given.shape[1:] not in (want, (self.num_hidden_layers, self.top_k)):
+            raise RoutingError(
+                f"routed experts have shape {list(given.shape)}, expected [rows, {self.num_layers}, {self.top_k}] "
+                f"(the layers {_brief(self.layer_ids)}) or [rows, {self.num_hidden_layers}, {self.top_k}] (all layers)"
+            )
+        if given.shape[1] != self.num_layers:
+            given = given[:, self.layer_ids, :]
+        if given.size == 0:
+            return self.empty(0)
+        # One pass per bound on the wide dtype: a narrowed id would have wrapped into range.
+        if int(given.max()) >= self.num_experts or int(given.min()) < 0:
+            row, layer, k = (int(i) for i in np.argwhere((given < 0) | (given >= self.num_experts))[0])
+            raise RoutingError(
+                f"expert id {int(given[row, layer, k])} at layer {self.layer_ids[layer]}, row {start + row} lies "
+                f"outside [0, {self.num_experts})",
+                layer=self.layer_ids[layer],
+                row=start + row,
+            )
+        narrowed = np.array(given, self.dtype, order="C", copy=True)
+        self._require_distinct(narrowed, start)
+        return narrowed
+
+    def _require_distinct(self, rows: RoutingArray, start: int) -> None:
+        # K(K-1)/2 compares of contiguous planes: they vectorize, sorting an axis of 8 does not.
+        planes = np.ascontiguousarray(rows.reshape(-1, self.top_k).T)
+        repeated = np.zeros(planes.shape[1], bool)
+        for i in range(self.top_k):
+            for j in range(i):
+                repeated |= planes[i] == planes[j]
+        if repeated.any():
+            row, layer = divmod(int(repeated.argmax()), self.num_layers)
+            raise RoutingError(
+                f"layer {self.layer_ids[layer]}, row {start + row} repeats an expert: {rows[row, layer].tolist()}. "
+                "An MoE layer picks distinct experts; all-zero rows come from a layer that was not captured "
+                "(declare dense layers by leaving them out of layer_ids)",
+                layer=self.layer_ids[layer],
+                row=start + row,
+            )
+
+
+def _brief(ids: Sequence[int]) -> str:
+    return str(list(ids)) if len(ids) <= 8 else f"[{ids[0]}, {ids[1]}, ..., {ids[-1]}]"

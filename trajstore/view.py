@@ -1,0 +1,178 @@
+"""One view over hot log and archive: a trajectory's events from wherever they lie, each once.
+
+The order matters: hot headers first, then a fresh manifest, then the plan, then payloads. The other way round, a trim
+between the two reads would lose events silently.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import msgspec
+
+from trajstore.archive.pack import ReadEntry
+from trajstore.archive.reader import ArchiveReader
+from trajstore.entries import Buffer, Event, check_payload, entry_digest
+from trajstore.errors import Corrupt, NotFound
+from trajstore.events import EventId, TrajectoryOpened
+from trajstore.fold import Plan, Policy, plan
+from trajstore.history import Recording
+from trajstore.log.reader import HotEntry, HotReader
+from trajstore.log.stream import nonce_of
+from trajstore.routing import RoutingArray
+from trajstore.summary import Summary
+from trajstore.trajectory import Trajectory
+
+__all__ = ["TrajectoryLog", "View"]
+
+
+class TrajectoryLog(msgspec.Struct, frozen=True, kw_only=True):
+    """All headers of one trajectory.
+
+    Attributes:
+        id: of the trajectory.
+        events, notes: by id, each once.
+        last_entry, last_nonce: the newest entry, which the next claim must follow.
+        in_hot: its stream exists in the hot log.
+    """
+
+    id: str
+    events: list[Event]
+    notes: list[Event]
+    last_entry: EventId
+    last_nonce: int
+    in_hot: bool
+
+
+class _Gone(Exception):
+    """A payload was trimmed between plan and fetch."""
+
+
+class View:
+    """Reads trajectories. Either part may be missing: an archive alone, or a hot log without one."""
+
+    def __init__(self, hot: HotReader | None, archive: ArchiveReader | None) -> None:
+        self._hot = hot
+        self._archive = archive
+
+    def read(self, id: str) -> TrajectoryLog:
+        """Every event of a trajectory.
+
+        Raises:
+            NotFound: neither part knows it.
+            Corrupt: both hold an entry of the same id, but not the same entry.
+        """
+        hot, hot_notes = self._hot.read(id) if self._hot is not None else ([], [])
+        old: list[ReadEntry] = []
+        old_notes: list[ReadEntry] = []
+        complete = bool(hot) and hot[0].at == (1, 0)  # nothing was trimmed, so nothing needs to be looked up
+        if self._archive is not None and not complete:
+            old, old_notes = self._archive.read(id)
+        if not hot and not old:
+            raise NotFound(f"there is no trajectory {id!r} here (is it flushed? is this the right store?)")
+        newest = [(entry.at, nonce_of(entry.data)) for entry in hot[-1:]] + [(e.at, e.nonce) for e in old[-1:]]
+        last_entry, last_nonce = max(newest)
+        return TrajectoryLog(
+            id=id,
+            events=_merge(id, hot, old),
+            notes=_merge(id, hot_notes, old_notes, note=True),
+            last_entry=last_entry,
+            last_nonce=last_nonce,
+            in_hot=bool(hot) or (self._hot is not None and self._hot.exists(id)),
+        )
+
+    def plan(self, id: str, policy: Policy, until: EventId | None) -> Plan:
+        """A trajectory's fold, decided but not carried out."""
+        log = self.read(id)
+        return plan(log.events, policy, notes=log.notes, until=until)
+
+    def load(self, id: str, policy: Policy, until: EventId | None) -> Trajectory:
+        """A trajectory, folded.
+
+        Raises:
+            Corrupt: a payload is in neither part, or is not what its header says.
+        """
+        for attempt in (1, 2):
+            decided = self.plan(id, policy, until)
+            try:
+                return decided.apply(lambda events: self.payloads(id, events), id=id)
+            except _Gone as gone:
+                if attempt == 2:
+                    raise _lost(id, gone) from gone
+        raise AssertionError("unreachable")
+
+    def payloads(self, id: str, events: Sequence[Event]) -> Iterator[Buffer]:
+        """Payload bytes of events, in order, checked against their headers."""
+        for event, data in zip(events, self._fetch(id, events), strict=True):
+            if data is None:
+                raise _Gone(event.id)
+            if event.payload is not None:
+                where = "in the hot log" if event.stored == "hot" else f"in pack {event.stored}"
+                check_payload(data, event.payload, what=f"{id}: the payload of event {event.id} {where}")
+            yield data
+
+    def rows(self, id: str, recording: Recording) -> RoutingArray:
+        """Rows of one recording, `[stop - start, L, K]`, whether or not they win a fold.
+
+        Raises:
+            NotFound: the trajectory has no such recording.
+        """
+        for attempt in (1, 2):
+            log = self.read(id)
+            opened = log.events[0].header
+            carrier = next((event for event in [*log.events, *log.notes] if event.id == recording.event), None)
+            if carrier is None or not isinstance(opened, TrajectoryOpened) or opened.routing is None:
+                raise NotFound(f"{id} has no recording {recording.event}")
+            try:
+                data = next(iter(self.payloads(id, [carrier])))
+                return opened.routing.from_bytes(data).copy()
+            except _Gone as gone:
+                if attempt == 2:
+                    raise _lost(id, gone) from gone
+        raise AssertionError("unreachable")
+
+    def summaries(self, partition: int) -> Iterable[Summary]:
+        """Summaries of a partition's trajectories, hot ones where both parts know one."""
+        hot = {summary.id: summary for summary in self._hot.summaries(partition)} if self._hot is not None else {}
+        for old in self._archive.summaries(partition) if self._archive is not None else ():
+            now = hot.get(old.id)
+            if now is None or EventId.parse(now.last) < EventId.parse(old.last):
+                hot[old.id] = old
+        return hot.values()
+
+    def _fetch(self, id: str, events: Sequence[Event]) -> Iterator[Buffer | None]:
+        """Runs of events that lie in the same part are fetched together."""
+        run: list[Event] = []
+        for event in events:
+            if run and (run[-1].stored == "hot") != (event.stored == "hot"):
+                yield from self._fetch_run(id, run)
+                run = []
+            run.append(event)
+        if run:
+            yield from self._fetch_run(id, run)
+
+    def _fetch_run(self, id: str, events: Sequence[Event]) -> Iterator[Buffer | None]:
+        if events[0].stored == "hot" and self._hot is not None:
+            return self._hot.payloads(id, events)
+        if self._archive is not None:
+            return self._archive.payloads(id, events)
+        raise AssertionError("an event came from a part that is not there")
+
+
+def _lost(id: str, gone: _Gone) -> Corrupt:
+    return Corrupt(f"{id}: the payload of event {gone} is neither in the hot log nor in the archive")
+
+
+def _merge(id: str, hot: Sequence[HotEntry], old: Sequence[ReadEntry], *, note: bool = False) -> list[Event]:
+    archived = {entry.at: entry for entry in old}
+    events: dict[EventId, list[Event]] = {entry.at: entry.events for entry in old}
+    for entry in hot:
+        copy = archived.get(entry.at)
+        if copy is None:
+            events[entry.at] = entry.events(note=note)
+        elif (copy.nonce, copy.digest) != (nonce_of(entry.data), entry_digest(entry.data)):
+            kind = "note" if note else "entry"
+            raise Corrupt(
+                f"{id}: {kind} {entry.at} differs between the hot log (nonce {nonce_of(entry.data):016x}) and pack "
+                f"{copy.events[0].stored if copy.events else '?'} (nonce {copy.nonce:016x}); the hot log was lost and "
+                "written anew above what had been archived"
+            )
+    return [event for at in sorted(events) for event in events[at]]

@@ -1,0 +1,498 @@
+"""What a producer holds: a trajectory to write to, and the segment that is open on it.
+
+Handles check input and state at the call, in memory; the flusher writes in the background. A handle is a snapshot: once
+another writer has taken a newer epoch, its next write is `Fenced`, and `store.get` gives a handle on the new state. One
+handle belongs to one task at a time.
+"""
+
+import zlib
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, get_args
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from trajstore.entries import Buffer
+from trajstore.errors import Conflict, RoutingError, SchemaError, TrajstoreError
+from trajstore.events import (
+    CLOSED_STATUSES,
+    FINAL_STATUSES,
+    FINISH_REASONS,
+    INLINE_LIMIT,
+    EventId,
+    FinishReason,
+    Header,
+    LateRouting,
+    PayloadInfo,
+    Rewarded,
+    Routing,
+    RoutingAbsent,
+    RoutingObserved,
+    SegmentClosed,
+    SegmentOpened,
+    Status,
+    Tokens,
+    TrajectoryClosed,
+    TrajectoryOpened,
+    WeightVersionSpan,
+)
+from trajstore.fold import input_digest
+from trajstore.history import read_history
+from trajstore.ingest import check_finite, check_json, check_label, logprob_array, token_array
+from trajstore.log.batch import Turn
+from trajstore.log.flusher import Flusher
+from trajstore.log.lane import Lane
+from trajstore.routing import ORIGINS, Origin, RoutingSpec
+from trajstore.summary import summarize
+from trajstore.view import TrajectoryLog
+
+__all__ = ["SegmentWriter", "TrajectoryWriter"]
+
+EVENT_BYTES = 8 << 20
+"""Payload bytes of one event; longer ones are split."""
+
+TokenLoader = Callable[[str, EventId], npt.NDArray[np.int32]]
+
+
+class TrajectoryWriter:
+    """A handle on one trajectory, from `store.create` or `store.get`.
+
+    Attributes:
+        id, group, group_size, routing, metadata: as given at `create`.
+        status: as this handle knows it.
+    """
+
+    def __init__(self, id: str, opened: TrajectoryOpened, flusher: Flusher, load_tokens: TokenLoader) -> None:
+        self.id = id
+        self.group = opened.group
+        self.group_size = opened.group_size
+        self.routing = opened.routing
+        self.metadata: Mapping[str, Any] = opened.metadata
+        self.status = "open"
+        self._flusher = flusher
+        self._load_tokens = load_tokens
+        self._lane: Lane
+        self._notes: Lane | None = None
+        self._last_note: EventId | None = None
+        self._epoch = 0
+        self._recreates = False  # the stream was archived and removed, so the next claim may make it again
+        self._snapshot: EventId | None = None  # tokens are loaded as of this event when first needed
+        self._tokens: array[int] | None = array("i")
+        self._length = 0
+        self._ends: list[int] = []
+        self._open: SegmentWriter | None = None
+        self._foreign_open = False
+
+    @classmethod
+    def create(cls, id: str, opened: TrajectoryOpened, flusher: Flusher, load_tokens: TokenLoader) -> Self:
+        """A new trajectory; its `1-0` is queued."""
+        self = cls(id, opened, flusher, load_tokens)
+        self._lane = flusher.lane(id)
+        self._claim(opened, creates=True)
+        return self
+
+    @classmethod
+    def resume(cls, log: TrajectoryLog, flusher: Flusher, load_tokens: TokenLoader) -> Self:
+        """A handle on what the log holds."""
+        history = read_history(log.events, notes=log.notes)
+        self = cls(log.id, history.opened, flusher, load_tokens)
+        self.status = history.status
+        self._lane = flusher.lane(
+            log.id,
+            acked=log.last_entry if log.in_hot else None,
+            acked_nonce=log.last_nonce if log.in_hot else None,
+            summary=summarize(log.id, log.events),
+        )
+        self._epoch = history.last.epoch
+        self._recreates = not log.in_hot
+        self._snapshot, self._tokens = history.last, None
+        self._length = history.length
+        self._ends = [segment.end for segment in history.segments]
+        self._foreign_open = history.has_open_segment
+        self._last_note = log.notes[-1].at if log.notes else None
+        return self
+
+    def __len__(self) -> int:
+        """Tokens so far."""
+        return self._length
+
+    def __repr__(self) -> str:
+        return f"<TrajectoryWriter {self.id}: {self.status}, {self._length} tokens, epoch {self._epoch}>"
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int32]:
+        """All tokens so far, int32 `[T]`, a copy: the input of a resumed segment."""
+        return np.array(self._known_tokens(), np.int32)
+
+    def segment(
+        self,
+        *,
+        context: npt.ArrayLike = (),
+        base: int | None = None,
+        engine: str = "",
+        weight_version: str = "",
+        sampling: Mapping[str, Any] | None = None,
+    ) -> "SegmentWriter":
+        """Open a segment: one engine call whose input is `tokens[:base]` + `context`.
+
+        Args:
+            context: new input tokens, int `[n]`: the prompt first, tool or environment tokens later, none on a resume.
+            base: tokens of the trajectory that the input begins with, default all of them; fewer rewind it.
+            engine: name and version, e.g. "vllm/0.30.0".
+            weight_version: label of the weights that will sample.
+            sampling: parameters, plain JSON data.
+
+        Returns:
+            The segment, best used as a context manager.
+
+        Raises:
+            Conflict: the trajectory is final, this handle's last segment is still open, or `base` exceeds its tokens.
+            SchemaError: bad tokens or labels.
+        """
+        self._require_writable()
+        if self._open is not None:
+            raise Conflict(f"{self.id}: segment {len(self._ends) - 1} of this handle is still open; close it first")
+        start = self._length if base is None else base
+        if not 0 <= start <= self._length:
+            raise Conflict(f"{self.id}: base {start} lies outside the {self._length} tokens of the trajectory")
+        ids = token_array(context, name="context")
+        if ids.nbytes > EVENT_BYTES:
+            raise SchemaError(f"{self.id}: a context of {len(ids)} tokens; one segment takes {EVENT_BYTES // 4}")
+        tokens = self._known_tokens()
+        given = np.concatenate([np.frombuffer(tokens, np.int32)[:start], ids])
+        info, payload = _payload(ids.data.cast("B")) if len(ids) else (None, None)
+        header = SegmentOpened(
+            base=start,
+            context=len(ids),
+            engine=check_label(engine, name="engine"),
+            weight_version=check_label(weight_version, name="weight_version"),
+            sampling=check_json(sampling, name="sampling"),
+            input_digest=input_digest(given),
+            payload=info,
+        )
+        turn = self._claim(header, payload)
+        self._lane.holds_open = True
+        self._foreign_open = False
+        self.status = "open"
+        del tokens[start:]
+        tokens.frombytes(ids.tobytes())
+        self._length = start + len(ids)
+        self._ends.append(self._length)
+        self._open = SegmentWriter(self, turn, len(self._ends) - 1, start, self._length)
+        return self._open
+
+    def reward(self, reward: float, *, components: Mapping[str, float] | None = None, takeover: bool = False) -> None:
+        """Score the trajectory as it stands; the newest reward counts.
+
+        Args:
+            reward: finite.
+            components: its parts by name, finite.
+            takeover: also while another writer's segment is open, which fences that writer.
+
+        Raises:
+            Conflict: a segment of another writer is open, or the trajectory is final.
+        """
+        self._require_writable()
+        header = Rewarded(
+            reward=check_finite(reward, name="reward"),
+            components={
+                check_label(name, name="a reward component"): check_finite(value, name=f"reward component {name!r}")
+                for name, value in (components or {}).items()
+            },
+        )
+        self._require_no_segment("reward", takeover=takeover)
+        self._claim(header)
+
+    def close(self, status: Status = "completed", *, takeover: bool = False) -> None:
+        """End the trajectory. `aborted` may be resumed; completed, truncated and failed are final.
+
+        A segment that this handle has open is closed first, as `abort`.
+
+        Raises:
+            Conflict: a segment of another writer is open (and not `takeover`), or the trajectory is final already.
+        """
+        if status not in CLOSED_STATUSES:
+            raise SchemaError(f"{status!r} is no status to close with; use one of {', '.join(CLOSED_STATUSES)}")
+        self._require_writable()
+        self._require_no_segment("close", takeover=takeover)
+        self._claim(TrajectoryClosed(status=status))
+        self.status = status
+
+    def observe(self, rows: npt.ArrayLike, *, start: int, source: str, weight_version: str = "") -> None:
+        """Record another party's routing of rows `[start, start + n)`, for audits; at any time, also after the close.
+
+        Args:
+            rows: `[n, L, K]` or `[n, num_hidden_layers, K]`, any integer dtype.
+            source: who observed it, e.g. "trainer".
+
+        Raises:
+            RoutingError: bad rows, or past the trajectory's end.
+        """
+        label = check_label(source, name="source")
+        version = check_label(weight_version, name="weight_version")
+        for at, part in self._split(rows, start, self._length):
+            info, payload = _payload(part.reshape(-1).view(np.uint8).data)
+            header = RoutingObserved(source=label, start=at, rows=len(part), payload=info, weight_version=version)
+            self._note(header, payload)
+
+    def late_routing(self, rows: npt.ArrayLike, *, segment: int, start: int, origin: Origin = "computed") -> None:
+        """Record rows that arrived after their segment's epoch was over; they fold as that segment's last recording.
+
+        Raises:
+            RoutingError: bad rows, or past the segment's end.
+            Conflict: there is no such segment, or it is still open.
+        """
+        if not 0 <= segment < len(self._ends):
+            raise Conflict(f"{self.id} has {len(self._ends)} segments; there is no segment {segment}")
+        if self._open is not None and segment == len(self._ends) - 1:
+            raise Conflict(f"{self.id}: segment {segment} is still open; record to it directly")
+        for at, part in self._split(rows, start, self._ends[segment]):
+            info, payload = _payload(part.reshape(-1).view(np.uint8).data)
+            self._note(
+                LateRouting(segment=segment, start=at, rows=len(part), payload=info, origin=_origin(origin)), payload
+            )
+
+    # Shared with the open segment
+
+    def _append(self, turn: Turn, header: Header, payload: Buffer | None = None) -> None:
+        self._flusher.append(self._lane, turn, header, payload)
+
+    def _took(self, ids: npt.NDArray[np.int32]) -> None:
+        self._known_tokens().frombytes(ids.tobytes())
+        self._length += len(ids)
+        self._ends[-1] = self._length
+
+    def _segment_closed(self) -> None:
+        self._open = None
+        self._lane.holds_open = False
+
+    def _split(self, rows: npt.ArrayLike, start: int, end: int) -> list[tuple[int, npt.NDArray[Any]]]:
+        """Checked rows in parts that fit one event, with their starts."""
+        spec = self._require_spec()
+        if isinstance(start, bool) or not isinstance(start, int | np.integer) or start < 0:
+            raise RoutingError(f"{self.id}: start must be a position, not {start!r}")
+        checked = spec.narrow(rows, start=int(start))
+        if start + len(checked) > end:
+            raise RoutingError(
+                f"{self.id}: rows {start} to {start + len(checked) - 1} reach past the {end} tokens there are "
+                "(record tokens before their routing; a row belongs to the token that was the input)",
+                row=end,
+            )
+        step = max(1, EVENT_BYTES // spec.row_bytes)
+        return [(int(start) + i, checked[i : i + step]) for i in range(0, len(checked), step)]
+
+    def _require_spec(self) -> RoutingSpec:
+        if self.routing is None:
+            raise RoutingError(f"{self.id} was created without a routing spec; give routing=RoutingSpec(...) at create")
+        return self.routing
+
+    def _claim(self, header: Header, payload: Buffer | None = None, *, creates: bool = False) -> Turn:
+        """Open the next epoch with this event."""
+        turn = Turn(self._epoch + 1, creates=creates or self._recreates)
+        self._append(turn, header, payload)
+        self._epoch += 1
+        self._recreates = False
+        return turn
+
+    def _note(self, header: Header, payload: Buffer | None) -> None:
+        if self._notes is None:
+            self._notes = self._flusher.lane(self.id, note=True, acked=self._last_note)
+        self._flusher.append(self._notes, Turn(0), header, payload)
+
+    def _known_tokens(self) -> "array[int]":
+        if self._tokens is None:
+            tokens: array[int] = array("i")
+            if self._snapshot is not None:
+                tokens.frombytes(self._load_tokens(self.id, self._snapshot).tobytes())
+            self._tokens = tokens
+        return self._tokens
+
+    def _require_writable(self) -> None:
+        if self._lane.error is not None:
+            raise self._lane.error.with_traceback(None)
+        if self.status in FINAL_STATUSES:
+            raise Conflict(f"{self.id} is {self.status}, which is final; create a new trajectory")
+
+    def _require_no_segment(self, what: str, *, takeover: bool) -> None:
+        if self._open is not None:
+            self._open.close("abort")
+        elif self._foreign_open and not takeover:
+            raise Conflict(
+                f"{self.id}: another writer's segment is open. Wait for it, or {what} with takeover=True, which fences "
+                "that writer"
+            )
+        self._foreign_open = False
+
+
+class SegmentWriter:
+    """An open segment. Leaving its `with` block closes it: as `abort`, or as `error` on an exception.
+
+    Attributes:
+        index: 0-based number of the segment in its trajectory.
+        base: tokens of the trajectory that the input began with.
+        start: position of its first output token, base + context.
+    """
+
+    def __init__(self, trajectory: TrajectoryWriter, turn: Turn, index: int, base: int, start: int) -> None:
+        self.index = index
+        self.base = base
+        self.start = start
+        self._trajectory = trajectory
+        self._turn = turn
+        self._closed = False
+        self._told_routing = False
+
+    @property
+    def end(self) -> int:
+        """Position after the last token so far."""
+        return self._trajectory._ends[self.index]
+
+    @property
+    def closed(self) -> bool:
+        """True once `close` was called."""
+        return self._closed
+
+    def tokens(self, token_ids: npt.ArrayLike, logprobs: npt.ArrayLike | None = None) -> None:
+        """Append sampled tokens.
+
+        Args:
+            token_ids: int `[n]`.
+            logprobs: float `[n]`, natural log; NaN and infinities are kept and flagged. None: not known.
+
+        Raises:
+            SchemaError: bad tokens, or not one logprob per token.
+            Fenced: another writer has taken the trajectory over; sticky.
+        """
+        self._require_open()
+        ids = token_array(token_ids)
+        probs = None if logprobs is None else logprob_array(logprobs, count=len(ids))
+        step = EVENT_BYTES // 8
+        for i in range(0, len(ids), step):
+            part = ids[i : i + step]
+            data = part.tobytes()
+            nonfinite = 0
+            if probs is not None:
+                data += probs[i : i + step].tobytes()
+                nonfinite = len(part) - int(np.count_nonzero(np.isfinite(probs[i : i + step])))
+            info, payload = _payload(data)
+            header = Tokens(
+                start=self.end, count=len(part), payload=info, logprobs=probs is not None, nonfinite=nonfinite
+            )
+            self._trajectory._append(self._turn, header, payload)
+            self._trajectory._took(part)
+
+    def routing(self, rows: npt.ArrayLike, *, start: int, origin: Origin = "computed") -> None:
+        """Record routed experts of rows `[start, start + n)`.
+
+        Row *i* is the routing used when the token at position *i* was the input, so a complete segment has one row less
+        than tokens. Rows of the prefix, and one surplus row at the end, are welcome; their absolute position says what
+        they are.
+
+        Args:
+            rows: `[n, L, K]`, or `[n, num_hidden_layers, K]` of which the spec's layers are taken; any integer dtype.
+            start: absolute position of the first row.
+            origin: what the rows are, see `trajstore.routing.Origin`.
+
+        Raises:
+            RoutingError: wrong shape, id out of range, repeated expert, rows past the last token.
+        """
+        self._require_open()
+        origin = _origin(origin)
+        for at, part in self._trajectory._split(rows, start, self.end):
+            info, payload = _payload(part.reshape(-1).view(np.uint8).data)
+            header = Routing(start=at, rows=len(part), payload=info, origin=origin)
+            self._trajectory._append(self._turn, header, payload)
+            self._told_routing = True
+
+    def no_routing(self, reason: str) -> None:
+        """Say that this segment has no (more) routing, and why."""
+        self._require_open()
+        self._trajectory._append(self._turn, RoutingAbsent(reason=check_label(reason, name="reason")))
+        self._told_routing = True
+
+    def close(
+        self,
+        finish_reason: FinishReason,
+        *,
+        cached_tokens: int | None = None,
+        retractions: int = 0,
+        weight_versions: Sequence[WeightVersionSpan | tuple[str, int, int]] = (),
+    ) -> None:
+        """End the segment.
+
+        Args:
+            finish_reason: stop, length, abort or error.
+            cached_tokens: input tokens that came from a prefix cache.
+            retractions: how often the engine dropped the request's state and computed it again.
+            weight_versions: spans `(version, start, end)` over the output tokens, if the weights changed on the way.
+
+        Raises:
+            SchemaError: an unknown reason, or spans that do not fit the output.
+            TrajstoreError: what stopped the writing before (sticky).
+        """
+        self._require_open()
+        if finish_reason not in FINISH_REASONS:
+            raise SchemaError(f"{finish_reason!r} is no finish reason; use one of {', '.join(FINISH_REASONS)}")
+        spans = _spans(weight_versions, self.end - self.start)
+        if not self._told_routing and self._trajectory.routing is not None:
+            self._trajectory._append(self._turn, RoutingAbsent(reason="not recorded"))
+        header = SegmentClosed(
+            finish_reason=finish_reason, cached_tokens=cached_tokens, retractions=retractions, weight_versions=spans
+        )
+        self._trajectory._append(self._turn, header)
+        self._closed = True
+        self._trajectory._segment_closed()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._closed:
+            return
+        if error is None:
+            self.close("abort")
+            return
+        try:
+            self.close("error")
+        except TrajstoreError:  # the exception on its way out tells more
+            self._closed = True
+            self._trajectory._segment_closed()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise Conflict(f"{self._trajectory.id}: segment {self.index} is closed; open another one")
+        error = self._trajectory._lane.error
+        if error is not None:
+            raise error.with_traceback(None)
+
+
+def _payload(data: bytes | memoryview) -> tuple[PayloadInfo, Buffer | None]:
+    """What the header says of the bytes, and the bytes that go beside it (None if they ride in it)."""
+    crc = zlib.crc32(data)
+    if len(data) < INLINE_LIMIT:
+        return PayloadInfo(nbytes=len(data), crc=crc, inline=bytes(data)), None
+    return PayloadInfo(nbytes=len(data), crc=crc), data
+
+
+def _origin(origin: str) -> Origin:
+    if origin not in ORIGINS:
+        raise SchemaError(f"{origin!r} is no origin of routing rows; use one of {', '.join(get_args(Origin))}")
+    return origin
+
+
+def _spans(spans: Sequence[WeightVersionSpan | tuple[str, int, int]], output: int) -> tuple[WeightVersionSpan, ...]:
+    result: list[WeightVersionSpan] = []
+    for span in spans:
+        version, start, end = span if isinstance(span, tuple) else msgspec.structs.astuple(span)
+        earlier = result[-1].end if result else 0
+        if not earlier <= start <= end <= output:
+            raise SchemaError(
+                f"weight version span {(version, start, end)} must ascend within the segment's {output} output tokens"
+            )
+        result.append(WeightVersionSpan(check_label(version, name="weight version"), start, end))
+    return tuple(result)
