@@ -1,43 +1,36 @@
 """The archiver: follows the feed, collects finished epochs of many trajectories, writes packs, trims the hot log.
 
-For each partition it holds the lease; what makes two archivers safe is the numbered manifest record. The archive never
-runs ahead of a server that may crash: an entry is published only after it was seen, the fsync horizon has passed, and
-it is seen again, the same, on a server that has not restarted meanwhile. Everything from publish to trim uses only
-commands that a full server lets pass.
+For each partition it holds the lease; what makes two archivers safe is the numbered manifest record. What may go is
+decided in `archive/staging.py`. Everything from publish to trim uses only commands that a full server lets pass.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import msgspec
 import redis
 
+from trajstore.abandon import close_abandoned
+from trajstore.archive.manifest import Manifest
 from trajstore.archive.reader import ArchiveReader
-from trajstore.archive.select import finished_entries, ripe_prefix
-from trajstore.archive.writer import PackWriter, StagedEntry
-from trajstore.entries import Event, entry_digest
-from trajstore.errors import Conflict, Corrupt, Fenced, SchemaError, StoreFull, TrajstoreError, Unavailable
-from trajstore.events import FINAL_STATUSES, EventId, TrajectoryOpened, UnknownEvent
-from trajstore.log.batch import payload_field
+from trajstore.archive.staging import Look, Part, first_look, second_look, trim_commands
+from trajstore.archive.writer import PackWriter
+from trajstore.errors import Conflict, Corrupt, Fenced, SchemaError
 from trajstore.log.feed import ARCHIVER, FeedFollower, Hint
 from trajstore.log.flusher import FSYNC_HORIZON
 from trajstore.log.lease import Lease
-from trajstore.log.reader import HotEntry
 from trajstore.log.wire import Command, server_info, translate
 from trajstore.materializer import worker_name
-from trajstore.routing import RoutingSpec
 from trajstore.store import Store
-from trajstore.summary import Summary, advance
 
 __all__ = ["Archived", "Archiver"]
 
 log = logging.getLogger(__name__)
 
-Key = tuple[bool, EventId]
-"""(is a note, id) of an entry."""
+_LOOKED_AT = 4096
+"""Trajectories of one partition between their two looks; the feed holds the others."""
 
 
 class Archived(msgspec.Struct):
@@ -52,6 +45,7 @@ class Archived(msgspec.Struct):
         waiting: trajectories seen, not archived yet.
         partitions: held now.
         refused: trajectories that cannot be archived; each is logged, and stays in the hot log.
+        abandoned: trajectories whose writer was gone, closed as aborted.
     """
 
     packs: int = 0
@@ -62,44 +56,7 @@ class Archived(msgspec.Struct):
     waiting: int = 0
     partitions: int = 0
     refused: int = 0
-
-
-@dataclass(slots=True)
-class _Ripening:
-    """A trajectory between the first look and the second.
-
-    Attributes:
-        hints: to be acknowledged with it.
-        later: hints that came after the first look; they make it ripen again.
-        seen: digests of its entries and notes at the first look.
-        nbytes: payload bytes of them.
-        since: when that was, monotonic.
-        server: run id of the server then.
-    """
-
-    hints: list[Hint]
-    seen: dict[Key, str]
-    nbytes: int
-    since: float
-    server: str
-    later: list[Hint] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Part:
-    """What is archived of one trajectory in one go."""
-
-    id: str
-    ripening: _Ripening
-    staged: list[StagedEntry]
-    spec: RoutingSpec | None
-    summary: Summary | None
-    entries: list[HotEntry]
-    notes: list[HotEntry]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(len(data) for entry in self.staged for data in entry.payloads)
+    abandoned: int = 0
 
 
 class Archiver:
@@ -113,6 +70,9 @@ class Archiver:
         abandon_seconds: an open segment without progress for so long is closed as aborted, its writer fenced.
         grace_seconds: how long the emptied keys of a final trajectory stay.
         on_step: hears the steps of each publish: staged, synced, moved, recorded, trimmed.
+
+    Raises:
+        Conflict: the store has no archive.
     """
 
     def __init__(
@@ -141,8 +101,7 @@ class Archiver:
         self._lease = Lease(store.wire, store.keys, self.name, seconds=lease_seconds)
         self._feed = FeedFollower(store.wire, store.keys, ARCHIVER, self.name)
         self._horizon = 0.0 if server_info(store.wire).fsyncs_always else FSYNC_HORIZON
-        self._waiting: dict[int, dict[str, _Ripening]] = {}
-        self._quiet: dict[str, tuple[str, float]] = {}
+        self._waiting: dict[int, dict[str, Look]] = {}
         self._next_lease = self._next_sweep = 0.0
 
     def run(
@@ -154,23 +113,31 @@ class Archiver:
     ) -> Archived:
         """Work until stopped, or with `once` until what is there is archived.
 
+        Partitions whose lease another holds are waited for, with `once` no longer than the lease lasts: then their
+        holder is alive and at work.
+
         Raises:
-            Unavailable: with `once`, when the server does not answer; else it keeps trying.
+            OSError: with `once`, when the server does not answer (`Unavailable`) or a pack cannot be written (a full
+                disk); without, it keeps trying.
         """
         stopped = stop or threading.Event()
+        patience = time.monotonic() + 1.5 * self._lease_seconds
         while not stopped.is_set():
             try:
                 busy = self._turn(once=once, stopped=stopped)
-            except (Unavailable, StoreFull) as error:
+            except OSError as error:  # Unavailable and StoreFull are such, and so is a full disk
                 if once:
                     raise
                 log.warning("archiving pauses: %s", error)
+                self._waiting.clear()  # taking the partitions anew brings back every hint that was read
+                self._next_lease = 0.0
                 stopped.wait(1.0)
                 continue
             self.done.waiting = sum(len(waiting) for waiting in self._waiting.values())
             self.done.partitions = len(self._waiting)
             on_progress(self.done)
-            if once and not busy and not self.done.waiting:
+            held_all = len(self._waiting) == self._store.partitions
+            if once and not busy and not self.done.waiting and (held_all or time.monotonic() > patience):
                 break
         self._leave()
         return self.done
@@ -183,18 +150,18 @@ class Archiver:
             self._next_lease = now + self._lease_seconds / 3
             hints += self._hold_leases()
             self._feed.trim(self._waiting)
-        hints += self._feed.poll(list(self._waiting), count=256, block=0.2)
-        if not self._waiting:
+        roomy = [partition for partition, waiting in self._waiting.items() if len(waiting) < _LOOKED_AT]
+        hints += self._feed.poll(roomy, count=256, block=0.2)
+        if not roomy:
             stopped.wait(0.2)
-        for hint in hints:
-            self._notice(hint)
+        self._notice(hints)
         for partition in list(self._waiting):
             ripe = self._ripe(partition, at_once=once)
             if ripe and not stopped.is_set():
                 self._archive_ripe(partition, ripe)
         if now >= self._next_sweep:
             self._next_sweep = now + min(self._abandon_seconds / 4, 3600.0)
-            self._sweep_abandoned(now)
+            self.done.abandoned += close_abandoned(self._store, self._waiting, after=self._abandon_seconds)
         return bool(hints)
 
     # Leases
@@ -225,220 +192,126 @@ class Archiver:
 
     # From hint to ripe
 
-    def _notice(self, hint: Hint) -> None:
-        """First look at a trajectory, unless it is ripening already."""
-        waiting = self._waiting.get(hint.partition)
-        if waiting is None:
+    def _notice(self, hints: Iterable[Hint]) -> None:
+        """First look at the trajectories that hints tell of, one look for all hints of a trajectory."""
+        fresh: dict[tuple[int, str], list[Hint]] = {}
+        for hint in hints:
+            waiting = self._waiting.get(hint.partition)
+            if waiting is None:
+                continue
+            known = waiting.get(hint.id)
+            if known is None:
+                fresh.setdefault((hint.partition, hint.id), []).append(hint)
+            else:
+                (known.hints if known.covers(hint) else known.later).append(hint)
+        if not fresh:
             return
-        known = waiting.get(hint.id)
-        if known is not None:
-            known.later.append(hint)
-            return
-        entries, notes = self._store.hot.read(hint.id)
-        waiting[hint.id] = _Ripening(
-            hints=[hint],
-            seen={key: entry_digest(entry.data) for key, entry in _keyed(entries, notes)},
-            nbytes=sum(len(entry.data) for _, entry in _keyed(entries, notes)),
-            since=time.monotonic(),
-            server=server_info(self._store.wire).run_id if self._horizon else "",
-        )
+        server = self._server()
+        for partition, id in fresh:
+            manifest = self._archive.manifest(partition)
+            self._waiting[partition][id] = first_look(
+                self._store.hot,
+                manifest,
+                id,
+                fresh[partition, id],
+                now=time.monotonic(),
+                horizon=self._horizon,
+                server=server,
+            )
 
     def _ripe(self, partition: int, *, at_once: bool) -> list[str]:
         """Trajectories to archive now: past the horizon, and enough of them or long enough."""
         now = time.monotonic()
         waiting = self._waiting[partition]
-        ripe = [id for id, one in waiting.items() if now - one.since >= self._horizon]
+        ripe = [id for id, look in waiting.items() if now >= look.ripe_at]
         if not ripe or at_once:
             return ripe
-        oldest = min(waiting[id].since for id in ripe)
+        oldest = min(waiting[id].ripe_at for id in ripe)
         enough = sum(waiting[id].nbytes for id in ripe) >= self._pack_bytes
-        return ripe if enough or now - oldest >= self._horizon + self._pack_seconds else []
+        return ripe if enough or now - oldest >= self._pack_seconds else []
 
     # From ripe to trimmed
 
     def _archive_ripe(self, partition: int, ripe: Sequence[str]) -> None:
         manifest = self._archive.manifest(partition)
-        manifest.refresh()
-        server = server_info(self._store.wire).run_id if self._horizon else ""
-        parts: list[_Part] = []
+        newest = manifest.refresh()  # what is decided below stands on the records up to here, see Manifest.append
+        server = self._server()
+        parts: list[Part] = []
         for id in ripe:
-            ripening = self._waiting[partition].pop(id)
-            if ripening.server != server:  # it restarted: what it came back with must ripen anew
-                self._again([*ripening.hints, *ripening.later])
+            look = self._waiting[partition].pop(id)
+            if look.server != server:  # it restarted: what it came back with must ripen anew
+                self._notice([*look.hints, *look.later])
                 continue
             try:
-                part = self._second_look(id, ripening)
+                part = second_look(self._store.hot, self._archive, manifest, id, look)
             except (SchemaError, Corrupt) as error:
                 self.done.refused += 1
                 log.error("%s cannot be archived and stays in the hot log: %s", id, error)
                 continue
             if part.staged and sum(other.nbytes for other in parts) + part.nbytes > self._pack_bytes:
-                if not self._publish(partition, parts):
+                published = self._publish(partition, manifest, newest, parts)
+                if published is None:
                     return
-                parts = []
+                newest, parts = published, []
             parts.append(part)
-        if self._publish(partition, parts):
-            self._again(hint for part in parts for hint in part.ripening.later)
+        self._publish(partition, manifest, newest, parts)
 
-    def _again(self, hints: Iterable[Hint]) -> None:
-        for hint in list(hints):
-            self._notice(hint)
+    def _publish(self, partition: int, manifest: Manifest, newest: int, parts: Sequence[Part]) -> int | None:
+        """Write packs, one for each routing shape, then acknowledge and trim.
 
-    def _second_look(self, id: str, ripening: _Ripening) -> _Part:
-        """Read a trajectory again; what is still the same and finished may go.
-
-        Raises:
-            SchemaError: an event that this version does not know, so cannot write as it was.
-            Corrupt: a payload is missing.
+        Returns:
+            Number of the newest record; None if the partition was lost.
         """
-        entries, notes = self._store.hot.read(id)
-        manifest = self._archive.manifest(self._store.keys.partition(id))
-        archived, last_note = manifest.last_entry(id), manifest.last_note(id)
-        seen = {at: digest for (note, at), digest in ripening.seen.items() if not note}
-        seen_notes = {at: digest for (note, at), digest in ripening.seen.items() if note}
-        ripe = set(ripe_prefix([(e.at, entry_digest(e.data)) for e in entries], seen, archived))
-        decoded = [(entry, entry.events()) for entry in entries if entry.at in ripe]
-        decoded = decoded[: finished_entries([(entry.at, events) for entry, events in decoded])]
-        ripe_notes = ripe_prefix(
-            [(e.at, entry_digest(e.data)) for e in notes], seen_notes, EventId(last_note, 0) if last_note else None
-        )
-        decoded_notes = [(entry, entry.events(note=True)) for entry in notes if entry.at in ripe_notes]
-        summary = manifest.summary(id)
-        for _, events in decoded:
-            for event in events:
-                if isinstance(event.header, UnknownEvent):
-                    raise SchemaError(f"event {event.id} is a {event.type} that this version does not know")
-                summary = advance(summary, id, event.at, event.time, event.header)
-        staged = [self._stage(id, entry, events, note=False) for entry, events in decoded]
-        staged += [self._stage(id, entry, events, note=True) for entry, events in decoded_notes]
-        return _Part(
-            id=id,
-            ripening=ripening,
-            staged=staged,
-            spec=self._spec(id, decoded) if staged else None,
-            summary=summary,
-            entries=entries,
-            notes=notes,
-        )
-
-    def _stage(self, id: str, entry: HotEntry, events: Sequence[Event], *, note: bool) -> StagedEntry:
-        payloads = []
-        for event, data in zip(events, self._store.hot.payloads(id, events), strict=True):
-            if data is None:
-                raise Corrupt(f"the payload of event {event.id} is gone from the hot log")
-            payloads.append(data)
-        return StagedEntry(entry.at, note, entry.data, entry.decoded(), payloads)
-
-    def _spec(self, id: str, decoded: Sequence[tuple[HotEntry, Sequence[Event]]]) -> RoutingSpec | None:
-        first = decoded[0][1][0].header if decoded else None
-        if not isinstance(first, TrajectoryOpened):
-            first = self._archive.read(id)[0][0].events[0].header
-        return first.routing if isinstance(first, TrajectoryOpened) else None
-
-    def _publish(self, partition: int, parts: Sequence[_Part]) -> bool:
-        """Write packs, one for each routing shape, then acknowledge and trim; False if the partition was lost."""
         if not self._lease.renew(partition):
             self._drop(partition)
-            return False
-        shapes: dict[tuple[int, int, str] | None, list[_Part]] = {}
-        for part in parts:
-            if part.staged:
-                spec = part.spec
-                shape = None if spec is None else (spec.num_layers, spec.top_k, spec.dtype.str)
-                shapes.setdefault(shape, []).append(part)
-        if None in shapes and len(shapes) > 1:  # tokens without routing go along with any
-            plain = shapes.pop(None)
-            next(iter(shapes.values())).extend(plain)
-        for together in shapes.values():
+            return None
+        for together in _by_shape(part for part in parts if part.staged):
             spec = next((part.spec for part in together if part.spec is not None), None)
             writer = PackWriter(self._archive.root, self._archive.info, partition, spec)
             for part in together:
                 writer.add(part.id, part.staged, summary=part.summary)
             try:
-                record = writer.publish(self._archive.manifest(partition), writer=self.name, on_step=self._on_step)
+                record = writer.publish(manifest, newest + 1, writer=self.name, on_step=self._on_step)
             except Fenced as error:
                 log.warning("%s", error)
                 self._drop(partition)
-                return False
-            self._archive.manifest(partition).refresh()
+                return None
+            newest = record.number
             self.done.packs += 1
             self.done.stored += sum(file.size for file in record.files.values())
             self.done.trajectories += len(together)
             self.done.entries += sum(len(part.staged) for part in together)
             self.done.nbytes += sum(part.nbytes for part in together)
-        self._trim(partition, parts)
+        self._trim(partition, manifest, parts)
         self._on_step("trimmed")
-        return True
+        self._notice(hint for part in parts for hint in part.look.later)
+        return newest
 
-    def _trim(self, partition: int, parts: Sequence[_Part]) -> None:
-        """Acknowledge hints and drop what the archive holds from the hot log, one transaction a trajectory."""
+    def _trim(self, partition: int, manifest: Manifest, parts: Sequence[Part]) -> None:
         commands: list[Command] = []
         for part in parts:
-            commands += [("MULTI",), *self._trim_commands(partition, part), ("EXEC",)]
+            acknowledgement = self._feed.acknowledgement(partition, part.look.hints)
+            commands += trim_commands(
+                self._store.keys, manifest, part, acknowledgement=acknowledgement, grace=self._grace_seconds
+            )
         for reply in self._store.wire.exchange(commands):
             if isinstance(reply, redis.RedisError):
                 raise translate(reply, "trimming")
 
-    def _trim_commands(self, partition: int, part: _Part) -> list[Command]:
-        keys, id = self._store.keys, part.id
-        manifest = self._archive.manifest(partition)
-        last, last_note = manifest.last_entry(id), manifest.last_note(id)
-        commands: list[Command] = []
-        acknowledged = self._feed.acknowledgement(partition, part.ripening.hints)
-        if acknowledged is not None:
-            commands.append(acknowledged)
-        fields: list[str] = []
-        if last is not None:
-            commands.append(("XTRIM", keys.entries(id), "MINID", f"{last.epoch}-{last.seq + 1}"))
-            fields += [name for entry in part.entries if entry.at <= last for name in _fields(entry, note=False)]
-        if last_note:
-            commands.append(("XTRIM", keys.notes(id), "MINID", f"{last_note + 1}-0"))
-            fields += [
-                name for entry in part.notes if entry.at.epoch <= last_note for name in _fields(entry, note=True)
-            ]
-        if fields:
-            commands.append(("HDEL", keys.payloads(id), *fields))
-        summary = manifest.summary(id)
-        left = any(last is None or entry.at > last for entry in part.entries)
-        left |= any(entry.at.epoch > last_note for entry in part.notes)
-        if summary is not None and summary.status in FINAL_STATUSES and not left:
-            grace = int(self._grace_seconds * 1000)
-            commands += [("PEXPIRE", key, grace) for key in (keys.entries(id), keys.payloads(id), keys.notes(id))]
-            commands.append(("HDEL", keys.summaries(partition), id))
-        return commands
-
-    # Writers that are gone
-
-    def _sweep_abandoned(self, now: float) -> None:
-        """Close open segments that have not moved for too long by this process's clock, which nobody can set back."""
-        quiet: dict[str, tuple[str, float]] = {}
-        for partition in self._waiting:
-            for summary in self._store.hot.summaries(partition):
-                if summary.has_open_segment:
-                    last, since = self._quiet.get(summary.id, ("", now))
-                    since = since if last == summary.last else now
-                    quiet[summary.id] = (summary.last, since)
-                    if now - since >= self._abandon_seconds:
-                        self._abandon(summary)
-        self._quiet = quiet
-
-    def _abandon(self, summary: Summary) -> None:
-        try:
-            if self._store.events(summary.id)[-1].id == summary.last:
-                self._store.get(summary.id).close("aborted", takeover=True)
-                self._store.flush(summary.id)
-                log.warning("%s was open without progress since %s and is closed as aborted", summary.id, summary.last)
-        except TrajstoreError as error:
-            log.warning("%s could not be closed as abandoned: %s", summary.id, error)
+    def _server(self) -> str:
+        """Run id of the server, "" where it cannot lose anything: another one means that it restarted."""
+        return server_info(self._store.wire).run_id if self._horizon else ""
 
 
-def _keyed(entries: Iterable[HotEntry], notes: Iterable[HotEntry]) -> list[tuple[Key, HotEntry]]:
-    return [((False, entry.at), entry) for entry in entries] + [((True, entry.at), entry) for entry in notes]
-
-
-def _fields(entry: HotEntry, *, note: bool) -> list[str]:
-    return [
-        payload_field(event.at, event.nonce, note=note)
-        for event in entry.events(note=note)
-        if event.payload is not None and event.payload.inline is None
-    ]
+def _by_shape(parts: Iterable[Part]) -> list[list[Part]]:
+    """Parts that one pack can hold together; tokens without routing go along with any."""
+    shapes: dict[tuple[int, int, str] | None, list[Part]] = {}
+    for part in parts:
+        shapes.setdefault(part.shape, []).append(part)
+    plain = shapes.pop(None, [])
+    if plain and not shapes:
+        return [plain]
+    together = list(shapes.values())
+    if plain:
+        together[0] += plain
+    return together

@@ -25,7 +25,7 @@ class FileDigest(msgspec.Struct, frozen=True):
     sha256: str
 
 
-class PackedTrajectory(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class PackedTrajectory(msgspec.Struct, frozen=True, kw_only=True):
     """What a pack holds of one trajectory. The same lines stand in the pack's array `trajectories`.
 
     Attributes:
@@ -75,7 +75,7 @@ class Manifest:
     def __init__(self, root: ArchiveRoot, partition: int) -> None:
         self._folder = root.manifest_folder(partition)
         self._lock = threading.Lock()
-        self._read = 0
+        self._newest = 0
         self._packs: dict[str, list[tuple[str, PackedTrajectory]]] = {}
         self._files: dict[str, dict[str, FileDigest]] = {}
 
@@ -87,15 +87,15 @@ class Manifest:
             SchemaError: a record of a newer format.
         """
         with self._lock:
-            while (record := self._load(self._read + 1)) is not None:
-                self._read = record.number
-                self._files[record.pack] = record.files
-                for packed in record.trajectories:
-                    self._packs.setdefault(packed.id, []).append((record.pack, packed))
-            return self._read
+            while (record := self._load(self._newest + 1)) is not None:
+                self._take(record)
+            return self._newest
 
     def append(self, record: Record) -> None:
         """Publish a record durably.
+
+        Its number is one above the newest that the archiver knew when it decided what to archive: a record written
+        since by another makes that decision stale, and has taken the number.
 
         Raises:
             Fenced: another archiver has written this number.
@@ -107,6 +107,9 @@ class Manifest:
                 f"record {record.number} of partition {record.partition} was written by another archiver; this one's "
                 "lease is over, and its pack stays unpublished"
             ) from error
+        with self._lock:
+            if record.number == self._newest + 1:  # a reader of this process may have read it meanwhile
+                self._take(record)
 
     def packs_of(self, id: str) -> list[tuple[str, PackedTrajectory]]:
         """(pack name, what it holds) of a trajectory, oldest first, as of the last refresh."""
@@ -136,6 +139,12 @@ class Manifest:
         """Files of every pack by the pack's name, as of the last refresh."""
         with self._lock:
             return dict(self._files)
+
+    def _take(self, record: Record) -> None:
+        self._newest = record.number
+        self._files[record.pack] = record.files
+        for packed in record.trajectories:
+            self._packs.setdefault(packed.id, []).append((record.pack, packed))
 
     def _load(self, number: int) -> Record | None:
         path = self._path(number)

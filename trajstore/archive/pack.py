@@ -77,7 +77,7 @@ def encode_entries(entries: Sequence[PackedEntry]) -> bytes:
     return b"".join(_encode(_without_inline(entry)) + b"\n" for entry in entries)
 
 
-def decode_entries(lines: bytes, *, pack: str) -> list[ReadEntry]:
+def decode_entries(lines: bytes, *, pack: str, id: str) -> list[ReadEntry]:
     """Entries of one trajectory from its part of `events`.
 
     Raises:
@@ -88,7 +88,7 @@ def decode_entries(lines: bytes, *, pack: str) -> list[ReadEntry]:
         try:
             raw = _decode(line)
         except msgspec.MsgspecError as error:
-            raise Corrupt(f"pack {pack}: a line of its events cannot be read: {error}") from error
+            raise Corrupt(f"pack {pack} is damaged: an entry of trajectory {id} cannot be read: {error}") from error
         at, nonce = EventId.parse(raw.id), int(raw.nonce, 16)
         events = [
             Event(

@@ -109,7 +109,7 @@ class ArchiveReader:
         lines = self._slice(pack, "events", offset, offset + length, id).tobytes()
         if len(lines) != length:
             raise Corrupt(f"pack {pack} holds {len(lines)} of {length} event bytes of trajectory {id}")
-        return decode_entries(lines, pack=f"{pack}")
+        return decode_entries(lines, pack=pack, id=id)
 
     def _rows(self, event: Event, array: str, id: str) -> np.ndarray[Any, Any]:
         pieces = [self._slice(event.stored, array, row, row + count, id) for row, count in event.extents]

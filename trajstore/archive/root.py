@@ -7,7 +7,6 @@ staging/01ABC.../                  packs being written
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import msgspec
@@ -128,15 +127,6 @@ class ArchiveRoot:
             raise Unavailable(f"{staged} is gone; another archiver has cleaned up after this one") from error
         sync_folder(target.parent)
         sync_folder(target.parent.parent)
-
-    def discard(self, folder: Path) -> None:
-        """Remove a staged pack. Renamed first, so that whoever still holds it cannot publish half of it."""
-        trash = folder.with_name(f"{folder.name}.trash")
-        try:
-            folder.rename(trash)
-        except FileNotFoundError:
-            return
-        shutil.rmtree(trash)
 
 
 def write_new(path: Path, data: bytes) -> None:

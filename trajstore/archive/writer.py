@@ -89,13 +89,17 @@ class PackWriter:
         self._events.append(lines)
         self._event_bytes += len(lines)
 
-    def publish(self, manifest: Manifest, *, writer: str, on_step: Callable[[PublishStep], None]) -> Record:
+    def publish(
+        self, manifest: Manifest, number: int, *, writer: str, on_step: Callable[[PublishStep], None]
+    ) -> Record:
         """Write, fsync, move into place, then write the record: only with it does the pack exist.
+
+        Args:
+            number: of the record, one above the newest that was known when this pack's content was decided.
 
         Raises:
             Fenced: another archiver has written the record of this number.
         """
-        number = manifest.refresh() + 1
         name = str(ULID())
         staged = self._root.stage(name)
         self._write(staged / "pack")

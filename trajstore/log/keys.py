@@ -58,6 +58,10 @@ class Keys:
         """Stream of one entry whose pending owner holds the partition's archiver lease."""
         return f"{self._tag(partition)}:lease"
 
+    def quiet(self, partition: int) -> str:
+        """Hash of open segments: the last event of each, and when it was first seen so (server time)."""
+        return f"{self._tag(partition)}:quiet"
+
     def ready(self, partition: int) -> str:
         """Stream of published trajectories and groups."""
         return f"{self._tag(partition)}:ready"

@@ -1,0 +1,298 @@
+"""From the hot log to the archive: what goes, what stays, and that every read sees the same trajectory throughout."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+
+import trajstore
+from tests.builders import SPEC, record_seed_case, rows, seed_rows
+from trajstore.archiver import Archiver
+from trajstore.blob import to_blob
+from trajstore.entries import Entry, encode_entry
+from trajstore.events import TrajectoryClosed
+from trajstore.log.lease import Lease
+
+POLICIES = ("last_segment_wins", "as_sampled")
+
+
+def everything(store, id):
+    """All that can be read of a trajectory, as bytes: both policies, and the state at every event."""
+    return [
+        to_blob(store.load(id, policy=policy, until=until))
+        for policy in POLICIES
+        for until in [None, *(event.id for event in store.events(id))]
+    ]
+
+
+def hot_entries(store, id):
+    return store.hot.read(id)[0]
+
+
+def test_hot_archived_and_mixed_trajectories_load_alike(durable, archive):
+    first = durable.create(routing=SPEC)
+    with first.segment(context=[1, 2, 3, 4, 5], weight_version="v1") as segment:
+        segment.tokens([10, 11, 12], [-0.5, -0.25, -0.125])
+        segment.routing(seed_rows(0, 7), start=0)
+    archive()
+    assert hot_entries(durable, first.id) == []
+    with durable.get(first.id).segment(weight_version="v2") as segment:
+        segment.tokens([13, 14], [-1.0, -2.0])
+        segment.routing(seed_rows(1, 9), start=0)
+        segment.close("stop")
+    durable.flush()
+    assert {event.stored == "hot" for event in durable.events(first.id)} == {True, False}, "mixed"
+    mixed = everything(durable, first.id)
+    hot = record_seed_case(durable)
+    durable.flush()
+    for policy in POLICIES:
+        a, b = durable.load(first.id, policy=policy), durable.load(hot.id, policy=policy)
+        for name in ("token_ids", "logprobs", "routed_experts", "routing_mask", "routing_source", "segment_ids"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    archive()
+    assert hot_entries(durable, first.id) == []
+    assert everything(durable, first.id) == mixed
+
+
+def test_archive_alone_reads_what_the_store_reads(durable, archive, folder):
+    trajectory = record_seed_case(durable, group="g", group_size=1)
+    trajectory.reward(0.5, components={"format": 0.5})
+    trajectory.observe(rows(9), start=0, source="trainer", weight_version="v3")
+    trajectory.late_routing(rows(2, seed=9), segment=0, start=3)
+    trajectory.close("completed")
+    durable.flush()
+    before, notes = everything(durable, trajectory.id), [note.id for note in durable.notes(trajectory.id)]
+    (summary,) = durable.list()
+    archive()
+    offline = trajstore.open_archive(folder)
+    assert everything(offline, trajectory.id) == before
+    assert [note.id for note in offline.notes(trajectory.id)] == notes == ["note 1-0", "note 2-0"]
+    assert offline.list() == durable.list() == [summary]
+    assert offline.overlaps(trajectory.id) == durable.overlaps(trajectory.id)
+    np.testing.assert_array_equal(
+        offline.recorded_rows(trajectory.id, offline.overlaps(trajectory.id)[-1].second), rows(9)
+    )
+
+
+def test_open_epoch_stays_hot_until_it_closes(durable, archive):
+    trajectory = durable.create(routing=SPEC)
+    segment = trajectory.segment(context=[1, 2])
+    segment.tokens([3])
+    done = archive()
+    assert [entry.at for entry in hot_entries(durable, trajectory.id)] != []
+    assert done.entries <= 1, "at most the finished first epoch"
+    segment.tokens([4])
+    segment.close("stop")
+    archive()
+    assert hot_entries(durable, trajectory.id) == []
+    assert list(durable.load(trajectory.id).token_ids) == [1, 2, 3, 4]
+
+
+def test_superseded_epoch_is_archived_as_lost_and_its_tokens_count(durable, archive):
+    trajectory = durable.create(routing=SPEC)
+    trajectory.segment(context=[1, 2]).tokens([3])
+    durable.flush()
+    with durable.get(trajectory.id).segment() as segment:
+        segment.tokens([4])
+    archive()
+    assert hot_entries(durable, trajectory.id) == []
+    loaded = durable.load(trajectory.id)
+    assert [one.finish_reason for one in loaded.segments] == ["lost", "abort"]
+    assert list(loaded.token_ids) == [1, 2, 3, 4]
+
+
+def test_final_trajectory_leaves_the_hot_log_after_the_grace_period(durable, archive):
+    trajectory = record_seed_case(durable)
+    trajectory.close("completed")
+    durable.flush()
+    before = everything(durable, trajectory.id)
+    archive(grace_seconds=0.001)
+    keys = [durable.keys.entries(trajectory.id), durable.keys.payloads(trajectory.id)]
+    until(lambda: durable.wire.call("EXISTS", *keys) == 0)
+    assert everything(durable, trajectory.id) == before
+    assert [one.id for one in durable.list(status="completed")] == [trajectory.id]
+    with pytest.raises(trajstore.Conflict, match="never reused"):
+        durable.create(id=trajectory.id)
+    with pytest.raises(trajstore.Conflict, match="final"):
+        durable.get(trajectory.id).segment()
+
+
+def test_aborted_trajectory_keeps_its_fence_and_resumes_after_archiving(durable, archive):
+    trajectory = record_seed_case(durable)
+    trajectory.close("aborted")
+    archive(grace_seconds=0.001)
+    zombie = trajectory
+    with durable.get(trajectory.id).segment(weight_version="v3") as segment:
+        segment.tokens([15])
+        segment.close("stop")
+    durable.flush()
+    with zombie.segment() as segment:
+        segment.tokens([99])
+    with pytest.raises(trajstore.Fenced):
+        durable.flush(zombie.id)
+    assert list(durable.load(trajectory.id).token_ids)[-2:] == [14, 15]
+    assert durable.list()[0].status == "open"
+
+
+def test_note_after_removal_is_kept_and_numbered_on(durable, archive):
+    trajectory = record_seed_case(durable)
+    trajectory.observe(rows(3), start=0, source="trainer")
+    trajectory.close("completed")
+    archive(grace_seconds=0.001)
+    until(lambda: durable.wire.call("EXISTS", durable.keys.entries(trajectory.id)) == 0)
+    durable.get(trajectory.id).observe(rows(3, seed=1), start=0, source="trainer")
+    durable.flush()
+    assert [note.id for note in durable.notes(trajectory.id)] == ["note 1-0", "note 2-0"]
+    archive(grace_seconds=3600.0)
+    assert [note.id for note in durable.notes(trajectory.id)] == ["note 1-0", "note 2-0"]
+    assert all(note.stored != "hot" for note in durable.notes(trajectory.id))
+
+
+def test_entry_that_differs_between_hot_log_and_archive_is_corrupt_and_both_are_named(durable, archive):
+    trajectory = record_seed_case(durable)
+    durable.flush()
+    (first, *_) = hot_entries(durable, trajectory.id)
+    archive()
+    forged = encode_entry(Entry(1, 12345, 0.0, first.decoded().events))
+    stream = durable.keys.entries(trajectory.id)
+    durable.wire.call("DEL", stream)
+    durable.wire.call("XADD", stream, "1-0", "e", forged)
+    with pytest.raises(trajstore.Corrupt, match=r"hot log \(nonce 0+3039\) and pack 00/00000001"):
+        durable.load(trajectory.id)
+
+
+def test_event_of_unknown_type_is_not_archived_and_stops_nobody_else(durable, archive):
+    strange, plain = record_seed_case(durable), record_seed_case(durable)
+    durable.flush()
+    for epoch, version in ((4, 2), (5, 1)):
+        entry = encode_entry(Entry(version, 7, 0.0, [TrajectoryClosed(status="completed")]))
+        durable.wire.call("XADD", durable.keys.entries(strange.id), f"{epoch}-0", "e", entry)
+    durable.wire.call("XADD", durable.keys.feed(0), "*", "t", strange.id, "k", "TrajectoryClosed", "e", "5-0")
+    done = archive()
+    assert done.refused == 1
+    assert hot_entries(durable, plain.id) == []
+    assert [entry.at for entry in hot_entries(durable, strange.id)][-2:] == [(4, 0), (5, 0)]
+    assert len(durable.load(strange.id, until="3-3")) == 10
+
+
+def test_repeated_spurious_and_reordered_hints_archive_once(durable, archive):
+    trajectory = record_seed_case(durable)
+    durable.flush()
+    feed = durable.keys.feed(0)
+    for event in ("3-0", "2-0", "3-0", "9-9"):
+        durable.wire.call("XADD", feed, "*", "t", trajectory.id, "k", "SegmentClosed", "e", event)
+    durable.wire.call("XADD", feed, "*", "t", "nobody", "k", "SegmentClosed", "e", "1-0")
+    assert archive().packs == 1
+    assert archive().packs == 0
+    assert durable.wire.call("XLEN", feed) == 7, "the materializer has not read them"
+    assert durable.wire.call("XPENDING", feed, "archiver")[0] == 0
+
+
+def test_abandoned_segment_is_closed_as_aborted_and_its_writer_fenced(durable, archive):
+    trajectory = durable.create(routing=SPEC)
+    segment = trajectory.segment(context=[1, 2])
+    segment.tokens([3])
+    assert archive(abandon_seconds=3600.0).abandoned == 0
+    durable.wire.call("HSET", durable.keys.quiet(0), trajectory.id, f"{durable.list()[0].last} 1000")
+    assert archive(abandon_seconds=3600.0).abandoned == 1, "seen so since 1970, by the server's clock"
+    assert durable.list()[0].status == "aborted"
+    segment.tokens([4])
+    with pytest.raises(trajstore.Fenced):
+        durable.flush(trajectory.id)
+
+
+def test_segment_that_moved_on_is_not_abandoned(durable, archive):
+    segment = durable.create(id="slow", routing=SPEC).segment(context=[1, 2])
+    durable.flush()
+    durable.wire.call("HSET", durable.keys.quiet(0), "slow", f"{durable.list()[0].last} 1000")
+    segment.tokens([3])
+    assert archive(abandon_seconds=3600.0).abandoned == 0
+    assert durable.list()[0].has_open_segment
+
+
+def test_zombie_whose_lease_went_to_another_cannot_publish(durable, folder):
+    """The manifest's number is the fence: it was taken while the zombie slept between deciding and publishing."""
+    first, second = record_seed_case(durable), record_seed_case(durable)
+    durable.flush()
+    before = everything(durable, first.id), everything(durable, second.id)
+
+    def steal(step):
+        if step == "moved":
+            Lease(durable.wire, durable.keys, "other", seconds=0.0).acquire(0)
+            with trajstore.open(folder) as other:
+                assert Archiver(other, lease_seconds=0.0).run(once=True).packs == 1
+
+    done = Archiver(durable, lease_seconds=1.0, on_step=steal).run(once=True)
+    assert done.packs == 0
+    records = list((folder / "archive" / "manifest" / "00").iterdir())
+    assert len(records) == 1, "one record, so nothing is doubled"
+    assert (everything(durable, first.id), everything(durable, second.id)) == before
+    assert len(json.loads(records[0].read_bytes())["trajectories"]) == 2
+
+
+def test_archiver_leaves_a_partition_alone_that_another_holds(durable):
+    record_seed_case(durable)
+    durable.flush()
+    assert Lease(durable.wire, durable.keys, "the holder", seconds=60.0).acquire(0)
+    stop = threading.Event()
+    assert Archiver(durable, lease_seconds=60.0).run(stop=stop, on_progress=lambda _: stop.set()).packs == 0
+    assert hot_entries(durable, durable.list()[0].id) != []
+
+
+def test_two_archivers_share_the_partitions_of_one_run(tmp_path):
+    with trajstore.open(tmp_path / "store", partitions=8, ack="fsync") as store:
+        ids = [record_seed_case(store).id for _ in range(40)]
+        store.flush()
+        before = {id: everything(store, id) for id in ids}
+        stop = threading.Event()
+        archivers = [Archiver(store, pack_seconds=0.0) for _ in range(2)]
+        threads = [threading.Thread(target=archiver.run, kwargs={"stop": stop}) for archiver in archivers]
+        for thread in threads:
+            thread.start()
+        until(lambda: not any(hot_entries(store, id) for id in ids))
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+        assert sum(archiver.done.entries for archiver in archivers) == sum(
+            len({(event.at.epoch, event.nonce) for event in store.events(id)}) for id in ids
+        )
+        assert {id: everything(store, id) for id in ids} == before
+
+
+def test_store_without_archive_says_how_to_give_one(own_server, run_name):
+    with trajstore.open(own_server.url(run_name)) as store, pytest.raises(trajstore.Conflict, match="--archive"):
+        Archiver(store)
+
+
+def test_entries_lost_in_a_crash_between_the_two_looks_are_not_published(own_server, run_name, tmp_path):
+    """The archive must never hold an entry that the server, back from its log, no longer has."""
+    with trajstore.open(own_server.url(run_name), partitions=1) as writer:
+        trajectory = record_seed_case(writer)
+    with trajstore.open(own_server.url(run_name), archive=tmp_path / "archive") as store:
+        crashed = threading.Event()
+
+        def crash(progress):
+            if progress.waiting and not crashed.is_set():  # looked at once, not ripe yet
+                own_server.kill()
+                own_server.start()
+                own_server.client().xtrim(store.keys.entries(trajectory.id), maxlen=0)
+                crashed.set()
+
+        stop = threading.Event()
+        archiver = Archiver(store, pack_seconds=0.0)
+        thread = threading.Thread(target=archiver.run, kwargs={"stop": stop, "on_progress": crash})
+        thread.start()
+        until(lambda: crashed.is_set() and store.wire.call("XPENDING", store.keys.feed(0), "archiver")[0] == 0)
+        stop.set()
+        thread.join(60)
+        assert archiver.done.packs == 0
+
+
+def until(condition, seconds=20.0):
+    waiter = threading.Event()
+    for _ in range(int(seconds / 0.01)):
+        if condition():
+            return
+        waiter.wait(0.01)
+    raise AssertionError(f"not so within {seconds:g} s")

@@ -1,0 +1,195 @@
+"""From the hot log to a pack: what of a trajectory may be archived now, and the commands that trim it afterwards.
+
+A trajectory is looked at twice, a fsync horizon apart. Only entries that were the same both times, and that belong to
+finished epochs, are staged: so the archive never runs ahead of a server that may still lose its tail.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from trajstore.archive.manifest import Manifest
+from trajstore.archive.reader import ArchiveReader
+from trajstore.archive.select import finished_entries, ripe_prefix
+from trajstore.archive.writer import StagedEntry
+from trajstore.entries import Event, entry_digest
+from trajstore.errors import Corrupt, SchemaError
+from trajstore.events import FINAL_STATUSES, EventId, TrajectoryOpened, UnknownEvent
+from trajstore.log.batch import payload_field
+from trajstore.log.feed import Hint
+from trajstore.log.keys import Keys
+from trajstore.log.reader import HotEntry, HotReader
+from trajstore.log.wire import Command
+from trajstore.routing import RoutingSpec
+from trajstore.summary import Summary, advance
+
+__all__ = ["Look", "Part", "first_look", "second_look", "trim_commands"]
+
+
+@dataclass(slots=True)
+class Look:
+    """The first look at a trajectory.
+
+    Attributes:
+        hints: to be acknowledged once what they tell of is archived.
+        later: hints about what came after this look.
+        entries, notes: digest by id of everything that the hot log held.
+        nbytes: bytes of the entries.
+        ripe_at: when to look again, monotonic seconds.
+        server: run id of the server then; "" where it cannot lose anything.
+    """
+
+    hints: list[Hint]
+    entries: dict[EventId, str]
+    notes: dict[EventId, str]
+    nbytes: int
+    ripe_at: float
+    server: str
+    later: list[Hint] = field(default_factory=list)
+
+    def covers(self, hint: Hint) -> bool:
+        """True if what the hint tells of was there at this look."""
+        seen = self.notes if hint.is_note else self.entries
+        return EventId.parse(hint.event) in seen
+
+
+@dataclass(slots=True)
+class Part:
+    """What is archived of one trajectory in one go.
+
+    Attributes:
+        id: of the trajectory.
+        look: the first look at it.
+        staged: entries to archive, then notes; may be empty.
+        spec: its routing.
+        summary: as of the last staged entry.
+        entries, notes: everything that the hot log holds of it.
+    """
+
+    id: str
+    look: Look
+    staged: list[StagedEntry]
+    spec: RoutingSpec | None
+    summary: Summary | None
+    entries: list[HotEntry]
+    notes: list[HotEntry]
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes staged."""
+        return sum(len(data) for entry in self.staged for data in entry.payloads)
+
+    @property
+    def shape(self) -> tuple[int, int, str] | None:
+        """(L, K, dtype) of its rows; one pack holds one shape. None without routing."""
+        spec = self.spec
+        return None if spec is None else (spec.num_layers, spec.top_k, spec.dtype.str)
+
+
+def first_look(
+    hot: HotReader, manifest: Manifest, id: str, hints: Sequence[Hint], *, now: float, horizon: float, server: str
+) -> Look:
+    """Note down what the hot log holds; what holds nothing new need not ripen."""
+    entries, notes = hot.read(id)
+    archived, last_note = manifest.last_entry(id), manifest.last_note(id)
+    new = any(archived is None or entry.at > archived for entry in entries)
+    new |= any(note.at.epoch > last_note for note in notes)
+    return Look(
+        hints=list(hints),
+        entries={entry.at: entry_digest(entry.data) for entry in entries},
+        notes={note.at: entry_digest(note.data) for note in notes},
+        nbytes=sum(len(entry.data) for entry in (*entries, *notes)),
+        ripe_at=now + horizon if new else now,
+        server=server,
+    )
+
+
+def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: str, look: Look) -> Part:
+    """Read a trajectory again and stage what is still the same and finished.
+
+    Raises:
+        SchemaError: an event that this version does not know, so cannot write as it was.
+        Corrupt: a payload is missing, or the archive holds another entry of the same id.
+    """
+    entries, notes = hot.read(id)
+    archived, last_note = manifest.last_entry(id), manifest.last_note(id)
+    ripe = set(ripe_prefix([(e.at, entry_digest(e.data)) for e in entries], look.entries, archived))
+    decoded = [(entry, entry.events()) for entry in entries if entry.at in ripe]
+    decoded = decoded[: finished_entries([(entry.at, events) for entry, events in decoded])]
+    ripe_notes = ripe_prefix(
+        [(e.at, entry_digest(e.data)) for e in notes], look.notes, EventId(last_note, 0) if last_note else None
+    )
+    decoded_notes = [(note, note.events(note=True)) for note in notes if note.at in ripe_notes]
+    summary = manifest.summary(id)
+    for _, events in decoded:
+        for event in events:
+            if isinstance(event.header, UnknownEvent):
+                raise SchemaError(f"event {event.id} is a {event.type} that this version does not know; upgrade it")
+            summary = advance(summary, id, event.at, event.time, event.header)
+    staged = [_stage(hot, id, entry, events, note=False) for entry, events in decoded]
+    staged += [_stage(hot, id, entry, events, note=True) for entry, events in decoded_notes]
+    return Part(
+        id=id,
+        look=look,
+        staged=staged,
+        spec=_spec(archive, id, decoded) if staged else None,
+        summary=summary,
+        entries=entries,
+        notes=notes,
+    )
+
+
+def trim_commands(
+    keys: Keys, manifest: Manifest, part: Part, *, acknowledgement: Command | None, grace: float
+) -> list[Command]:
+    """One transaction: acknowledge the hints and drop from the hot log what the archive holds.
+
+    Only commands that a full server lets pass. The keys of a final trajectory go together after `grace` seconds.
+    """
+    partition = keys.partition(part.id)
+    last, last_note = manifest.last_entry(part.id), manifest.last_note(part.id)
+    commands: list[Command] = [("MULTI",)]
+    if acknowledgement is not None:
+        commands.append(acknowledgement)
+    fields: list[str] = []
+    if last is not None:
+        commands.append(("XTRIM", keys.entries(part.id), "MINID", f"{last.epoch}-{last.seq + 1}"))
+        fields += _payload_fields((entry for entry in part.entries if entry.at <= last), note=False)
+    if last_note:
+        commands.append(("XTRIM", keys.notes(part.id), "MINID", f"{last_note + 1}-0"))
+        fields += _payload_fields((note for note in part.notes if note.at.epoch <= last_note), note=True)
+    if fields:
+        commands.append(("HDEL", keys.payloads(part.id), *fields))
+    summary = manifest.summary(part.id)
+    left = any(last is None or entry.at > last for entry in part.entries)
+    left |= any(note.at.epoch > last_note for note in part.notes)
+    if summary is not None and summary.status in FINAL_STATUSES and not left:
+        hot_keys = (keys.entries(part.id), keys.payloads(part.id), keys.notes(part.id))
+        commands += [("PEXPIRE", key, int(grace * 1000)) for key in hot_keys]
+        commands.append(("HDEL", keys.summaries(partition), part.id))
+    commands.append(("EXEC",))
+    return commands
+
+
+def _stage(hot: HotReader, id: str, entry: HotEntry, events: Sequence[Event], *, note: bool) -> StagedEntry:
+    payloads = []
+    for event, data in zip(events, hot.payloads(id, events), strict=True):
+        if data is None:
+            raise Corrupt(f"the payload of event {event.id} is gone from the hot log")
+        payloads.append(data)
+    return StagedEntry(entry.at, note, entry.data, entry.decoded(), payloads)
+
+
+def _spec(archive: ArchiveReader, id: str, decoded: Sequence[tuple[HotEntry, Sequence[Event]]]) -> RoutingSpec | None:
+    first = decoded[0][1][0].header if decoded else None
+    if not isinstance(first, TrajectoryOpened):
+        first = archive.read(id)[0][0].events[0].header
+    return first.routing if isinstance(first, TrajectoryOpened) else None
+
+
+def _payload_fields(entries: Iterable[HotEntry], *, note: bool) -> list[str]:
+    return [
+        payload_field(event.at, event.nonce, note=note)
+        for entry in entries
+        for event in entry.events(note=note)
+        if event.payload is not None and event.payload.inline is None
+    ]
