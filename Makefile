@@ -1,0 +1,30 @@
+# Everything a developer runs. `make demo` and `make test` work on a fresh clone with Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv/installed ## run the main job end to end over an embedded store
+	@$(BIN)/trajstore demo $(DIR)
+
+test: .venv/installed ## the test suite
+	@$(BIN)/pytest $(ARGS)
+
+check: .venv/installed ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: .venv/installed ## throughput, as ratios measured in one run
+	@$(BIN)/python -m benchmarks.append
+	@$(BIN)/python -m benchmarks.fold
+
+clean:
+	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "trajstore needs Python 3.11 or newer; name one with PYTHON=")'
+	@echo "Installing into .venv (torch and transformers among others; a few minutes the first time) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
