@@ -17,7 +17,7 @@ from trajstore.archive.manifest import Manifest
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.staging import Look, Part, first_look, second_look, trim_commands
 from trajstore.archive.writer import PackWriter
-from trajstore.errors import Conflict, Corrupt, Fenced, SchemaError
+from trajstore.errors import Conflict, Corrupt, Fenced, SchemaError, Unavailable
 from trajstore.log.feed import ARCHIVER, FeedFollower, Hint
 from trajstore.log.flusher import FSYNC_HORIZON
 from trajstore.log.lease import Lease
@@ -46,6 +46,7 @@ class Archived(msgspec.Struct):
         partitions: held now.
         refused: trajectories that cannot be archived; each is logged, and stays in the hot log.
         abandoned: trajectories whose writer was gone, closed as aborted.
+        seconds: spent on reading, writing and trimming.
     """
 
     packs: int = 0
@@ -57,6 +58,7 @@ class Archived(msgspec.Struct):
     partitions: int = 0
     refused: int = 0
     abandoned: int = 0
+    seconds: float = 0.0
 
 
 class Archiver:
@@ -139,7 +141,10 @@ class Archiver:
             held_all = len(self._waiting) == self._store.partitions
             if once and not busy and not self.done.waiting and (held_all or time.monotonic() > patience):
                 break
-        self._leave()
+        try:
+            self._leave()
+        except Unavailable as error:  # the lease runs out by itself
+            log.warning("left without giving the lease back: %s", error)
         return self.done
 
     def _turn(self, *, once: bool, stopped: threading.Event) -> bool:
@@ -158,7 +163,9 @@ class Archiver:
         for partition in list(self._waiting):
             ripe = self._ripe(partition, at_once=once)
             if ripe and not stopped.is_set():
+                begun = time.perf_counter()
                 self._archive_ripe(partition, ripe)
+                self.done.seconds += time.perf_counter() - begun
         if now >= self._next_sweep:
             self._next_sweep = now + min(self._abandon_seconds / 4, 3600.0)
             self.done.abandoned += close_abandoned(self._store, self._waiting, after=self._abandon_seconds)

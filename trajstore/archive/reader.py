@@ -2,8 +2,8 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import zarr
@@ -18,7 +18,14 @@ from trajstore.summary import Summary
 
 __all__ = ["ArchiveReader"]
 
-_OPEN_PACKS = 64
+_OPEN_ARRAYS = 256
+_READ_BYTES = 16 << 20
+
+Place: TypeAlias = tuple[str, str]
+"""(pack, array)."""
+
+Extent: TypeAlias = tuple[int, int]
+"""`[row, count]` in an array."""
 
 
 class ArchiveReader:
@@ -28,7 +35,7 @@ class ArchiveReader:
         self.root = root
         self.info = info
         self._manifests = [Manifest(root, partition) for partition in range(info.partitions)]
-        self._groups: OrderedDict[str, zarr.Group] = OrderedDict()
+        self._open: OrderedDict[Place, zarr.Array[Any]] = OrderedDict()
         self._lock = threading.Lock()
 
     def manifest(self, partition: int) -> Manifest:
@@ -49,25 +56,20 @@ class ArchiveReader:
         return [entries[at] for at in sorted(entries)], [notes[at] for at in sorted(notes)]
 
     def payloads(self, id: str, events: Sequence[Event]) -> Iterator[bytes]:
-        """Payload bytes of archived events, in order.
+        """Payload bytes of archived events, in order; what lies together is read together.
 
         Raises:
             Corrupt: naming the pack and the trajectory.
         """
+        page: list[Event] = []
+        nbytes = 0
         for event in events:
-            header = event.header
-            if isinstance(header, UnknownEvent):
-                raise Corrupt(f"{id}: event {event.id} of pack {event.stored} is of unknown type and has no payload")
-            array = payload_array(header)
-            if event.payload is None or array is None:
-                yield b""
-            elif array == "routed":
-                yield self._rows(event, "routed", id).tobytes()
-            else:
-                data = self._rows(event, "tokens", id).tobytes()
-                if isinstance(header, Tokens) and header.logprobs:
-                    data += self._rows(event, "logprobs", id).tobytes()
-                yield data
+            page.append(event)
+            nbytes += event.payload.nbytes if event.payload else 0
+            if nbytes >= _READ_BYTES:
+                yield from self._read_page(id, page)
+                page, nbytes = [], 0
+        yield from self._read_page(id, page)
 
     def summaries(self, partition: int) -> list[Summary]:
         """The newest archived summary of every trajectory of a partition."""
@@ -111,26 +113,65 @@ class ArchiveReader:
             raise Corrupt(f"pack {pack} holds {len(lines)} of {length} event bytes of trajectory {id}")
         return decode_entries(lines, pack=pack, id=id)
 
-    def _rows(self, event: Event, array: str, id: str) -> np.ndarray[Any, Any]:
-        pieces = [self._slice(event.stored, array, row, row + count, id) for row, count in event.extents]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    def _read_page(self, id: str, events: Sequence[Event]) -> Iterator[bytes]:
+        wanted: dict[Place, list[Extent]] = {}
+        for event in events:
+            for array in _arrays_of(event, id):
+                wanted.setdefault((event.stored, array), []).extend(event.extents)
+        read = {place: self._read_extents(place, extents, id) for place, extents in wanted.items()}
+        for event in events:
+            yield b"".join(
+                read[event.stored, array][extent] for array in _arrays_of(event, id) for extent in event.extents
+            )
+
+    def _read_extents(self, place: Place, extents: Sequence[Extent], id: str) -> dict[Extent, bytes]:
+        """Bytes of each extent of one array."""
+        found: dict[Extent, bytes] = {}
+        for run in adjacent_runs(extents):
+            first = run[0][0]
+            rows = self._slice(*place, first, run[-1][0] + run[-1][1], id)
+            for row, count in run:
+                found[row, count] = rows[row - first : row - first + count].tobytes()
+        return found
 
     def _slice(self, pack: str, array: str, start: int, stop: int, id: str) -> np.ndarray[Any, Any]:
         try:
-            return np.asarray(self._group(pack)[array][start:stop])  # type: ignore[index]
+            return np.asarray(self._array(pack, array)[start:stop])
         except (OSError, KeyError, ValueError, RuntimeError) as error:  # what zarr raises for damage
             raise Corrupt(
                 f"pack {pack} is damaged: {array}[{start}:{stop}] of trajectory {id} cannot be read: {error}"
             ) from error
 
-    def _group(self, pack: str) -> zarr.Group:
+    def _array(self, pack: str, name: str) -> "zarr.Array[Any]":
         with self._lock:
-            group = self._groups.get(pack)
-            if group is None:
-                group = zarr.open_group(self.root.pack_path(pack), mode="r", zarr_format=3)
-                self._groups[pack] = group
-                if len(self._groups) > _OPEN_PACKS:
-                    self._groups.popitem(last=False)
+            array = self._open.get((pack, name))
+            if array is None:
+                array = zarr.open_array(self.root.pack_path(pack) / name, mode="r", zarr_format=3)
+                self._open[pack, name] = array
+                if len(self._open) > _OPEN_ARRAYS:
+                    self._open.popitem(last=False)
             else:
-                self._groups.move_to_end(pack)
-            return group
+                self._open.move_to_end((pack, name))
+            return array
+
+
+def adjacent_runs(extents: Iterable[Extent]) -> list[list[Extent]]:
+    """Extents by row, those that follow each other without a gap together."""
+    runs: list[list[Extent]] = []
+    for row, count in sorted(set(extents)):
+        if runs and sum(runs[-1][-1]) == row:
+            runs[-1].append((row, count))
+        else:
+            runs.append([(row, count)])
+    return runs
+
+
+def _arrays_of(event: Event, id: str) -> tuple[str, ...]:
+    """Arrays whose pieces make up an event's payload, in order."""
+    header = event.header
+    if isinstance(header, UnknownEvent):
+        raise Corrupt(f"{id}: event {event.id} of pack {event.stored} is of unknown type and has no payload")
+    array = payload_array(header)
+    if event.payload is None or array is None:
+        return ()
+    return ("tokens", "logprobs") if isinstance(header, Tokens) and header.logprobs else (array,)

@@ -11,9 +11,10 @@ import redis
 
 from trajstore.events import EventId
 from trajstore.log.keys import Keys
+from trajstore.log.stream import stream_last_id
 from trajstore.log.wire import Command, Wire, translate
 
-__all__ = ["ARCHIVER", "FEED_GROUPS", "MATERIALIZER", "FeedFollower", "Hint", "parse_stream"]
+__all__ = ["ARCHIVER", "FEED_GROUPS", "MATERIALIZER", "FeedFollower", "FeedTail", "Hint", "parse_stream"]
 
 ARCHIVER = "archiver"
 MATERIALIZER = "materializer"
@@ -29,6 +30,11 @@ class Hint(NamedTuple):
     id: str
     kind: str
     event: str
+
+    @property
+    def is_note(self) -> bool:
+        """True if `event` counts in the notes stream."""
+        return self.kind in ("RoutingObserved", "LateRouting")
 
 
 class FeedFollower:
@@ -83,13 +89,19 @@ class FeedFollower:
         """Drop hints that no group needs any more: those below every group's oldest unacknowledged one."""
         partitions = list(partitions)
         groups = self._run([("XINFO", "GROUPS", self._keys.feed(partition)) for partition in partitions])
-        summaries = self._run(
-            [("XPENDING", self._keys.feed(partition), group) for partition in partitions for group in FEED_GROUPS]
+        names = [[_fields(group)["name"] for group in some] for some in groups]
+        summaries = iter(
+            self._run(
+                [
+                    ("XPENDING", self._keys.feed(partition), name)
+                    for partition, some in zip(partitions, names, strict=True)
+                    for name in some
+                ]
+            )
         )
         commands: list[Command] = []
-        for i, partition in enumerate(partitions):
-            pending = summaries[i * len(FEED_GROUPS) : (i + 1) * len(FEED_GROUPS)]
-            needed = lowest_needed(groups[i], pending)
+        for partition, some, infos in zip(partitions, names, groups, strict=True):
+            needed = lowest_needed(infos, [next(summaries) for _ in some])
             if needed is not None:
                 commands.append(("XTRIM", self._keys.feed(partition), "MINID", str(needed)))
         self._run(commands)
@@ -114,6 +126,35 @@ class FeedFollower:
             if isinstance(reply, redis.RedisError):
                 raise translate(reply, str(command[0]))
         return replies
+
+
+class FeedTail:
+    """All feeds of a run as they grow, for somebody who only looks: it takes nothing from the groups that work.
+
+    Args:
+        from_start: begin with what the feeds still hold; else with what comes from now on.
+    """
+
+    def __init__(self, wire: Wire, keys: Keys, *, from_start: bool = False) -> None:
+        self._wire = wire
+        self._partitions = {keys.feed(partition): partition for partition in range(keys.partitions)}
+        self._seen = dict.fromkeys(self._partitions, "0-0")
+        if not from_start:  # "$" would mean another place at each call, and lose what came between two of them
+            replies = wire.exchange([("XINFO", "STREAM", feed) for feed in self._partitions])
+            for feed, reply in zip(self._partitions, replies, strict=True):
+                self._seen[feed] = str(stream_last_id(reply) or "0-0")
+
+    def poll(self, *, count: int, block: float) -> list[Hint]:
+        """The next hints, oldest first, at most `count` per partition; waits up to `block` seconds for the first."""
+        reply = self._wire.call(
+            "XREAD", "COUNT", count, "BLOCK", max(1, int(block * 1000)), "STREAMS", *self._seen, *self._seen.values()
+        )
+        hints: list[Hint] = []
+        for name, entries in reply or []:
+            feed = name.decode()
+            self._seen[feed] = entries[-1][0].decode()
+            hints += [_hint(self._partitions[feed], entry) for entry in parse_stream(entries)]
+        return sorted(hints, key=lambda hint: EventId.parse(hint.at))
 
 
 def parse_stream(entries: Any) -> list[tuple[str, dict[bytes, bytes]]]:

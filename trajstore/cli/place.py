@@ -1,0 +1,115 @@
+"""Which store a command is about: its arguments STORE and ID, TRAJSTORE_URL, and opening without creating."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import click
+
+import trajstore
+from trajstore.archive.root import ArchiveRoot
+from trajstore.errors import NotFound
+from trajstore.ingest import check_id
+from trajstore.store import Archive, Store
+
+__all__ = ["Place", "open_reading", "open_run", "place_argument", "store_argument"]
+
+ENVIRONMENT = "TRAJSTORE_URL"
+
+_FORMS = "a Redis URL that names a run (redis://host:6379/0?run=NAME), a store's directory, or an archive's folder"
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Place(NamedTuple):
+    """A trajectory in a store."""
+
+    store: str
+    id: str
+
+
+def store_argument(command: _Command) -> _Command:
+    """Gives a command the parameter `store`, from `[STORE]` or the environment."""
+    add = click.argument("store", required=False, metavar="[STORE]", envvar=ENVIRONMENT, callback=_one_store)
+    return add(command)
+
+
+def place_argument(command: _Command) -> _Command:
+    """Gives a command the parameter `place`, from `[STORE] ID`: one word alone is the ID."""
+    return click.argument("place", nargs=-1, metavar="[STORE] ID", callback=_one_place)(command)
+
+
+@contextmanager
+def open_reading(location: str) -> Iterator[Archive]:
+    """A store, or an archive without its server, to be read. Creates nothing.
+
+    Raises:
+        NotFound: there is neither.
+    """
+    if _is_folder(location) and not (_folder(location) / "store.json").exists():
+        root = ArchiveRoot.at(_folder(location))
+        if root.info() is None:
+            raise NotFound(_nothing(_folder(location)))
+        yield trajstore.open_archive(root.path)
+    else:
+        with open_run(location) as store:
+            yield store
+
+
+def open_run(location: str, *, archive: str | None = None) -> Store:
+    """A run with its server, which must exist.
+
+    Args:
+        archive: folder to archive into; default the one that the run has.
+
+    Raises:
+        NotFound: there is none.
+    """
+    if not _is_folder(location):
+        return trajstore.open(location, archive=archive, create=False)
+    folder = _folder(location)
+    if not (folder / "store.json").exists():
+        if ArchiveRoot.at(folder).info() is not None:
+            raise NotFound(f"{folder} is an archive; this command wants the run itself: its directory or Redis URL")
+        raise NotFound(_nothing(folder))
+    return trajstore.open(folder, archive=archive, create=False)
+
+
+def _is_folder(location: str) -> bool:
+    return "://" not in location or location.startswith("file://")
+
+
+def _folder(location: str) -> Path:
+    return Path(location.removeprefix("file://"))
+
+
+def _nothing(folder: Path) -> str:
+    if not folder.exists():
+        return f"{folder} does not exist (STORE is {_FORMS})"
+    return f"there is no trajstore in {folder}: neither store.json nor archive.json"
+
+
+def _one_store(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str:
+    if not value:
+        raise click.UsageError(f"which store? Give STORE, {_FORMS}; or set {ENVIRONMENT}", ctx)
+    if "://" in value:
+        try:
+            urlsplit(value)
+        except ValueError as error:
+            raise click.BadParameter(f"STORE is no URL: {error}", ctx) from error
+    return value
+
+
+def _one_place(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> Place:
+    if not 1 <= len(value) <= 2:
+        raise click.UsageError("give the ID of a trajectory, and before it STORE unless TRAJSTORE_URL is set", ctx)
+    *stores, id = value
+    store = stores[0] if stores else os.environ.get(ENVIRONMENT)
+    if not store:
+        raise click.UsageError(
+            f"{id!r} is the ID, but which store? Give STORE before it, {_FORMS}; or set {ENVIRONMENT}", ctx
+        )
+    return Place(_one_store(ctx, parameter, store), check_id(id))

@@ -1,0 +1,56 @@
+"""How a command ends on SIGTERM and Ctrl-C."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["exiting_on_sigterm", "graceful_stop"]
+
+
+@contextmanager
+def exiting_on_sigterm() -> Iterator[None]:
+    """SIGTERM leaves through the `with` blocks, as Ctrl-C does, so that no embedded server stays behind."""
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def graceful_stop() -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or Ctrl-C sets; a second one ends the process at once.
+
+    Only ask the event in the main thread, never wait for it there: a handler that sets an event which the thread that
+    it interrupts waits for can hang.
+    """
+    stopped = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        for one in _SIGNALS:
+            signal.signal(one, _end)
+        stopped.set()
+
+    before = [(one, signal.signal(one, ask)) for one in _SIGNALS]
+    try:
+        yield stopped
+    finally:
+        for one, handler in before:
+            signal.signal(one, handler)
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if sys.__stderr__ is not None and sys.__stderr__.isatty():
+        os.write(sys.__stderr__.fileno(), b"\x1b[?25h\n")  # the live line hides the cursor
+    os._exit(128 + number)
