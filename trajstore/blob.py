@@ -68,7 +68,8 @@ def from_blob(blob: bytes) -> Trajectory:
         length = int.from_bytes(blob[:8], "little")
         header = msgspec.json.decode(blob[8 : 8 + length])
         rest = msgspec.json.decode(header["__metadata__"]["trajstore"], type=_Rest)
-        fields: dict[str, Any] = {name: arrays[name].copy() if name in arrays else None for name in _ARRAYS}
+        wanted = _ARRAYS if rest.routing is not None else [name for name in _ARRAYS if name != "routed_experts"]
+        fields: dict[str, Any] = {"routed_experts": None} | {name: arrays[name].copy() for name in wanted}
         fields |= {name: getattr(rest, name) for name in _Rest.__struct_fields__}
         return Trajectory(**fields)
     except (SafetensorError, msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:

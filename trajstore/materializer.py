@@ -9,22 +9,26 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 from ulid import ULID
 
 from trajstore.blob import to_blob
-from trajstore.errors import Corrupt, NotFound, RoutingError, SchemaError, SequenceGap
+from trajstore.errors import Conflict, Corrupt, NotFound, RoutingError, SchemaError, SequenceGap, TrajstoreError
 from trajstore.events import CLOSED_STATUSES
 from trajstore.fold import Policy
 from trajstore.log.feed import MATERIALIZER, FeedFollower, Hint
+from trajstore.log.keys import Keys
 from trajstore.ready import ReadyMember, ReadyQueue
 from trajstore.store import Store
 
 __all__ = ["Materialized", "Materializer", "worker_name"]
 
 log = logging.getLogger(__name__)
+
+_READ_AHEAD = 4
+"""Hints per partition that one materializer takes at once: what it has in hand, no other works on."""
 
 
 class Materialized(msgspec.Struct):
@@ -36,6 +40,7 @@ class Materialized(msgspec.Struct):
         tokens: of the trajectories.
         nbytes: of their blobs.
         refused: trajectories that cannot be folded; each is logged, and stays in the log untouched.
+        seconds: spent on reading, folding and publishing.
     """
 
     trajectories: int = 0
@@ -43,6 +48,7 @@ class Materialized(msgspec.Struct):
     tokens: int = 0
     nbytes: int = 0
     refused: int = 0
+    seconds: float = 0.0
 
 
 class Materializer:
@@ -52,8 +58,10 @@ class Materializer:
         store: of the run.
         policy: of the folds that it publishes.
         blob_seconds: how long a fold lies ready; a later reader folds again.
+        blob_bytes: larger folds are not laid ready, readers fold them themselves. Redis takes up to 512 MB.
         assembly_seconds: how long a published group is remembered against repeated hints.
         claim_seconds: after this long, hints of a silent materializer are taken over.
+        on_step: hears the steps of each publish: folded, laid, offered, acknowledged.
     """
 
     def __init__(
@@ -62,18 +70,24 @@ class Materializer:
         *,
         policy: Policy = "last_segment_wins",
         blob_seconds: float = 3600.0,
+        blob_bytes: int = 256 << 20,
         assembly_seconds: float = 7 * 86400.0,
         claim_seconds: float = 60.0,
+        on_step: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.done = Materialized()
         self._store = store
         self._policy = policy
         self._blob_seconds = blob_seconds
+        self._blob_bytes = blob_bytes
         self._assembly_seconds = assembly_seconds
         self._claim_seconds = claim_seconds
+        self._on_step = on_step
         self._ready = ReadyQueue(store.wire, store.keys)
         self._feed = FeedFollower(store.wire, store.keys, MATERIALIZER, worker_name())
         self._partitions = list(range(store.partitions))
+        self._waiting: dict[str, list[Hint]] = {}
+        self._next_claim = 0.0
 
     def run(
         self,
@@ -82,42 +96,80 @@ class Materializer:
         stop: threading.Event | None = None,
         on_progress: Callable[[Materialized], None] = lambda _: None,
     ) -> Materialized:
-        """Work until stopped, or with `once` until nothing is left to do."""
+        """Work until stopped, or with `once` until nothing is left to do.
+
+        What is in hand at a stop stays unacknowledged; another materializer takes it over. `once` takes over from
+        others without waiting for `claim_seconds`.
+
+        Raises:
+            OSError: with `once`, when the server does not answer (`Unavailable`) or is full (`StoreFull`); without, it
+                keeps trying.
+            Conflict: the run has been given an archive since the store was opened; open it again.
+        """
         stopped = stop or threading.Event()
-        next_claim = time.monotonic()
         while not stopped.is_set():
-            hints = self._feed.poll(self._partitions, count=32, block=0.0 if once else 0.5)
-            if time.monotonic() >= next_claim:
-                next_claim = time.monotonic() + self._claim_seconds / 4
-                for partition in self._partitions:
-                    hints += self._feed.take_over(partition, idle=0.0 if once else self._claim_seconds)
-                self._feed.trim(self._partitions)
-            self.handle(hints, stopped)
+            try:
+                self._notice(once=once)
+                idle = not self._waiting
+                self._work(stopped)
+            except OSError as error:  # Unavailable and StoreFull are such, and so is an archive's disk
+                if once:
+                    raise
+                log.warning("materializing pauses: %s", error)
+                stopped.wait(1.0)
+                continue
             on_progress(self.done)
-            if once and not hints:
+            if once and idle:
                 break
-        self._feed.trim(self._partitions)
-        self._feed.leave(self._partitions)
+        try:
+            self._feed.trim(self._partitions)
+            self._feed.leave(self._partitions)
+        except Unavailable as error:  # others take over what it had after `claim_seconds`
+            log.warning("left without signing off: %s", error)
         return self.done
 
-    def handle(self, hints: list[Hint], stopped: threading.Event) -> None:
-        """Act on hints, then acknowledge them; several about one trajectory are one."""
-        by_id: dict[str, list[Hint]] = {}
+    def _notice(self, *, once: bool) -> None:
+        """Collect hints, by trajectory: several about one are one."""
+        if time.monotonic() >= self._next_claim:
+            for partition in self._partitions:
+                self._collect(self._feed.take_over(partition, idle=0.0 if once else self._claim_seconds))
+            self._feed.trim(self._partitions)
+            self._next_claim = time.monotonic() + self._claim_seconds / 4
+        if not self._waiting:
+            block = 0.0 if once else min(0.5, self._claim_seconds / 4)
+            self._collect(self._feed.poll(self._partitions, count=_READ_AHEAD, block=block))
+
+    def _collect(self, hints: Iterable[Hint]) -> None:
         for hint in hints:
-            by_id.setdefault(hint.id, []).append(hint)
-        for id, about in by_id.items():
-            if stopped.is_set():
-                return
+            self._waiting.setdefault(hint.id, []).append(hint)
+
+    def _work(self, stopped: threading.Event) -> None:
+        """Act on hints, then acknowledge them. A trajectory that failed for now goes behind the others."""
+        while self._waiting and not stopped.is_set():
+            id = next(iter(self._waiting))
+            about = self._waiting.pop(id)
+            begun = time.perf_counter()
             try:
                 self._materialize(id)
-            except NotFound:
-                pass  # a spurious hint, or a trajectory whose data is gone
-            except (SequenceGap, SchemaError, RoutingError, Corrupt) as error:
-                self.done.refused += 1
-                log.error("%s cannot be folded and is not published: %s", id, error)
-            self._feed.acknowledge(about)
+                self._feed.acknowledge(about)
+            except OSError:
+                self._waiting[id] = about
+                raise
+            finally:
+                self.done.seconds += time.perf_counter() - begun
+            self._on_step("acknowledged")
 
     def _materialize(self, id: str) -> None:
+        try:
+            self._publish(id)
+        except NotFound:
+            self._require_archive()  # else a spurious hint, or a trajectory whose data is gone
+        except (SequenceGap, SchemaError, RoutingError, Corrupt) as error:
+            self._require_archive()
+            self.done.refused += 1
+            log.error("%s cannot be folded and is not published: %s", id, error)
+
+    def _publish(self, id: str) -> None:
         plan = self._store.plan(id, policy=self._policy)
         history = plan.history
         if history.status not in CLOSED_STATUSES:
@@ -127,7 +179,10 @@ class Materializer:
             return
         trajectory = self._store.load(id, policy=self._policy, until=history.last)
         blob = to_blob(trajectory)
-        self._ready.put_blob(id, history.closes, blob, keep=self._blob_seconds)
+        self._on_step("folded")
+        if len(blob) <= self._blob_bytes:
+            self._ready.put_blob(id, history.closes, blob, keep=self._blob_seconds)
+        self._on_step("laid")
         member = ReadyMember(
             id=id,
             version=history.closes,
@@ -136,13 +191,38 @@ class Materializer:
             tokens=len(trajectory),
             nbytes=len(blob),
         )
-        published = self._ready.offer(
-            member, group=group, group_size=size, policy=self._policy, keep=self._assembly_seconds
+        offer = self._ready.offer(
+            member,
+            group=group,
+            group_size=size,
+            policy=self._policy,
+            keep=self._assembly_seconds,
+            goes_on=self._goes_on,
         )
-        self.done.trajectories += 1
-        self.done.tokens += len(trajectory)
-        self.done.nbytes += len(blob)
-        self.done.groups += published is not None
+        self._on_step("offered")
+        if offer.is_new:
+            self.done.trajectories += 1
+            self.done.tokens += len(trajectory)
+            self.done.nbytes += len(blob)
+        self.done.groups += offer.published is not None
+
+    def _goes_on(self, member: ReadyMember) -> bool:
+        """True if a member that was aborted has been resumed since: its group waits until it is closed again."""
+        try:
+            history = self._store.plan(member.id, policy=self._policy).history
+        except OSError:
+            raise
+        except TrajstoreError:
+            return False  # nothing more will come of it; what was offered stays
+        return history.status not in CLOSED_STATUSES or history.closes > member.version
+
+    def _require_archive(self) -> None:
+        """Nothing may count as gone while there is an archive that this store does not know."""
+        if self._store.archive is None and self._store.wire.call("GET", Keys.archive_location(self._store.run)):
+            raise Conflict(
+                f"run {self._store.run!r} is archived since this store was opened, and events may be there; "
+                "start the materializer again"
+            )
 
 
 def worker_name() -> str:

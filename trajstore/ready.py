@@ -2,24 +2,33 @@
 
 An entry is small and names its members; each member's fold lies beside it as one blob under a key that may expire,
 because it can always be folded again. Publishing is keyed by (trajectory, version): repeated hints publish once.
+
+A group is complete when as many members have been closed as it is to have, aborted ones too: whether to train on those
+is the trainer's choice. It is published again, whole and under a higher version, for each change after that: a member
+that was resumed and closed again, or one beyond its size.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 import redis
 
 from trajstore.errors import Unavailable
+from trajstore.events import EventId
 from trajstore.log.feed import lowest_needed, parse_stream
 from trajstore.log.keys import Keys
 from trajstore.log.run import TRAINER_GROUP
 from trajstore.log.wire import Command, Wire, translate
 
-__all__ = ["Delivery", "ReadyGroup", "ReadyMember", "ReadyQueue"]
+__all__ = ["Delivery", "Offer", "ReadyFollower", "ReadyGroup", "ReadyMember", "ReadyQueue"]
+
+log = logging.getLogger(__name__)
 
 _ATTEMPTS = 100
 _PUBLISHED = b"\x00published"  # no id begins so
+_SIZE = b"\x00size"
 
 
 class ReadyMember(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +56,7 @@ class ReadyGroup(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         group: name, None for a trajectory without one.
-        version: sum of the members' versions; rises when a member was closed again.
+        version: sum of the members' versions; rises when a member was closed again or another one came.
         policy: of the fold.
         members: by id.
     """
@@ -66,14 +75,24 @@ class Delivery(NamedTuple):
     group: ReadyGroup
 
 
+class Offer(NamedTuple):
+    """What became of an offered trajectory.
+
+    Attributes:
+        is_new: this version of it was not known before.
+        published: the entry that it completed, None if its group still waits or was published before.
+    """
+
+    is_new: bool
+    published: ReadyGroup | None
+
+
 class ReadyQueue:
-    """The ready streams of one run."""
+    """The materializer's side of the ready streams."""
 
     def __init__(self, wire: Wire, keys: Keys) -> None:
         self._wire = wire
         self._keys = keys
-
-    # The materializer's side
 
     def offered(self, id: str, *, group: str | None, group_size: int | None) -> int:
         """Version under which a trajectory was last offered, 0 if it never was."""
@@ -81,15 +100,22 @@ class ReadyQueue:
         return 0 if data is None else _decode_member(data).version
 
     def offer(
-        self, member: ReadyMember, *, group: str | None, group_size: int | None, policy: str, keep: float
-    ) -> ReadyGroup | None:
+        self,
+        member: ReadyMember,
+        *,
+        group: str | None,
+        group_size: int | None,
+        policy: str,
+        keep: float,
+        goes_on: Callable[[ReadyMember], bool] = lambda _: False,
+    ) -> Offer:
         """Put a trajectory in its group's place; publish the group if that completes it.
 
         Args:
+            group_size: as this member knows it; where members differ, the largest counts.
             keep: seconds for which the assembly of a complete group is remembered, against repeated hints.
-
-        Returns:
-            What was published, None if the group still waits for others or this was published before.
+            goes_on: asked about aborted members: True for one that was resumed since, and that will be offered again
+                when it is closed. The group waits for it.
         """
         name = _assembly_name(member.id, group, group_size)
         key = self._keys.assembly(name)
@@ -97,14 +123,18 @@ class ReadyQueue:
             with self._wire.watching(key) as watch:
                 flat = watch.call("HGETALL", key)
                 held = dict(zip(flat[::2], flat[1::2], strict=True))
-                published = int(held.pop(_PUBLISHED, b"0"))
+                published, known_size = int(held.pop(_PUBLISHED, b"0")), int(held.pop(_SIZE, b"0"))
                 members = {found.id: found for found in map(_decode_member, held.values())}
-                if member.id not in members or members[member.id].version < member.version:
-                    members[member.id] = member
+                before = members.get(member.id)
+                if before is not None and before.version > member.version:
+                    return Offer(False, None)
+                members[member.id] = member
+                size = max(known_size, group_size or 1)
+                commands: list[Command] = [("HSET", key, member.id, _encode(member), _SIZE, size)]
                 version = sum(one.version for one in members.values())
-                commands: list[Command] = [("HSET", key, member.id, _encode(members[member.id]))]
+                others = (one for one in members.values() if one.id != member.id and one.status == "aborted")
                 ready: ReadyGroup | None = None
-                if len(members) >= (group_size or 1) and version > published:
+                if len(members) >= size and version > published and not any(map(goes_on, others)):
                     ready = ReadyGroup(
                         group=group,
                         version=version,
@@ -116,79 +146,135 @@ class ReadyQueue:
                     commands.append(("HSET", key, _PUBLISHED, version))
                     commands.append(("PEXPIRE", key, int(keep * 1000)))
                 if self._wire.transaction(commands, watch=watch) is not None:
-                    return ready
+                    if known_size not in (0, group_size or 1):
+                        log.warning("group %s: sizes %d and %s; the larger counts", group, known_size, group_size)
+                    return Offer(before is None or before.version < member.version, ready)
         raise Unavailable(f"group {group!r} was changed by others {_ATTEMPTS} times in a row")
 
     def put_blob(self, id: str, version: int, blob: bytes, *, keep: float) -> None:
         """Lay a fold beside its entry for `keep` seconds."""
         self._wire.call("SET", self._keys.ready_payload(id, version), blob, "PX", int(keep * 1000))
 
-    # The trainer's side
 
-    def join(self, group: str) -> None:
-        """Make a consumer group of another name than the default; it reads from the beginning of what is there."""
-        for partition in range(self._keys.partitions):
-            reply = self._wire.exchange([("XGROUP", "CREATE", self._keys.ready(partition), group, "0", "MKSTREAM")])[0]
-            if isinstance(reply, redis.RedisError) and "BUSYGROUP" not in str(reply):
-                raise translate(reply, "XGROUP CREATE")
+class ReadyFollower:
+    """The trainer's side: one consumer of one consumer group over all ready streams of a run."""
 
-    def poll(
-        self, consumer: str, *, group: str = TRAINER_GROUP, count: int = 1, block: float = 0.0, pending: bool = False
-    ) -> list[Delivery]:
-        """Entries that no consumer of the group has had (or, `pending`, that this one had and never acknowledged)."""
-        streams = {self._keys.ready(partition): partition for partition in range(self._keys.partitions)}
-        wait: tuple[str | int, ...] = ("BLOCK", max(1, int(block * 1000))) if block > 0 and not pending else ()
+    def __init__(self, wire: Wire, keys: Keys, group: str, consumer: str) -> None:
+        self._wire = wire
+        self._keys = keys
+        self._group = group
+        self._consumer = consumer
+        self._seen = dict.fromkeys(range(keys.partitions), "0-0")
+        if group != TRAINER_GROUP:
+            self._join()
+
+    def poll(self, *, count: int, block: float = 0.0) -> list[Delivery]:
+        """Entries that no consumer of the group has had, at most `count`; waits up to `block` seconds for the first."""
+        # One XREADGROUP over all streams takes up to COUNT from each, and what it takes is kept from other consumers.
+        # So look first, which takes nothing, and then take from where something is.
+        wait: tuple[str | int, ...] = ("BLOCK", max(1, int(block * 1000))) if block > 0 else ()
+        found: list[Delivery] = []
+        while len(found) < count:
+            streams = {self._keys.ready(partition): partition for partition in self._seen}
+            reply = self._wire.call("XREAD", "COUNT", 1, *wait, "STREAMS", *streams, *self._seen.values())
+            if not reply:
+                break
+            wait = ()
+            for name, _ in reply:
+                if len(found) < count:
+                    stream = name.decode()
+                    found += self._take(stream, streams[stream], count - len(found))
+        return found
+
+    def _take(self, stream: str, partition: int, count: int) -> list[Delivery]:
+        taken = self._wire.call(
+            "XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", count, "STREAMS", stream, ">"
+        )
+        entries = taken[0][1] if taken else []
+        del self._seen[partition]  # to the end: its turn comes again after the others'
+        self._seen[partition] = entries[-1][0].decode() if entries else self._last_delivered(stream)
+        return _deliveries(partition, entries)
+
+    def unacknowledged(self, partition: int, *, after: str, count: int) -> tuple[list[Delivery], str | None]:
+        """Entries that this consumer had and did not acknowledge, and where to go on; None at the end.
+
+        Args:
+            after: "0-0", or what the call before returned.
+        """
         reply = self._wire.call(
-            "XREADGROUP", "GROUP", group, consumer, "COUNT", count, *wait,
-            "STREAMS", *streams, *("0" if pending else ">" for _ in streams),
+            "XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", count,
+            "STREAMS", self._keys.ready(partition), after,
         )  # fmt: skip
-        return [delivery for name, entries in reply or [] for delivery in _deliveries(streams[name.decode()], entries)]
+        entries = reply[0][1] if reply else []
+        return _deliveries(partition, entries), entries[-1][0].decode() if entries else None
 
-    def take_over(self, consumer: str, *, group: str = TRAINER_GROUP, idle: float) -> list[Delivery]:
-        """Entries that another consumer has had for `idle` seconds without acknowledging."""
+    def take_over(self, *, idle: float, count: int, skip: Callable[[Delivery], bool]) -> list[Delivery]:
+        """Entries that a consumer has had for `idle` seconds without acknowledging, at most `count`.
+
+        Args:
+            skip: True for those that this consumer itself has in hand; they count as fresh again.
+        """
         found: list[Delivery] = []
         for partition in range(self._keys.partitions):
-            reply = self._wire.call(
-                "XAUTOCLAIM", self._keys.ready(partition), group, consumer, int(idle * 1000), "0-0", "COUNT", 100
-            )
-            found += _deliveries(partition, reply[1])
+            cursor: Any = b"0-0"
+            while len(found) < count:
+                reply = self._wire.call(
+                    "XAUTOCLAIM", self._keys.ready(partition), self._group, self._consumer, int(idle * 1000), cursor,
+                    "COUNT", count - len(found),
+                )  # fmt: skip
+                cursor = reply[0]
+                found += [delivery for delivery in _deliveries(partition, reply[1]) if not skip(delivery)]
+                if cursor in (b"0-0", "0-0"):
+                    break
         return found
 
     def blobs(self, members: Sequence[ReadyMember]) -> Iterator[bytes | None]:
         """The folds of members, in one round trip; None for one that is gone and must be folded again."""
-        commands: list[Command] = [("GET", self._keys.ready_payload(one.id, one.version)) for one in members]
-        for reply in self._wire.exchange(commands):
-            if isinstance(reply, redis.RedisError):
-                raise translate(reply, "GET")
-            yield reply
+        return iter(self._run([("GET", self._keys.ready_payload(one.id, one.version)) for one in members]))
 
-    def acknowledge(self, deliveries: Iterable[Delivery], *, group: str = TRAINER_GROUP) -> None:
-        """These entries were used. Their blobs go; what every group has used is trimmed."""
-        deliveries = list(deliveries)
-        commands: list[Command] = []
+    def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
+        """These entries were used. What every group has used is trimmed, and its blobs go."""
+        by_partition: dict[int, list[Delivery]] = {}
         for delivery in deliveries:
-            commands.append(("XACK", self._keys.ready(delivery.partition), group, delivery.at))
-            commands += [("UNLINK", self._keys.ready_payload(one.id, one.version)) for one in delivery.group.members]
-        for reply in self._wire.exchange(commands):
-            if isinstance(reply, redis.RedisError):
-                raise translate(reply, "XACK")
-        for partition in sorted({delivery.partition for delivery in deliveries}):
-            self._trim(partition)
-
-    def backlog(self) -> int:
-        """Entries that some group still needs."""
-        return sum(
-            int(self._wire.call("XLEN", self._keys.ready(partition))) for partition in range(self._keys.partitions)
+            by_partition.setdefault(delivery.partition, []).append(delivery)
+        self._run(
+            [
+                ("XACK", self._keys.ready(partition), self._group, *(one.at for one in some))
+                for partition, some in by_partition.items()
+            ]
         )
+        for partition, some in by_partition.items():
+            stream = self._keys.ready(partition)
+            groups = self._groups(stream)
+            needed = lowest_needed(groups, self._run([("XPENDING", stream, _field(one, b"name")) for one in groups]))
+            commands: list[Command] = [] if needed is None else [("XTRIM", stream, "MINID", str(needed))]
+            for delivery in some:
+                if len(groups) == 1 or (needed is not None and EventId.parse(delivery.at) < needed):
+                    keys = [self._keys.ready_payload(one.id, one.version) for one in delivery.group.members]
+                    commands += [("UNLINK", key) for key in keys]
+            self._run(commands)
 
-    def _trim(self, partition: int) -> None:
-        stream = self._keys.ready(partition)
-        groups = self._wire.call("XINFO", "GROUPS", stream)
-        names = [dict(zip(flat[::2], flat[1::2], strict=True))[b"name"] for flat in groups]
-        pending = [self._wire.call("XPENDING", stream, name) for name in names]
-        needed = lowest_needed(groups, pending)
-        if needed is not None:
-            self._wire.call("XTRIM", stream, "MINID", str(needed))
+    def _join(self) -> None:
+        """Make the consumer group if there is none; it reads from the beginning of what is there."""
+        streams = [self._keys.ready(partition) for partition in range(self._keys.partitions)]
+        for reply in self._wire.exchange([("XGROUP", "CREATE", one, self._group, "0", "MKSTREAM") for one in streams]):
+            if isinstance(reply, redis.RedisError) and "BUSYGROUP" not in str(reply):
+                raise translate(reply, "XGROUP CREATE")
+
+    def _last_delivered(self, stream: str) -> str:
+        """Newest entry that any consumer of the group has had."""
+        mine = [one for one in self._groups(stream) if _field(one, b"name") == self._group.encode()]
+        return str(_field(mine[0], b"last-delivered-id").decode()) if mine else "0-0"
+
+    def _groups(self, stream: str) -> list[Any]:
+        return list(self._wire.call("XINFO", "GROUPS", stream))
+
+    def _run(self, commands: Sequence[Command]) -> list[Any]:
+        replies = self._wire.exchange(commands)
+        for command, reply in zip(commands, replies, strict=True):
+            if isinstance(reply, redis.RedisError):
+                raise translate(reply, str(command[0]))
+        return replies
 
 
 def _assembly_name(id: str, group: str | None, group_size: int | None) -> str:
@@ -198,6 +284,10 @@ def _assembly_name(id: str, group: str | None, group_size: int | None) -> str:
 
 def _deliveries(partition: int, entries: object) -> list[Delivery]:
     return [Delivery(partition, at, _decode_group(fields[b"g"])) for at, fields in parse_stream(entries)]
+
+
+def _field(flat: Any, name: bytes) -> Any:
+    return dict(zip(flat[::2], flat[1::2], strict=True))[name]
 
 
 _encode = msgspec.msgpack.Encoder().encode

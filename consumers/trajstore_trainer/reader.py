@@ -1,0 +1,178 @@
+"""Reading what is ready: entries of the ready streams become folded trajectories, and are acknowledged after use."""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from trajstore.blob import from_blob
+from trajstore.errors import Corrupt, NotFound, RoutingError, SequenceGap, Unavailable
+from trajstore.fold import Policy
+from trajstore.log.run import TRAINER_GROUP
+from trajstore.materializer import worker_name
+from trajstore.ready import Delivery, ReadyFollower, ReadyMember
+from trajstore.store import Store
+from trajstore.trajectory import Trajectory
+
+__all__ = ["ReadyTrajectories", "TrajectoryReader"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReadyTrajectories:
+    """One ready entry: a complete group, or a single trajectory.
+
+    Attributes:
+        group: name, None for a trajectory without one.
+        version: rises when the group is published again because a member was closed again or another one came.
+        trajectories: its members, folded, by id.
+        missing: members that cannot be read any more, by id, with the reason. Normally empty.
+        delivery: what `TrajectoryReader.acknowledge` acknowledges.
+    """
+
+    group: str | None
+    version: int
+    trajectories: list[Trajectory]
+    missing: dict[str, str] = field(default_factory=dict)
+    delivery: Delivery
+
+
+class TrajectoryReader:
+    """A consumer of finished trajectories, for one thread.
+
+    Delivery is at least once: what was not acknowledged comes again, before anything new, to the next reader of the
+    same name, or to any other of the group after `claim_seconds`. To the reader that has it, it does not.
+
+    Args:
+        store: of the run.
+        group: consumer group; each group gets everything, its consumers share it. One that is new begins with what the
+            ready streams still hold.
+        consumer: name within the group, such as a rank; no two readers may run under one name at a time. Default: a
+            name that nobody had.
+        claim_seconds: how long a consumer may have something before others take it over; more than from one `take` to
+            the next, or to `acknowledge`.
+    """
+
+    def __init__(
+        self, store: Store, *, group: str = TRAINER_GROUP, consumer: str | None = None, claim_seconds: float = 300.0
+    ) -> None:
+        self._store = store
+        self._group = group
+        self._claim_seconds = claim_seconds
+        self._queue = ReadyFollower(store.wire, store.keys, group, consumer or worker_name())
+        self._former = dict.fromkeys(range(store.partitions if consumer else 0), "0-0")
+        self._held: list[Delivery] = []
+        self._outstanding: set[tuple[int, str]] = set()
+        self._next_claim = 0.0
+
+    def take(self, groups: int = 1, timeout: float = 60.0) -> list[ReadyTrajectories]:
+        """Wait for entries that are ready.
+
+        Args:
+            groups: how many.
+            timeout: seconds; then what is there is returned, even if it is fewer.
+
+        Returns:
+            1 to `groups` entries. Their payloads came in one round trip; a payload that has expired is folded again, at
+            the event that was published (late recordings that came since then count).
+
+        Raises:
+            Unavailable: nothing was ready before the deadline, or the server does not answer (also a `TimeoutError`).
+                What was found until then is returned by the next call.
+        """
+        deadline = time.monotonic() + timeout
+        while len(self._held) < groups:
+            left = deadline - time.monotonic()
+            self._look(groups - len(self._held), block=max(0.0, min(left, self._store.timeout / 2)))
+            if left <= 0:
+                break
+        if not self._held:
+            raise Unavailable(
+                f"nothing was ready for group {self._group!r} of {self._store.location} within {timeout:g} s; is a "
+                "materializer running (`trajstore materialize STORE`), and are trajectories being closed?"
+            )
+        taken = self._held[:groups]
+        ready = self._read(taken)
+        del self._held[: len(taken)]
+        return ready
+
+    def acknowledge(self, ready: Iterable[ReadyTrajectories]) -> None:
+        """These entries were used: they do not come again, and their payloads go.
+
+        Raises:
+            Unavailable: the server does not answer; acknowledge again.
+        """
+        deliveries = [one.delivery for one in ready]
+        self._queue.acknowledge(deliveries)
+        self._outstanding.difference_update(map(_place, deliveries))
+
+    def _look(self, count: int, *, block: float) -> None:
+        """Find up to `count` entries: what this consumer once had, what silent ones have, what is new."""
+        wanted = len(self._held) + count
+        while self._former and len(self._held) < wanted:
+            partition, after = next(iter(self._former.items()))
+            found, cursor = self._queue.unacknowledged(partition, after=after, count=wanted - len(self._held))
+            if cursor is None:
+                del self._former[partition]
+            else:
+                self._former[partition] = cursor
+            self._hold(found)
+        if len(self._held) < wanted and time.monotonic() >= self._next_claim:
+            found = self._queue.take_over(
+                idle=self._claim_seconds,
+                count=wanted - len(self._held),
+                skip=lambda one: _place(one) in self._outstanding,
+            )
+            self._hold(found)
+            if len(self._held) < wanted:  # else there may be more
+                self._next_claim = time.monotonic() + self._claim_seconds / 4
+        if len(self._held) < wanted:
+            wait = max(0.0, min(block, self._next_claim - time.monotonic()))
+            self._hold(self._queue.poll(count=wanted - len(self._held), block=wait))
+
+    def _hold(self, found: Sequence[Delivery]) -> None:
+        self._held += found
+        self._outstanding.update(map(_place, found))
+
+    def _read(self, deliveries: Sequence[Delivery]) -> list[ReadyTrajectories]:
+        members = {_version(member): member for delivery in deliveries for member in delivery.group.members}
+        blobs = dict(zip(members, self._queue.blobs(list(members.values())), strict=True))
+        ready = []
+        for delivery in deliveries:
+            entry = delivery.group
+            trajectories: list[Trajectory] = []
+            missing: dict[str, str] = {}
+            for member in entry.members:
+                try:
+                    trajectories.append(self._fold(member, blobs[_version(member)], cast(Policy, entry.policy)))
+                except (NotFound, Corrupt, SequenceGap, RoutingError) as error:
+                    log.error("%s of group %s is ready and cannot be read any more: %s", member.id, entry.group, error)
+                    missing[member.id] = str(error)
+            ready.append(
+                ReadyTrajectories(
+                    group=entry.group,
+                    version=entry.version,
+                    trajectories=trajectories,
+                    missing=missing,
+                    delivery=delivery,
+                )
+            )
+        return ready
+
+    def _fold(self, member: ReadyMember, blob: bytes | None, policy: Policy) -> Trajectory:
+        if blob is not None:
+            try:
+                return from_blob(blob)
+            except Corrupt as error:
+                log.warning("the ready payload of %s is damaged and is folded again: %s", member.id, error)
+        return self._store.load(member.id, policy=policy, until=member.at)
+
+
+def _place(delivery: Delivery) -> tuple[int, str]:
+    return delivery.partition, delivery.at
+
+
+def _version(member: ReadyMember) -> tuple[str, int]:
+    return member.id, member.version

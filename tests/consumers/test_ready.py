@@ -1,0 +1,218 @@
+"""The ready streams by themselves: offering, delivery to consumers, acknowledgement, and blobs."""
+
+import threading
+
+import msgspec
+import pytest
+from safetensors.numpy import load, save
+
+from tests.builders import record_seed_case
+from tests.consumers.rollouts import look, members, wait_until
+from trajstore.blob import from_blob, to_blob
+from trajstore.errors import Corrupt
+from trajstore.ready import ReadyFollower, ReadyMember, ReadyQueue
+
+
+def member(id, version=1, status="completed"):
+    return ReadyMember(id=id, version=version, status=status, at="3-0", tokens=5, nbytes=4)
+
+
+@pytest.fixture
+def queue(store):
+    """The materializer's side."""
+    return ReadyQueue(store.wire, store.keys)
+
+
+@pytest.fixture
+def follow(store):
+    """Consumers: `follow(name, group=...)`."""
+    return lambda consumer, group="trainer": ReadyFollower(store.wire, store.keys, group, consumer)
+
+
+def publish(queue, id, version=1, group=None, size=None, **options):
+    offer = queue.offer(
+        member(id, version, **options), group=group, group_size=size, policy="last_segment_wins", keep=60.0
+    )
+    queue.put_blob(id, version, b"blob", keep=60.0)
+    return offer
+
+
+def ids(deliveries):
+    return [one.id for delivery in deliveries for one in delivery.group.members]
+
+
+# Offering
+
+
+def test_same_version_is_published_once_and_an_older_one_never(queue, store):
+    assert publish(queue, "a", 2).published is not None
+    assert publish(queue, "a", 2) == (False, None)
+    assert publish(queue, "a", 1) == (False, None)
+    assert queue.offered("a", group=None, group_size=None) == 2
+    assert publish(queue, "a", 3).is_new
+    assert members(look(store)) == [("a", 2), ("a", 3)]
+
+
+def test_group_and_id_of_the_same_name_do_not_meet(queue, store):
+    publish(queue, "x")
+    publish(queue, "y", group="x", size=2)
+    assert members(look(store)) == [("x", 1)]
+    publish(queue, "z", group="x", size=2)
+    assert members(look(store)) == [("x", 1), ("y", 1), ("z", 1)]
+
+
+def test_members_offered_at_the_same_time_complete_their_group_once(queue, store):
+    start = threading.Barrier(8)
+    published = []
+
+    def offer(i):
+        start.wait(10)
+        published.append(publish(queue, f"m{i}", group="g", size=8).published)
+
+    threads = [threading.Thread(target=offer, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sum(one is not None for one in published) == 1
+    assert members(look(store)) == [(f"m{i}", 1) for i in range(8)]
+
+
+def test_only_aborted_members_are_asked_whether_they_go_on(queue):
+    asked = []
+
+    def offer(one):
+        return queue.offer(
+            one, group="g", group_size=3, policy="last_segment_wins", keep=60.0, goes_on=lambda m: asked.append(m.id)
+        )
+
+    offer(member("a", status="aborted"))
+    offer(member("b"))
+    assert asked == [], "the group is not complete anyway"
+    assert offer(member("c", status="aborted")).published is not None
+    assert asked == ["a"]
+
+
+# Delivery
+
+
+def test_poll_takes_no_more_than_it_was_asked_for(queue, follow):
+    """What one consumer takes is kept from the others, over all partitions together."""
+    for i in range(8):
+        publish(queue, f"t{i}")
+    first, second = follow("one"), follow("two")
+    taken = [ids(first.poll(count=1)), ids(second.poll(count=3)), ids(first.poll(count=10))]
+    assert [len(one) for one in taken] == [1, 3, 4]
+    assert sorted(one for some in taken for one in some) == [f"t{i}" for i in range(8)]
+    assert first.poll(count=1) == second.poll(count=1) == []
+
+
+def test_consumer_that_was_away_finds_what_is_new_at_once(queue, follow):
+    first, second = follow("one"), follow("two")
+    for i in range(20):
+        publish(queue, f"t{i}")
+    assert len(second.poll(count=1)) == 1
+    assert len(first.poll(count=30)) == 19
+    publish(queue, "last")
+    assert ids(second.poll(count=5)) == ["last"]
+
+
+def test_poll_waits_for_the_first(queue, follow):
+    follower = follow("one")
+    assert follower.poll(count=1, block=0.01) == []
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(follower.poll(count=1, block=5.0)))
+    thread.start()
+    publish(queue, "late")
+    thread.join(20)
+    assert ids(found) == ["late"]
+
+
+def test_what_was_not_acknowledged_is_found_page_by_page(queue, follow, store):
+    for i in range(7):
+        publish(queue, f"t{i}")
+    before = follow("rank-0").poll(count=7)
+    follow("rank-0").acknowledge(before[2:3])
+    found = []
+    for partition in range(store.partitions):
+        after = "0-0"
+        while after is not None:
+            page, after = follow("rank-0").unacknowledged(partition, after=after, count=2)
+            assert len(page) <= 2
+            found += page
+    assert sorted(ids(found)) == sorted(ids(before[:2] + before[3:]))
+
+
+def test_take_over_claims_what_is_idle_up_to_the_count(queue, follow):
+    for i in range(6):
+        publish(queue, f"t{i}")
+    before = follow("dead").poll(count=6)
+    heir = follow("heir")
+    assert heir.take_over(idle=60.0, count=10, skip=lambda _: False) == []
+    first = heir.take_over(idle=0.0, count=2, skip=lambda _: False)
+    rest = heir.take_over(idle=0.0, count=10, skip=lambda one: one in first)
+    assert (len(first), len(rest)) == (2, 4)
+    assert sorted(ids(first + rest)) == sorted(ids(before))
+
+
+# Acknowledgement
+
+
+def test_acknowledged_entries_are_trimmed_and_their_blobs_go(queue, follow, store):
+    for i in range(5):
+        publish(queue, f"t{i}")
+    follower = follow("one")
+    taken = follower.poll(count=5)
+    follower.acknowledge(taken[1:])
+    assert sum(blob is not None for one in taken for blob in follower.blobs(one.group.members)) == 1
+    assert taken[0].group in look(store), "still needed"
+    follower.acknowledge(taken)
+    assert look(store) == []
+    follower.acknowledge(taken)
+
+
+def test_blobs_stay_for_a_group_that_has_not_read_them(queue, follow, store):
+    publish(queue, "a")
+    trainer, evaluation = follow("t"), follow("e", "evaluation")
+    taken = trainer.poll(count=1)
+    trainer.acknowledge(taken)
+    assert len(look(store)) == 1
+    same = evaluation.poll(count=1)
+    assert same == taken
+    assert list(evaluation.blobs(same[0].group.members)) == [b"blob"]
+    evaluation.acknowledge(same)
+    assert look(store) == []
+    assert list(evaluation.blobs(same[0].group.members)) == [None]
+
+
+def test_group_that_exists_can_be_joined_again(queue, follow):
+    publish(queue, "a")
+    assert ids(follow("e", "evaluation").poll(count=1)) == ["a"]
+    assert follow("f", "evaluation").poll(count=1) == []
+
+
+def test_blob_expires(queue, follow):
+    queue.put_blob("a", 1, b"blob", keep=0.001)
+    wait_until(lambda: list(follow("one").blobs([member("a")])) == [None])
+
+
+# Blobs
+
+
+def test_damaged_blobs_are_corrupt(store):
+    blob = to_blob(store.load(record_seed_case(store).id))
+    assert len(from_blob(blob)) == 10
+    for damaged in (b"", blob[:100], blob[:-1], b"\xff" * 64, blob.replace(b"trajstore", b"trajstare")):
+        with pytest.raises(Corrupt):
+            from_blob(damaged)
+
+
+def test_blob_without_one_of_its_arrays_is_corrupt(store):
+    trajectory = store.load(record_seed_case(store).id)
+    blob = to_blob(trajectory)
+    text = blob[8 : 8 + int.from_bytes(blob[:8], "little")]
+    metadata = msgspec.json.decode(text)["__metadata__"]
+    for name in ("logprobs", "routed_experts"):
+        arrays = {key: value for key, value in load(blob).items() if key != name}
+        with pytest.raises(Corrupt, match=name):
+            from_blob(save(arrays, metadata))

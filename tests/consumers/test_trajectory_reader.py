@@ -1,0 +1,277 @@
+"""The trainer's reader: what was published comes, once acknowledged it is gone, and nothing waits for ever."""
+
+import threading
+
+import numpy as np
+import pytest
+
+import trajstore
+from tests.consumers.rollouts import abort, finish, look, materialize, resume, wait_until
+from trajstore.blob import to_blob
+from trajstore_trainer import TrajectoryReader
+
+pytestmark = pytest.mark.torch
+
+
+def ids(ready):
+    return sorted(one.id for entry in ready for one in entry.trajectories)
+
+
+def groups(ready):
+    return sorted(entry.group for entry in ready)
+
+
+def publish(store, count, size=1, first=0):
+    """`count` groups g0, g1, ... of `size` members, ready."""
+    made = [finish(store, group=f"g{first + i}", group_size=size, seed=i) for i in range(count) for _ in range(size)]
+    materialize(store)
+    return made
+
+
+def blob_keys(store, ready):
+    return [store.keys.ready_payload(one.id, one.version) for entry in ready for one in entry.trajectories]
+
+
+class Commands:
+    """What passes a wire: the names of the commands of each round trip, after telling `before` of them."""
+
+    def __init__(self, wire, before=lambda names: None):
+        self.round_trips = []
+        self._before = before
+        self._exchange = wire.exchange
+        wire.exchange = self
+
+    def __call__(self, commands):
+        names = [command[0] for command in commands]
+        self.round_trips.append(names)
+        self._before(names)
+        return self._exchange(commands)
+
+
+def test_reader_yields_the_folded_members_of_a_group_by_id(store):
+    made = publish(store, 1, size=3)
+    (ready,) = TrajectoryReader(store).take()
+    assert (ready.group, ready.version, ready.missing) == ("g0", 3, {})
+    assert [one.id for one in ready.trajectories] == sorted(one.id for one in made)
+    for one in ready.trajectories:
+        assert to_blob(one) == to_blob(store.load(one.id))
+
+
+def test_arrays_of_a_taken_trajectory_own_their_memory(store):
+    """verifiers #1783: views pin whole arrays."""
+    publish(store, 1)
+    (ready,) = TrajectoryReader(store).take()
+    for name in ("token_ids", "logprobs", "loss_mask", "routed_experts", "routing_mask"):
+        array = getattr(ready.trajectories[0], name)
+        assert array.flags.owndata, name
+        assert array.flags.writeable, name
+
+
+def test_take_gives_as_many_groups_as_asked_and_keeps_the_rest_for_others(store):
+    publish(store, 5)
+    first, second = TrajectoryReader(store), TrajectoryReader(store)
+    taken = first.take(groups=2)
+    assert len(taken) == 2
+    rest = second.take(groups=10, timeout=0.0)
+    assert groups(taken + rest) == [f"g{i}" for i in range(5)]
+
+
+def test_payloads_of_a_take_come_in_one_round_trip(store):
+    publish(store, 3, size=2)
+    commands = Commands(store.wire)
+    assert len(TrajectoryReader(store).take(groups=3)) == 3
+    assert [names for names in commands.round_trips if "GET" in names] == [["GET"] * 6]
+
+
+def test_take_waits_until_enough_is_there(store):
+    reader, found = TrajectoryReader(store), []
+    thread = threading.Thread(target=lambda: found.extend(reader.take(groups=2, timeout=20.0)))
+    thread.start()
+    publish(store, 1)
+    publish(store, 1, first=1)
+    thread.join(20)
+    assert groups(found) == ["g0", "g1"]
+
+
+def test_take_returns_at_the_deadline_what_is_there(store):
+    publish(store, 1)
+    assert groups(TrajectoryReader(store).take(groups=3, timeout=0.05)) == ["g0"]
+
+
+def test_nothing_ready_before_the_deadline_is_an_error_that_says_what_to_do(store):
+    """TransferQueue: reads block for ever. Every blocking call has a deadline and a clear error."""
+    reader = TrajectoryReader(store)
+    with pytest.raises(TimeoutError, match="materializer running"):
+        reader.take(timeout=0.05)
+    with pytest.raises(trajstore.Unavailable):
+        reader.take(timeout=0.0)
+    publish(store, 1)
+    assert groups(reader.take(timeout=0.0)) == ["g0"]
+
+
+# At least once
+
+
+def test_unacknowledged_comes_again_first_to_the_next_reader_of_that_name(store):
+    publish(store, 3)
+    before = TrajectoryReader(store, consumer="rank-0")
+    taken = before.take(groups=3)
+    before.acknowledge(taken[:1])
+    publish(store, 2, first=3)
+    again = TrajectoryReader(store, consumer="rank-0")
+    assert groups(again.take(groups=2)) == groups(taken[1:])
+    assert groups(again.take(groups=5, timeout=0.0)) == ["g3", "g4"]
+
+
+def test_reader_does_not_get_again_what_it_has_in_hand(store):
+    """Not after its own claim time either: it is slow, not dead."""
+    publish(store, 2)
+    reader = TrajectoryReader(store, consumer="rank-0", claim_seconds=0.0)
+    assert len(reader.take(groups=2)) == 2
+    with pytest.raises(trajstore.Unavailable):
+        reader.take(timeout=0.05)
+
+
+def test_what_a_silent_consumer_had_is_taken_over(store):
+    publish(store, 2)
+    taken = TrajectoryReader(store, consumer="rank-0").take(groups=2)
+    with pytest.raises(trajstore.Unavailable):
+        TrajectoryReader(store, consumer="rank-1").take(timeout=0.05)
+    heir = TrajectoryReader(store, consumer="rank-2", claim_seconds=0.1)
+    again = heir.take(groups=2, timeout=10.0)
+    assert groups(again) == groups(taken)
+    heir.acknowledge(again)
+    assert look(store) == []
+
+
+def test_acknowledged_comes_no_more_and_its_payloads_go(store):
+    publish(store, 2, size=2)
+    reader = TrajectoryReader(store, consumer="rank-0")
+    ready = reader.take(groups=2)
+    assert store.wire.call("EXISTS", *blob_keys(store, ready)) == 4
+    reader.acknowledge(ready)
+    reader.acknowledge(ready)
+    assert store.wire.call("EXISTS", *blob_keys(store, ready)) == 0
+    assert look(store) == []
+    with pytest.raises(trajstore.Unavailable):
+        TrajectoryReader(store, consumer="rank-0").take(timeout=0.0)
+
+
+def test_each_consumer_group_gets_everything(store):
+    publish(store, 2)
+    trainer, audit = TrajectoryReader(store), TrajectoryReader(store, group="evaluation")
+    trainer.acknowledge(trainer.take(groups=2))
+    assert groups(audit.take(groups=2)) == ["g0", "g1"]
+
+
+def test_readers_of_a_group_share_it_without_loss_or_repeat(store, open_store):
+    taken, done = [], threading.Event()
+
+    def consume(reader):
+        while not done.is_set():
+            try:
+                ready = reader.take(timeout=0.05)
+            except trajstore.Unavailable:
+                continue
+            taken.extend(groups(ready))
+            reader.acknowledge(ready)
+
+    threads = [threading.Thread(target=consume, args=(TrajectoryReader(open_store()),)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        publish(store, 12)
+        wait_until(lambda: len(taken) >= 12)
+        wait_until(lambda: not look(store))
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(20)
+    assert sorted(taken) == sorted(f"g{i}" for i in range(12))
+
+
+# Payloads that are gone
+
+
+def test_lost_payload_is_folded_again_with_the_same_result(store):
+    trajectory = abort(store)
+    materialize(store, policy="as_sampled")
+    expected = to_blob(store.load(trajectory.id, policy="as_sampled"))
+    resume(store, trajectory, "completed")
+    store.wire.call("DEL", store.keys.ready_payload(trajectory.id, 1))
+    (ready,) = TrajectoryReader(store).take()
+    assert to_blob(ready.trajectories[0]) == expected, "as of the event that was published, not as of now"
+    assert ready.trajectories[0].status == "aborted"
+
+
+def test_expired_and_damaged_payloads_are_folded_again(store):
+    made = [finish(store, group="g", group_size=2) for _ in range(2)]
+    materialize(store, blob_seconds=0.001)
+    store.wire.call("SET", store.keys.ready_payload(made[0].id, 1), b"not a fold")
+    (ready,) = TrajectoryReader(store).take()
+    assert ids([ready]) == sorted(one.id for one in made)
+    for one in ready.trajectories:
+        np.testing.assert_array_equal(one.routed_experts, store.load(one.id).routed_experts)
+
+
+def test_group_published_again_shares_members_with_its_acknowledged_entry(store):
+    first, second = abort(store, group="g", group_size=2), finish(store, group="g", group_size=2)
+    materialize(store)
+    resume(store, first, "completed")
+    materialize(store)
+    reader = TrajectoryReader(store)
+    for version in (2, 3):
+        (ready,) = reader.take()
+        assert (ready.version, ids([ready])) == (version, sorted([first.id, second.id]))
+        reader.acknowledge([ready])
+
+
+def test_member_whose_data_is_gone_for_good_is_named_and_holds_up_nothing(store, caplog):
+    """TransferQueue: a dead storage unit's keys are still listed, and reading them blocks for ever."""
+    gone, there = publish(store, 1, size=2)
+    (alone,) = publish(store, 1, first=1)
+    for one in (gone, alone):
+        keys = [store.keys.entries(one.id), store.keys.payloads(one.id), store.keys.ready_payload(one.id, 1)]
+        store.wire.call("DEL", *keys)
+    reader = TrajectoryReader(store, consumer="rank-0")
+    ready = {one.group: one for one in reader.take(groups=2)}
+    assert ids(ready.values()) == [there.id]
+    assert set(ready["g0"].missing) == {gone.id}
+    assert set(ready["g1"].missing) == {alone.id}
+    assert ready["g1"].trajectories == []
+    assert gone.id in caplog.text
+    reader.acknowledge(ready.values())
+    assert look(store) == []
+
+
+def test_take_that_failed_half_way_loses_nothing(own_server, run_name):
+    with trajstore.open(own_server.url(run_name), partitions=2, timeout=2.0) as store:
+        made = publish(store, 3)
+        reader = TrajectoryReader(store)
+        broken = []
+
+        def stop_once(names):
+            if "GET" in names and not broken:
+                broken.append(names)
+                own_server.stop()
+
+        Commands(store.wire, before=stop_once)
+        with pytest.raises(trajstore.Unavailable):
+            reader.take(groups=3)
+        own_server.start()
+        ready = reader.take(groups=3, timeout=0.0)
+        assert ids(ready) == sorted(one.id for one in made)
+        reader.acknowledge(ready)
+        assert look(store) == []
+
+
+def test_full_server_can_be_read_and_acknowledged(own_server, run_name):
+    """Else nothing would ever free its memory."""
+    with trajstore.open(own_server.url(run_name), partitions=2, timeout=10.0) as store:
+        publish(store, 2)
+        reader = TrajectoryReader(store)
+        own_server.client().config_set("maxmemory", "1")
+        ready = reader.take(groups=2)
+        reader.acknowledge(ready)
+        assert store.wire.call("EXISTS", *blob_keys(store, ready)) == 0
+        assert look(store) == []
