@@ -44,9 +44,9 @@ INLINE_LIMIT = 512
 """Payloads below this many bytes ride in their header: one field less to write and one round trip less to read."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
+FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
 Status = Literal["completed", "truncated", "failed", "aborted"]
-CLOSED_STATUSES: tuple[str, ...] = get_args(Status)
+CLOSED_STATUSES: tuple[Status, ...] = get_args(Status)
 FINAL_STATUSES: tuple[str, ...] = ("completed", "truncated", "failed")
 
 
@@ -68,8 +68,8 @@ class EventId(NamedTuple):
         """
         if isinstance(text, EventId):
             return cls(*text)
-        plain = text.decode() if isinstance(text, bytes) else text
-        match = re.fullmatch(r"(\d{1,19})-(\d{1,19})", plain)
+        plain = text.decode("ascii", "replace") if isinstance(text, bytes) else text
+        match = re.fullmatch(r"([0-9]{1,19})-([0-9]{1,19})", plain) if isinstance(plain, str) else None
         if match is None:
             raise SchemaError(f"{plain!r} is not an event id; ids look like '3-7' (epoch, then sequence number)")
         return cls(int(match[1]), int(match[2]))

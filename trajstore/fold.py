@@ -5,7 +5,7 @@ are pure, and the only fold there is: `load`, the materializer, provenance and a
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import msgspec
@@ -89,11 +89,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
                 logprobs[at] = probs[:n]
                 nonfinite += n - int(np.count_nonzero(np.isfinite(probs[:n])))
         _check_inputs(history.segments, token_ids, id)
-        version_ids, versions = _weight_versions(history.segments, segment_ids, loss_mask)
+        version_ids, versions = _weight_versions(history.segments, length)
 
         routing_mask = np.zeros(length, np.bool_)
         routing_source = np.full(length, -1, np.int16)
-        routed = None if spec is None else spec.empty(length)
+        routed = None if spec is None else np.empty((length, spec.num_layers, spec.top_k), spec.dtype)
         if routed is not None and spec is not None:
             by_event: dict[str, list[Placement]] = {}
             for placement in self.placements:
@@ -107,6 +107,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
                     routed[start:stop] = spec.from_bytes(buffer)[first:last]
                     routing_mask[start:stop] = True
                     routing_source[start:stop] = recording.segment
+            for start, stop in self._holes():
+                routed[start:stop] = 0
         return Trajectory(
             id=id,
             token_ids=token_ids,
@@ -158,6 +160,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             if recording.origin == "recomputed":
                 return "recomputed"
         return "overridden"
+
+    def _holes(self) -> Iterator[tuple[int, int]]:
+        """Rows that no placement fills, as `[start, stop)`."""
+        filled = 0
+        for placement in self.placements:
+            if filled < placement.start:
+                yield filled, placement.start
+            filled = placement.stop
+        if filled < self.history.length:
+            yield filled, self.history.length
 
     def _token_events(self) -> list[Event]:
         return [span.event for span in self.history.spans]
@@ -275,22 +287,22 @@ def _check_inputs(segments: Sequence[Segment], token_ids: npt.NDArray[np.int32],
             )
 
 
-def _weight_versions(
-    segments: Sequence[Segment], segment_ids: npt.NDArray[np.int16], loss_mask: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.int32], tuple[str, ...]]:
+def _weight_versions(segments: Sequence[Segment], length: int) -> tuple[npt.NDArray[np.int32], tuple[str, ...]]:
     """Per token the index of its weight version, -1 where not sampled, and the versions in order of appearance."""
     names: dict[str, int] = {}
-    result = np.full(len(segment_ids), -1, np.int32)
+    result = np.full(length, -1, np.int32)
     for segment in segments:
-        first, kept = segment.base + segment.context, segment.kept
-        spans = [(first, segment.end, segment.weight_version)]
-        spans += [(first + s.start, first + s.end, s.version) for s in segment.weight_versions]
-        for start, stop, version in spans:
-            if start < min(stop, kept):
-                result[start : min(stop, kept)] = names.setdefault(version, len(names))
-    result[~loss_mask] = -1
-    used = np.unique(result[loss_mask])
-    renumber = np.full(len(names) + 1, -1, np.int32)  # its last item serves index -1
-    renumber[used] = np.arange(len(used), dtype=np.int32)
-    order = list(names)
-    return renumber[result], tuple(order[i] for i in used)
+        for start, stop, version in _version_pieces(segment):
+            if start < min(stop, segment.kept):
+                result[start : min(stop, segment.kept)] = names.setdefault(version, len(names))
+    return result, tuple(names)
+
+
+def _version_pieces(segment: Segment) -> Iterator[tuple[int, int, str]]:
+    """Positions `[start, stop)` of a segment's output by the version that sampled them; spans override the label."""
+    first = at = segment.base + segment.context
+    for span in segment.weight_versions:
+        yield at, first + span.start, segment.weight_version
+        yield first + span.start, first + span.end, span.version
+        at = first + span.end
+    yield at, segment.end, segment.weight_version

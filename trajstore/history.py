@@ -13,6 +13,7 @@ from trajstore.entries import Event
 from trajstore.errors import NotFound, RoutingError, SchemaError, SequenceGap
 from trajstore.events import (
     EventId,
+    Header,
     LateRouting,
     Rewarded,
     Routing,
@@ -173,7 +174,6 @@ class _OpenSegment:
         self.epoch = event.at.epoch
         self.opened = opened
         self.output = 0
-        self.counts: int | None = None  # the least base of later segments
         self.closed: SegmentClosed | None = None
         self.superseded = False
         self.absent: list[str] = []
@@ -201,9 +201,8 @@ class _OpenSegment:
             )
         )
 
-    def freeze(self) -> Segment:
+    def freeze(self, counts: int) -> Segment:
         closed = self.closed
-        counts = self.end if self.counts is None else min(self.counts, self.end)
         return Segment(
             index=self.index,
             epoch=self.epoch,
@@ -242,6 +241,7 @@ class _Walk:
         self.carriers: dict[str, Event] = {}
 
     def take(self, event: Event) -> None:
+        before = self.last
         self._follow(event)
         header = event.header
         if isinstance(header, UnknownEvent):
@@ -249,21 +249,25 @@ class _Walk:
                 f"event {event.id} is a {header.type} of schema version {header.version}, which this trajstore does "
                 "not know; upgrade trajstore, or load an earlier state with until="
             )
-        if self.gap is not None and not (isinstance(header, SegmentOpened) and header.base <= self.length):
+        if self.gap is not None and not self._goes_on_below(header):
             return  # nothing above a hole can be placed
         match header:
             case TrajectoryOpened():
                 self.opened = header
             case SegmentOpened():
-                self._open_segment(event, header)
+                if header.base <= self.length:
+                    self._open_segment(event, header)
+                else:
+                    self._miss(before, f"event {event.id} resumes from {header.base} tokens of {self.length}")
             case Tokens():
                 segment = self._current(event)
-                if header.start != self.length:
-                    raise SequenceGap(
-                        f"tokens of event {event.id} start at {header.start}, but the trajectory has {self.length}"
+                if header.start == self.length:
+                    self._extend(event, header.count, segment.index, sampled=True)
+                    segment.output += header.count
+                else:
+                    self._miss(
+                        before, f"tokens of event {event.id} start at {header.start}, after {self.length} tokens"
                     )
-                self._extend(event, header.count, segment.index, sampled=True)
-                segment.output += header.count
             case Routing():
                 self.carriers[event.id] = event
                 self._current(event).record(event, header.start, header.rows, header.origin)
@@ -279,6 +283,10 @@ class _Walk:
             case LateRouting() | RoutingObserved():
                 raise SchemaError(f"event {event.id} is a note ({event.type}) among the trajectory's events")
 
+    def _goes_on_below(self, header: Header) -> bool:
+        """True for a segment that needs nothing from above a hole."""
+        return self.opened is not None and isinstance(header, SegmentOpened) and header.base <= self.length
+
     def _follow(self, event: Event) -> None:
         """Check the id against the one before it."""
         at, last = event.at, self.last
@@ -287,20 +295,18 @@ class _Walk:
         else:
             fits = at == (last.epoch, last.seq + 1) or at == (last.epoch + 1, 0)
         if not fits and self.gap is None:
-            good = str(last) if last else ""
-            after = f"events are missing after {good}" if good else "the first events are missing"
-            how = f"; until={good!r} loads the state before the gap" if good else ""
-            self.gap = SequenceGap(f"{after}: the next one is {at}{how}", last_good=good)
+            after = f"events are missing after {last}" if last else "the first events are missing"
+            self._miss(last, f"{after}: the next one is {at}")
         if last is not None and at.epoch != last.epoch and self.segments:
             self.segments[-1].superseded = True
         self.last = at
 
+    def _miss(self, good: EventId | None, what: str) -> None:
+        """Events or tokens are missing: only a later segment whose base lies below the hole can go on."""
+        how = f"; until='{good}' loads the state before the gap" if good else ""
+        self.gap = SequenceGap(what + how, last_good=str(good) if good else "")
+
     def _open_segment(self, event: Event, header: SegmentOpened) -> None:
-        if header.base > self.length:
-            raise SequenceGap(
-                f"segment {len(self.segments)} (event {event.id}) resumes from {header.base} tokens, "
-                f"but the log holds {self.length}"
-            )
         self.gap = None
         self.status = "open"
         self._rewind(header.base)
@@ -310,8 +316,6 @@ class _Walk:
             self._extend(event, header.context, segment.index, sampled=False)
 
     def _rewind(self, base: int) -> None:
-        for segment in self.segments:
-            segment.counts = base if segment.counts is None else min(segment.counts, base)
         while self.spans and self.spans[-1].start >= base:
             self.spans.pop()
         if self.spans and self.spans[-1].stop > base:
@@ -360,7 +364,7 @@ class _Walk:
                 raise SchemaError(f"note {note.at} is a {note.type}, which this trajstore does not know; upgrade it")
         return History(
             opened=self.opened,
-            segments=tuple(segment.freeze() for segment in self.segments),
+            segments=self._segments(),
             spans=tuple(self.spans),
             length=self.length,
             status=self.status,
@@ -371,3 +375,12 @@ class _Walk:
             last=self.last,
             closes=self.closes,
         )
+
+    def _segments(self) -> tuple[Segment, ...]:
+        """Each with the rows of it that count: those below the base of every later segment."""
+        frozen: list[Segment] = []
+        limit = self.segments[-1].end if self.segments else 0
+        for segment in reversed(self.segments):
+            frozen.append(segment.freeze(min(limit, segment.end)))
+            limit = min(limit, segment.opened.base)
+        return tuple(reversed(frozen))

@@ -1,17 +1,35 @@
-"""The checks that data passes once, on its way in; behind them it is trusted. Routing has its own in `routing.py`."""
+"""The checks that data passes once, on its way in; behind them it is trusted. Routing has its own in `routing.py`.
+
+They return plain `str`, `int` and `float`: msgspec refuses subclasses and NumPy's scalars, and the background writer,
+which encodes, is no place to find that out.
+"""
 
 import json
 import math
+import operator
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from trajstore.errors import SchemaError
 
-__all__ = ["check_finite", "check_group", "check_id", "check_json", "check_label", "logprob_array", "token_array"]
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_finite",
+    "check_group",
+    "check_id",
+    "check_json",
+    "check_label",
+    "logprob_array",
+    "token_array",
+]
+
+_Choice = TypeVar("_Choice", bound=str)
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+=~-]{0,199}")
 
@@ -26,7 +44,7 @@ def check_id(text: str) -> str:
         raise SchemaError(
             f"{text!r} cannot be an id: use 1 to 200 letters, digits or ._:@+=~- and begin with a letter or digit"
         )
-    return text
+    return str.__str__(text)
 
 
 def check_group(text: str | None) -> str | None:
@@ -37,33 +55,63 @@ def check_group(text: str | None) -> str | None:
     """
     if text is not None and not (isinstance(text, str) and 0 < len(text) <= 200 and text.isprintable()):
         raise SchemaError(f"{text!r} cannot name a group: use 1 to 200 printable characters")
-    return text
+    return None if text is None else str.__str__(text)
 
 
 def check_label(text: str, *, name: str) -> str:
-    """A short label (engine, weight version, reason, source): up to 1000 characters.
+    """A short label (engine, weight version, reason, source): up to 1000 characters of valid Unicode.
 
     Raises:
-        SchemaError: no string, or longer.
+        SchemaError: no string, longer, or with lone surrogates.
     """
-    if not isinstance(text, str) or len(text) > 1000:
-        raise SchemaError(f"{name} must be a string of at most 1000 characters, not {text!r:.80}")
-    return text
+    if not isinstance(text, str) or len(text) > 1000 or any("\ud800" <= letter <= "\udfff" for letter in text):
+        shown = ascii(text)[:80]
+        raise SchemaError(f"{name} must be a string of at most 1000 characters of valid Unicode, not {shown}")
+    return str.__str__(text)
+
+
+def check_choice(value: str, choices: Sequence[_Choice], *, name: str) -> _Choice:
+    """The one of `choices` that this is.
+
+    Raises:
+        SchemaError: none of them.
+    """
+    found = next((choice for choice in choices if choice == value), None)
+    if found is None:
+        raise SchemaError(f"{value!r} is no {name}; use one of {', '.join(choices)}")
+    return found
+
+
+def check_count(value: int, *, name: str) -> int:
+    """A non-negative integer that fits 63 bits, NumPy's integers included, as a plain int.
+
+    Raises:
+        SchemaError: anything else.
+    """
+    try:
+        number = -1 if isinstance(value, bool | np.bool_) else int(operator.index(value))
+    except TypeError:
+        number = -1
+    if not 0 <= number < 1 << 63:
+        raise SchemaError(f"{name} must be a non-negative integer, not {value!r}")
+    return number
 
 
 def check_json(value: Mapping[str, Any] | None, *, name: str, limit: int = 1 << 16) -> dict[str, Any]:
-    """A copy of a mapping as JSON would give it back; packs keep headers as JSON.
+    """A copy of a mapping as JSON would give it back. The hot log keeps headers as msgpack, packs as JSON.
 
     Raises:
-        SchemaError: not JSON (NaN and infinities are not), or above `limit` bytes.
+        SchemaError: not JSON (NaN and infinities are not), beyond msgpack (integers of more than 64 bits), not valid
+            Unicode, or above `limit` bytes.
     """
     try:
         text = json.dumps(dict(value or {}), allow_nan=False)
-    except (TypeError, ValueError) as error:
+        result: dict[str, Any] = json.loads(text)
+        msgspec.msgpack.encode(result)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise SchemaError(f"{name} must be plain JSON data: {error}") from error
     if len(text) > limit:
         raise SchemaError(f"{name} takes {len(text)} bytes as JSON, the limit is {limit}; store large data elsewhere")
-    result: dict[str, Any] = json.loads(text)
     return result
 
 
@@ -75,7 +123,7 @@ def check_finite(value: float, *, name: str) -> float:
     """
     try:
         number = float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise SchemaError(f"{name} must be a number, not {value!r}") from error
     if not math.isfinite(number):
         raise SchemaError(f"{name} must be finite, not {number}; leave it out where there is none")
@@ -88,7 +136,10 @@ def token_array(token_ids: npt.ArrayLike, *, name: str = "token_ids") -> npt.NDA
     Raises:
         SchemaError: not one-dimensional, not integers, or outside `[0, 2**31)`.
     """
-    given = np.asarray(token_ids)
+    try:
+        given = np.asarray(token_ids)
+    except ValueError as error:  # ragged
+        raise SchemaError(f"{name} must be integers of shape [n]: {error}") from error
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise SchemaError(f"{name} must be integers of shape [n], not {given.dtype} of shape {list(given.shape)}")
     if given.size and (int(given.min()) < 0 or int(given.max()) >= 1 << 31):
@@ -98,13 +149,14 @@ def token_array(token_ids: npt.ArrayLike, *, name: str = "token_ids") -> npt.NDA
 
 
 def logprob_array(logprobs: npt.ArrayLike, *, count: int) -> npt.NDArray[np.float32]:
-    """Logprobs as float32 `[count]`, natural log; NaN and infinities are kept.
+    """Logprobs as float32 `[count]`, natural log; NaN and infinities are kept, what float32 cannot hold is infinite.
 
     Raises:
         SchemaError: not numbers, or not one per token.
     """
     try:
-        given = np.array(logprobs, "<f4", copy=True)
+        with np.errstate(over="ignore", invalid="ignore"):
+            given = np.array(logprobs, "<f4", copy=True)
     except (TypeError, ValueError) as error:
         raise SchemaError(f"logprobs must be numbers: {error}") from error
     if given.shape != (count,):

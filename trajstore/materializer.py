@@ -15,7 +15,16 @@ import msgspec
 from ulid import ULID
 
 from trajstore.blob import to_blob
-from trajstore.errors import Conflict, Corrupt, NotFound, RoutingError, SchemaError, SequenceGap, TrajstoreError
+from trajstore.errors import (
+    Conflict,
+    Corrupt,
+    NotFound,
+    RoutingError,
+    SchemaError,
+    SequenceGap,
+    TrajstoreError,
+    Unavailable,
+)
 from trajstore.events import CLOSED_STATUSES
 from trajstore.fold import Policy
 from trajstore.log.feed import MATERIALIZER, FeedFollower, Hint

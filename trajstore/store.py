@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import contextlib
+import math
 import os
 import time
 import weakref
@@ -19,21 +20,21 @@ from ulid import ULID
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.root import ARCHIVE_FORMAT, ArchiveInfo, ArchiveRoot, write_new
 from trajstore.entries import Event
-from trajstore.errors import Conflict, NotFound, SchemaError, Unavailable
+from trajstore.errors import Conflict, NotFound, SchemaError, TrajstoreError, Unavailable
 from trajstore.events import CLOSED_STATUSES, EventId, TrajectoryOpened
 from trajstore.fold import Plan, Policy
 from trajstore.history import Recording, read_history
-from trajstore.ingest import check_group, check_id, check_json
+from trajstore.ingest import check_count, check_group, check_id, check_json
 from trajstore.log.flusher import FSYNC_HORIZON, Flusher
 from trajstore.log.keys import Keys
 from trajstore.log.reader import HotReader
 from trajstore.log.resolve import ArchiveIndex, NoArchive
-from trajstore.log.run import RunInfo, open_run, read_run, require_fsync
+from trajstore.log.run import MAX_PARTITIONS, RunInfo, open_run, read_run, require_fsync
 from trajstore.log.stream import stream_last_id
 from trajstore.log.wire import Wire, describe_url, split_run
 from trajstore.overlaps import Overlap, find_overlaps
 from trajstore.routing import RoutingArray, RoutingSpec
-from trajstore.server import Ack, EmbeddedServer
+from trajstore.server import Ack, EmbeddedServer, find_server
 from trajstore.summary import Summary, encode_summary, summarize
 from trajstore.trajectory import Trajectory
 from trajstore.view import View
@@ -200,13 +201,14 @@ class Store(Archive):
             SchemaError: bad id, group or metadata.
         """
         self._require_open()
-        if group_size is not None and (group is None or isinstance(group_size, bool) or group_size < 1):
-            raise SchemaError(f"group_size {group_size!r} needs to be positive and to have a group")
+        size = None if group_size is None else check_count(group_size, name="group_size")
+        if size is not None and (group is None or size < 1):
+            raise SchemaError(f"group_size {size} needs to be positive and to have a group")
         if routing is not None and not isinstance(routing, RoutingSpec):
             raise SchemaError(f"routing must be a RoutingSpec, not {type(routing).__name__}")
         opened = TrajectoryOpened(
             group=check_group(group),
-            group_size=group_size,
+            group_size=size,
             routing=routing,
             metadata=check_json(metadata, name="metadata"),
         )
@@ -310,6 +312,7 @@ class Store(Archive):
 
     def rebuild_summaries(self) -> int:
         """Write all hot trajectories' summaries anew, from the log; returns how many. For a lost summary hash."""
+        self._settle(None)
         count = 0
         for partition in range(self.partitions):
             for found in self.hot.ids(partition):
@@ -323,7 +326,12 @@ class Store(Archive):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except (TrajstoreError, ExceptionGroup) as unwritten:
+            if error is None:
+                raise
+            error.add_note(f"and closing the store failed: {unwritten}")  # the exception on its way out tells more
 
     async def __aenter__(self) -> Self:
         return self
@@ -331,7 +339,7 @@ class Store(Archive):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await asyncio.to_thread(self.close)
+        await asyncio.to_thread(self.__exit__, kind, error, trace)
 
     def __repr__(self) -> str:
         return f"<Store {self.location} run {self.run!r}>"
@@ -382,32 +390,38 @@ def open(  # `trajstore.open`, as one says `gzip.open`
         buffer_bytes: what may wait to be written; beyond it, writing blocks.
 
     Raises:
-        Conflict: the folder holds something else; hot log and archive are of different incarnations; the server does
-            not fsync although asked to.
+        Conflict: the folder holds something else, or its server runs on another host; hot log and archive are of
+            different incarnations, or the archive is not where the run has it; the server does not fsync although asked
+            to.
         NotFound: no run there, and `create` is False.
-        Unavailable: no server can be had, or it does not answer.
+        Unavailable: the folder cannot be used, no server can be had, or it does not answer.
+        SchemaError: the location or an option cannot be right; a store of a newer format.
     """
     if ack not in ("memory", "fsync"):
         raise SchemaError(f"ack must be 'memory' or 'fsync', not {ack!r}")
-    if timeout <= 0:
-        raise SchemaError(f"timeout must be positive, not {timeout}")
+    if not 0 < timeout < math.inf:
+        raise SchemaError(f"timeout must be positive and finite, not {timeout}")
+    if partitions is not None and not 1 <= check_count(partitions, name="partitions") <= MAX_PARTITIONS:
+        raise SchemaError(f"partitions must lie in [1, {MAX_PARTITIONS}], not {partitions}")
     text = os.fspath(location)
+    if not text:
+        raise SchemaError("the location is empty; give a folder or a Redis URL")
     server: EmbeddedServer | None = None
+    folder: Path | None = None
     if "://" in text:
         url, run = split_run(text)
         if run is None:
             raise SchemaError(f"{describe_url(text)} names no run; add it: {describe_url(text)}?run=NAME")
         wire, shown = Wire.to_url(url, timeout=timeout), f"{describe_url(text)}?run={run}"
     else:
-        folder = Path(text)
+        folder = Path(text).absolute()  # a later chdir must not matter
         run = _embedded_run(folder, create=create)
-        archive = folder / "archive" if archive is None else archive
         server = EmbeddedServer(folder, ack=ack, timeout=timeout)
         wire, shown = server.wire(), text
     try:
         if ack == "fsync":
             require_fsync(wire)
-        info, reader = _open_run(wire, check_id(run), archive, partitions=partitions, create=create)
+        info, reader = _open_run(wire, check_id(run), archive, home=folder, partitions=partitions, create=create)
         return Store(
             location=shown,
             wire=wire,
@@ -422,7 +436,8 @@ def open(  # `trajstore.open`, as one says `gzip.open`
     except BaseException:
         wire.close()
         if server is not None:
-            server.leave()
+            with contextlib.suppress(TrajstoreError):  # the first error tells more
+                server.leave()
         raise
 
 
@@ -432,7 +447,7 @@ def open_archive(location: Location) -> Archive:
     Raises:
         NotFound: there is no archive (a folder of an embedded store will do, its archive is found).
     """
-    root = ArchiveRoot.at(location)
+    root = ArchiveRoot(ArchiveRoot.at(location).path.absolute())
     if root.info() is None and (inner := ArchiveRoot(root.path / "archive")).info() is not None:
         root = inner
     info = root.require()
@@ -440,14 +455,14 @@ def open_archive(location: Location) -> Archive:
 
 
 def _open_run(
-    wire: Wire, run: str, archive: Location | None, *, partitions: int | None, create: bool
+    wire: Wire, run: str, archive: Location | None, *, home: Path | None, partitions: int | None, create: bool
 ) -> tuple[RunInfo, ArchiveReader | None]:
-    """The run's record and its archive, both of one incarnation."""
+    """The run's record and its archive, both of one incarnation. `home` is the folder of an embedded store."""
     known = read_run(wire, run)
-    if archive is None and known is not None:
-        recorded = wire.call("GET", Keys.archive_location(run))
-        archive = recorded.decode() if recorded is not None else None
-    root = None if archive is None else ArchiveRoot.at(archive)
+    recorded = _recorded_archive(wire, run, home)
+    root = recorded if home is None or recorded is not None else ArchiveRoot(home / "archive")
+    if archive is not None:
+        root = ArchiveRoot(ArchiveRoot.at(archive).path.absolute())
     found = None if root is None else root.info()
     if known is None and found is not None and root is not None:
         raise Conflict(
@@ -455,39 +470,75 @@ def _open_run(
             f"{found.run!r}: the hot log was lost, or this is another server. "
             f"trajstore.open_archive({str(root.path)!r}) reads the archive; begin a new run with a new folder"
         )
+    if recorded is not None and found is None and root is not None:
+        raise Conflict(
+            f"run {run!r} is archived in {recorded.path}, but {root.path} holds no archive. Give archive= where the "
+            "archive lies as seen from here (on another host it wants to be mounted); a second one would split the run"
+        )
     info = open_run(wire, run, partitions=partitions, create=create)
     if root is None:
         return info, None
     about = ArchiveInfo(format=ARCHIVE_FORMAT, run=run, incarnation=info.incarnation, partitions=info.partitions)
     root.claim(about)
-    wire.call("SET", Keys.archive_location(run), os.fspath(root.path.resolve()), "NX")
+    _record_archive(wire, run, root, home, moved=found is not None)
     return info, ArchiveReader(root, about)
+
+
+def _recorded_archive(wire: Wire, run: str, home: Path | None) -> ArchiveRoot | None:
+    """Where the run was archived when it was opened before; a relative path is below an embedded store's folder."""
+    recorded = wire.call("GET", Keys.archive_location(run))
+    return None if recorded is None else ArchiveRoot((home or Path()) / os.fsdecode(recorded))
+
+
+def _record_archive(wire: Wire, run: str, root: ArchiveRoot, home: Path | None, *, moved: bool) -> None:
+    """Let later opens find the archive, also after the embedded store's folder was moved with its archive."""
+    path = root.path.resolve()
+    if home is not None and path.is_relative_to(home.resolve()):
+        path = path.relative_to(home.resolve())
+    wire.call("SET", Keys.archive_location(run), os.fsencode(path), *([] if moved else ["NX"]))
+    recorded = _recorded_archive(wire, run, home)
+    if not moved and recorded is not None and recorded.path.resolve() != root.path.resolve():
+        raise Conflict(f"somebody else has just begun to archive run {run!r} in {recorded.path}; open it with that")
 
 
 def _embedded_run(folder: Path, *, create: bool) -> str:
     """Name of the run that an embedded store's folder holds; makes the folder one if it is new or empty."""
     marker = folder / "store.json"
-    if not marker.exists():
-        if not create:
-            raise NotFound(f"there is no trajstore in {folder} (no store.json)")
-        if folder.exists() and not folder.is_dir():
-            raise Conflict(f"{folder} is a file; an embedded store wants a folder of its own")
-        folder.mkdir(parents=True, exist_ok=True)
-        others = [path.name for path in folder.iterdir() if not path.name.startswith((".store.json.", "store.json"))]
-        if others and not marker.exists():
-            raise Conflict(
-                f"{folder} is not empty and no trajstore (it holds {', '.join(sorted(others)[:3])}); give a new or an "
-                "empty folder"
-            )
-        with contextlib.suppress(FileExistsError):  # somebody opens it at the same time
-            write_new(marker, msgspec.json.format(msgspec.json.encode(_StoreFile(_STORE_FORMAT, "main"))))
     try:
-        found = msgspec.json.decode(marker.read_bytes(), type=_StoreFile)
+        if not marker.exists():
+            if not create:
+                raise NotFound(f"there is no trajstore in {folder} (no store.json)")
+            _make_store(folder, marker)
+        data = marker.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, TrajstoreError):
+            raise
+        raise Unavailable(f"{folder} cannot be used as a store: {error}") from error
+    try:
+        found = msgspec.json.decode(data, type=_StoreFile)
     except msgspec.MsgspecError as error:
         raise SchemaError(f"{marker} cannot be read: {error}") from error
     if found.format > _STORE_FORMAT:
-        raise SchemaError(f"{folder} is a store of format {found.format}; this trajstore reads up to {_STORE_FORMAT}")
+        raise SchemaError(
+            f"{folder} is a store of format {found.format}; this trajstore reads up to {_STORE_FORMAT}, upgrade it"
+        )
     return found.run
+
+
+def _make_store(folder: Path, marker: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise Conflict(f"{folder} is a file; an embedded store wants a folder of its own")
+    leftover = f".{marker.name}."  # of somebody's attempt that crashed
+    others = [path.name for path in (folder.iterdir() if folder.exists() else ()) if not path.name.startswith(leftover)]
+    if others and not marker.exists():  # by now somebody else may have made it
+        raise Conflict(
+            f"{folder} is not empty and no trajstore (it holds {', '.join(sorted(others)[:3])}); give a new or an "
+            "empty folder"
+        )
+    find_server()  # nothing is begun where it could not go on
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # somebody opens it at the same time
+        write_new(marker, msgspec.json.format(msgspec.json.encode(_StoreFile(_STORE_FORMAT, "main"))))
 
 
 def _wanted(status: str | Collection[str] | None) -> frozenset[str]:

@@ -63,8 +63,7 @@ class View:
         hot, hot_notes = self._hot.read(id) if self._hot is not None else ([], [])
         old: list[ReadEntry] = []
         old_notes: list[ReadEntry] = []
-        complete = bool(hot) and hot[0].at == (1, 0)  # nothing was trimmed, so nothing needs to be looked up
-        if self._archive is not None and not complete:
+        if self._archive is not None:  # even if no entry was trimmed: notes may be, and copies must agree
             old, old_notes = self._archive.read(id)
         if not hot and not old:
             raise NotFound(f"there is no trajectory {id!r} here (is it flushed? is this the right store?)")

@@ -5,11 +5,12 @@ another writer has taken a newer epoch, its next write is `Fenced`, and `store.g
 handle belongs to one task at a time.
 """
 
+import copy
 import zlib
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -41,7 +42,15 @@ from trajstore.events import (
 )
 from trajstore.fold import input_digest
 from trajstore.history import read_history
-from trajstore.ingest import check_finite, check_json, check_label, logprob_array, token_array
+from trajstore.ingest import (
+    check_choice,
+    check_count,
+    check_finite,
+    check_json,
+    check_label,
+    logprob_array,
+    token_array,
+)
 from trajstore.log.batch import Turn
 from trajstore.log.flusher import Flusher
 from trajstore.log.lane import Lane
@@ -70,7 +79,7 @@ class TrajectoryWriter:
         self.group = opened.group
         self.group_size = opened.group_size
         self.routing = opened.routing
-        self.metadata: Mapping[str, Any] = opened.metadata
+        self.metadata: Mapping[str, Any] = copy.deepcopy(opened.metadata)  # the header's own is yet to be written
         self.status = "open"
         self._flusher = flusher
         self._load_tokens = load_tokens
@@ -150,13 +159,13 @@ class TrajectoryWriter:
 
         Raises:
             Conflict: the trajectory is final, this handle's last segment is still open, or `base` exceeds its tokens.
-            SchemaError: bad tokens or labels.
+            SchemaError: bad base, tokens or labels.
         """
         self._require_writable()
         if self._open is not None:
             raise Conflict(f"{self.id}: segment {len(self._ends) - 1} of this handle is still open; close it first")
-        start = self._length if base is None else base
-        if not 0 <= start <= self._length:
+        start = self._length if base is None else check_count(base, name="base")
+        if start > self._length:
             raise Conflict(f"{self.id}: base {start} lies outside the {self._length} tokens of the trajectory")
         ids = token_array(context, name="context")
         if ids.nbytes > EVENT_BYTES:
@@ -175,7 +184,6 @@ class TrajectoryWriter:
         )
         turn = self._claim(header, payload)
         self._lane.holds_open = True
-        self._foreign_open = False
         self.status = "open"
         del tokens[start:]
         tokens.frombytes(ids.tobytes())
@@ -186,6 +194,8 @@ class TrajectoryWriter:
 
     def reward(self, reward: float, *, components: Mapping[str, float] | None = None, takeover: bool = False) -> None:
         """Score the trajectory as it stands; the newest reward counts.
+
+        A segment that this handle has open is closed first, as `abort`.
 
         Args:
             reward: finite.
@@ -214,8 +224,7 @@ class TrajectoryWriter:
         Raises:
             Conflict: a segment of another writer is open (and not `takeover`), or the trajectory is final already.
         """
-        if status not in CLOSED_STATUSES:
-            raise SchemaError(f"{status!r} is no status to close with; use one of {', '.join(CLOSED_STATUSES)}")
+        status = check_choice(status, CLOSED_STATUSES, name="status to close with")
         self._require_writable()
         self._require_no_segment("close", takeover=takeover)
         self._claim(TrajectoryClosed(status=status))
@@ -241,19 +250,29 @@ class TrajectoryWriter:
     def late_routing(self, rows: npt.ArrayLike, *, segment: int, start: int, origin: Origin = "computed") -> None:
         """Record rows that arrived after their segment's epoch was over; they fold as that segment's last recording.
 
+        Waits until what this handle has written is acknowledged: a note stays, so it must not name a segment that
+        another writer's takes the place of.
+
         Raises:
             RoutingError: bad rows, or past the segment's end.
             Conflict: there is no such segment, or it is still open.
+            TrajstoreError: what stopped this handle's writing (sticky), e.g. `Fenced`.
         """
-        if not 0 <= segment < len(self._ends):
+        segment = check_count(segment, name="segment")
+        origin = check_choice(origin, ORIGINS, name="origin of routing rows")
+        if segment >= len(self._ends):
             raise Conflict(f"{self.id} has {len(self._ends)} segments; there is no segment {segment}")
         if self._open is not None and segment == len(self._ends) - 1:
             raise Conflict(f"{self.id}: segment {segment} is still open; record to it directly")
-        for at, part in self._split(rows, start, self._ends[segment]):
+        if self._foreign_open and segment == len(self._ends) - 1:
+            raise Conflict(f"{self.id}: segment {segment} is open with another writer; wait until it is over")
+        parts = self._split(rows, start, self._ends[segment])
+        if self._lane.busy:
+            self._flusher.drain(self.id)
+        self._require_unfenced()
+        for at, part in parts:
             info, payload = _payload(part.reshape(-1).view(np.uint8).data)
-            self._note(
-                LateRouting(segment=segment, start=at, rows=len(part), payload=info, origin=_origin(origin)), payload
-            )
+            self._note(LateRouting(segment=segment, start=at, rows=len(part), payload=info, origin=origin), payload)
 
     # Shared with the open segment
 
@@ -294,7 +313,7 @@ class TrajectoryWriter:
         turn = Turn(self._epoch + 1, creates=creates or self._recreates)
         self._append(turn, header, payload)
         self._epoch += 1
-        self._recreates = False
+        self._recreates = self._foreign_open = False
         return turn
 
     def _note(self, header: Header, payload: Buffer | None) -> None:
@@ -310,9 +329,12 @@ class TrajectoryWriter:
             self._tokens = tokens
         return self._tokens
 
-    def _require_writable(self) -> None:
+    def _require_unfenced(self) -> None:
         if self._lane.error is not None:
             raise self._lane.error.with_traceback(None)
+
+    def _require_writable(self) -> None:
+        self._require_unfenced()
         if self.status in FINAL_STATUSES:
             raise Conflict(f"{self.id} is {self.status}, which is final; create a new trajectory")
 
@@ -324,7 +346,6 @@ class TrajectoryWriter:
                 f"{self.id}: another writer's segment is open. Wait for it, or {what} with takeover=True, which fences "
                 "that writer"
             )
-        self._foreign_open = False
 
 
 class SegmentWriter:
@@ -400,7 +421,7 @@ class SegmentWriter:
             RoutingError: wrong shape, id out of range, repeated expert, rows past the last token.
         """
         self._require_open()
-        origin = _origin(origin)
+        origin = check_choice(origin, ORIGINS, name="origin of routing rows")
         for at, part in self._trajectory._split(rows, start, self.end):
             info, payload = _payload(part.reshape(-1).view(np.uint8).data)
             header = Routing(start=at, rows=len(part), payload=info, origin=origin)
@@ -430,18 +451,17 @@ class SegmentWriter:
             weight_versions: spans `(version, start, end)` over the output tokens, if the weights changed on the way.
 
         Raises:
-            SchemaError: an unknown reason, or spans that do not fit the output.
+            SchemaError: an unknown reason, no counts, or spans that do not fit the output.
             TrajstoreError: what stopped the writing before (sticky).
         """
         self._require_open()
-        if finish_reason not in FINISH_REASONS:
-            raise SchemaError(f"{finish_reason!r} is no finish reason; use one of {', '.join(FINISH_REASONS)}")
+        reason = check_choice(finish_reason, FINISH_REASONS, name="finish reason")
         spans = _spans(weight_versions, self.end - self.start)
+        cached = None if cached_tokens is None else check_count(cached_tokens, name="cached_tokens")
+        dropped = check_count(retractions, name="retractions")
         if not self._told_routing and self._trajectory.routing is not None:
             self._trajectory._append(self._turn, RoutingAbsent(reason="not recorded"))
-        header = SegmentClosed(
-            finish_reason=finish_reason, cached_tokens=cached_tokens, retractions=retractions, weight_versions=spans
-        )
+        header = SegmentClosed(finish_reason=reason, cached_tokens=cached, retractions=dropped, weight_versions=spans)
         self._trajectory._append(self._turn, header)
         self._closed = True
         self._trajectory._segment_closed()
@@ -466,9 +486,7 @@ class SegmentWriter:
     def _require_open(self) -> None:
         if self._closed:
             raise Conflict(f"{self._trajectory.id}: segment {self.index} is closed; open another one")
-        error = self._trajectory._lane.error
-        if error is not None:
-            raise error.with_traceback(None)
+        self._trajectory._require_unfenced()
 
 
 def _payload(data: bytes | memoryview) -> tuple[PayloadInfo, Buffer | None]:
@@ -479,16 +497,11 @@ def _payload(data: bytes | memoryview) -> tuple[PayloadInfo, Buffer | None]:
     return PayloadInfo(nbytes=len(data), crc=crc), data
 
 
-def _origin(origin: str) -> Origin:
-    if origin not in ORIGINS:
-        raise SchemaError(f"{origin!r} is no origin of routing rows; use one of {', '.join(get_args(Origin))}")
-    return origin
-
-
 def _spans(spans: Sequence[WeightVersionSpan | tuple[str, int, int]], output: int) -> tuple[WeightVersionSpan, ...]:
     result: list[WeightVersionSpan] = []
     for span in spans:
-        version, start, end = span if isinstance(span, tuple) else msgspec.structs.astuple(span)
+        version, first, stop = msgspec.structs.astuple(span) if isinstance(span, WeightVersionSpan) else span
+        start, end = (check_count(at, name="an end of a weight version span") for at in (first, stop))
         earlier = result[-1].end if result else 0
         if not earlier <= start <= end <= output:
             raise SchemaError(

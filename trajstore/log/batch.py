@@ -19,15 +19,17 @@ from trajstore.events import (
     RoutingObserved,
     SegmentClosed,
     TrajectoryClosed,
+    payload_of,
 )
 from trajstore.log.keys import Keys
 from trajstore.log.wire import Command
 from trajstore.summary import Summary, advance, encode_summary
 
-__all__ = ["BATCH_LIMIT", "Batch", "Item", "Turn", "freeze", "payload_field"]
+__all__ = ["BATCH_BYTES", "Batch", "Item", "Turn", "freeze", "payload_field"]
 
-BATCH_LIMIT = 16 << 20
-"""Bytes of one MULTI."""
+BATCH_BYTES = 1 << 20
+"""A batch takes no further event beyond this. A server executes one large payload per MULTI as fast as a bare SET, but
+MULTIs of several at half the speed or less: they fall out of its caches (benchmarks/append.py)."""
 
 LIFECYCLE = (SegmentClosed, Rewarded, TrajectoryClosed, RoutingObserved, LateRouting)
 """Events that the feed's followers may have to act upon."""
@@ -63,11 +65,12 @@ class Item:
 
     @property
     def nbytes(self) -> int:
-        """Buffer space that it takes, headers counted flat."""
-        return 256 + (len(self.payload) if self.payload is not None else 0)
+        """Buffer space that it takes: its payload, inline or not, and a flat count for the header."""
+        info = payload_of(self.header)
+        return 256 + (info.nbytes if info is not None else 0)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Batch:
     """Attributes:
     id: of the trajectory.

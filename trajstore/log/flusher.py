@@ -4,6 +4,8 @@ Callers enqueue into a bounded buffer and do not wait. One batch per trajectory 
 after its reply. What a refusal or a lost reply meant is decided in `resolve.py`, from what the server shows.
 """
 
+import logging
+import os
 import threading
 import time
 import weakref
@@ -14,16 +16,29 @@ from typing import Any
 import redis
 
 from trajstore.entries import Buffer
-from trajstore.errors import StoreFull, TrajstoreError, Unavailable
+from trajstore.errors import Conflict, StoreFull, TrajstoreError, Unavailable
 from trajstore.events import EventId, Header
 from trajstore.log.batch import Batch, Item, Turn
 from trajstore.log.keys import Keys
 from trajstore.log.lane import Kept, Lane, Waiter
-from trajstore.log.resolve import ArchiveIndex, Landed, Nothing, Refused, Renumber, Resend, Seen, judge, judge_note
-from trajstore.log.stream import nonce_of, parse_entries, stream_last_id
+from trajstore.log.resolve import (
+    ArchiveIndex,
+    Landed,
+    Nothing,
+    Refused,
+    Renumber,
+    Resend,
+    Seen,
+    Verdict,
+    judge,
+    judge_note,
+)
+from trajstore.log.stream import nonce_of, parse_entries, stream_last_event, stream_last_id
 from trajstore.log.wire import Command, Wire, info_fields, translate
 
 __all__ = ["FSYNC_HORIZON", "Flusher"]
+
+log = logging.getLogger(__name__)
 
 FSYNC_HORIZON = 3.0
 """Seconds after which an `everysec` server has certainly written an acknowledged entry to disk (it promises 2)."""
@@ -32,6 +47,8 @@ _ROUND_BYTES = 32 << 20
 _ROUND_BATCHES = 512
 _FULL_AT = 0.9
 _BACKOFF = (0.02, 0.5)
+_ENDED = "the store's writer thread has ended, by a bug (its traceback went to stderr); open the store again"
+_PATIENCE = 1 / 3  # share of the deadline that one reply may take: a lost one must leave time to read back
 
 
 class Flusher:
@@ -44,7 +61,7 @@ class Flusher:
         kept_bytes: acknowledged batches kept against the loss of the server's tail, at most this much.
         horizon: seconds for which they are kept; 0 on a server that fsyncs before it acknowledges.
         archive: knows what was archived and trimmed.
-        on_connect: checks a fresh connection (fsync level); may raise.
+        on_connect: checks the server at each connection (fsync level); may raise, then nothing is written.
         on_refused: called with a trajectory id after its writer lost, to put its summary right again.
     """
 
@@ -76,20 +93,22 @@ class Flusher:
         self._room = threading.Condition(self._lock)  # callers wait for buffer space
         self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
         self._ready: deque[Lane] = deque()  # lanes with work, none of it in flight
+        self._taken: list[tuple[Lane, Batch]] = []  # in flight
         self._kept: deque[tuple[float, int, Lane]] = deque()
         self._kept_now = 0
         self._buffered = 0
         self._progress = 0
-        self._failed: dict[str, TrajstoreError] = {}
+        self._failed: dict[tuple[str, bool], TrajstoreError] = {}  # by lane: trajectory id, notes or not
         self._unreported: list[TrajstoreError] = []
         self._trouble: TrajstoreError | None = None
         self._pause = _BACKOFF[0]
         self._stopping = False
         self._stopped = threading.Event()
+        self._ended = False
+        self._pid = os.getpid()
 
-        self._session = wire.session()
+        self._session = wire.session(timeout=timeout * _PATIENCE)
         self._next_memory_check = 0.0
-        self._was_connected = False
         self._thread = threading.Thread(target=self._run, name="trajstore-flusher", daemon=True)
         self._thread.start()
 
@@ -104,11 +123,14 @@ class Flusher:
         acked_nonce: int | None = None,
         **state: Any,
     ) -> Lane:
-        """A new lane; it takes the place of a failed one of the same trajectory."""
+        """A new lane; it takes the place of failed ones: of the trajectory's notes, or of the whole trajectory."""
         lane = Lane(id, note=note, acked=acked, acked_nonce=acked_nonce, **state)
+        self._require_parent()
         with self._lock:
             self._lanes.add(lane)
-            self._failed.pop(id, None)
+            self._failed.pop((id, True), None)
+            if not note:
+                self._failed.pop((id, False), None)
         return lane
 
     def append(self, lane: Lane, turn: Turn, header: Header, payload: Buffer | None = None) -> None:
@@ -119,6 +141,7 @@ class Flusher:
             StoreFull, Unavailable: the buffer stayed full until the deadline, because of this.
         """
         item = Item(turn, header, payload)
+        self._require_parent()
         with self._lock:
             self._require_open(lane)
             if self._buffered + item.nbytes > self._buffer_bytes and self._buffered:
@@ -141,40 +164,38 @@ class Flusher:
 
     def watch(self, id: str | None = None) -> Waiter:
         """A waiter for everything queued so far."""
+        self._require_parent()
         with self._lock:
-            nothing = self._buffered == 0
-            lanes = [] if nothing else [lane for lane in self._lanes if lane.busy and (id is None or lane.id == id)]
+            lanes = [*self._ready, *(lane for lane, _ in self._taken)]
+            lanes = [lane for lane in lanes if lane.busy and (id is None or lane.id == id)]
             waiter = Waiter(len(lanes))
             for lane in lanes:
                 lane.waiters.append((lane.queued, waiter))
-            if not lanes:
-                waiter.future.set_result(None)
             return waiter
 
     def report(self, id: str | None = None) -> None:
         """Raise what failed: always for one trajectory, else what was not reported yet."""
         with self._lock:
             if id is not None:
-                errors = [self._failed[id]] if id in self._failed else []
+                errors = [self._failed[key] for key in ((id, False), (id, True)) if key in self._failed]
                 self._unreported = [error for error in self._unreported if error not in errors]
             else:
                 errors, self._unreported = self._unreported, []
         if len(errors) == 1:
             raise errors[0].with_traceback(None)
         if errors:
-            raise ExceptionGroup(f"{len(errors)} trajectories could not be written", errors)
+            raise ExceptionGroup(f"{len(errors)} failures to write", errors)
 
     def drain(self, id: str | None = None) -> None:
         """As `flush`, but leave what failed to those who ask for it."""
         waiter = self.watch(id)
-        progress = -1
         while True:
+            progress = self._progress
             try:
-                return waiter.future.result(self._timeout)
-            except TimeoutError:  # lanes fail by themselves; this is for a thread that died
+                return waiter.future.result(self._timeout * (1 + 2 * _PATIENCE))
+            except TimeoutError:  # lanes fail by themselves before that, if all is well with the thread
                 if progress == self._progress:
                     raise self._trouble or Unavailable(f"nothing was written for {self._timeout:g} s") from None
-                progress = self._progress
 
     def knows(self, id: str) -> bool:
         """True while a handle of this trajectory lives in this process, written or not."""
@@ -182,7 +203,8 @@ class Flusher:
             return any(lane.id == id for lane in self._lanes)
 
     def stop(self) -> None:
-        """Send what can be sent and end the thread; waits for it no longer than the deadline."""
+        """Send what can be sent at once and end the thread; waits for it no longer than the deadline."""
+        self._require_parent()
         with self._lock:
             self._stopping = True
             self._stopped.set()
@@ -194,8 +216,14 @@ class Flusher:
     def _require_open(self, lane: Lane) -> None:
         if lane.error is not None:
             raise lane.error.with_traceback(None)
-        if self._stopping or not self._thread.is_alive():
+        if self._stopping:
             raise Unavailable("the store is closed; open it again to write")
+        if self._ended:
+            raise Unavailable(f"{lane.id}: {_ENDED}")
+
+    def _require_parent(self) -> None:
+        if os.getpid() != self._pid:  # and a lock that was held at the fork is held here for ever
+            raise Conflict("this store was opened before a fork; open it again in the child process")
 
     def _schedule(self, lane: Lane) -> None:
         if not lane.scheduled:
@@ -222,25 +250,31 @@ class Flusher:
                     if not self._ready and not self._stopping:
                         self._wake.wait(1.0 if self._kept else None)
                     self._drop_kept(time.monotonic())
+                    while self._ready and not self._ready[0].busy:  # failed while it waited
+                        self._ready.popleft().scheduled = False
                     if self._stopping and not self._ready:
                         return
                     idle = not self._ready
                 if not idle or self._kept:
                     self._round()
         finally:  # closed, or a bug ended the thread: nobody may wait for it any more
-            for lane in list(self._lanes):
-                if lane.busy:
-                    self._fail(lane, Unavailable(f"{lane.id}: the store's writer ended before this was written"))
+            with self._lock:
+                self._ended = True
+                left = [lane for lane in self._lanes if lane.busy]
+                self._room.notify_all()
+            for lane in left:
+                self._fail(lane, Unavailable(f"{lane.id}: {_ENDED}"))
 
     def _round(self) -> None:
-        taken: list[tuple[Lane, Batch]] = []
         try:
             self._connect()
             self._require_memory()
             taken = self._take()
             if not taken:  # a crash of the server must not go unseen while batches are kept against it
                 self._session.exchange([("PING",)])
+                self._trouble, self._pause = None, _BACKOFF[0]
                 return
+            taken = self._number_first_notes(taken)
             commands = [batch.commands(self._keys) for _, batch in taken]
             replies = iter(self._session.exchange([command for batch in commands for command in batch]))
             doubtful = []
@@ -258,43 +292,39 @@ class Flusher:
                 self._set_back()
             else:
                 self._trouble, self._pause = None, _BACKOFF[0]
-        except (Unavailable, StoreFull) as error:
-            if isinstance(error, Unavailable):
+        except TrajstoreError as error:  # of the server as a whole; what is wrong with one lane is dealt with there
+            if not isinstance(error, StoreFull):
                 self._session.disconnect()
             self._trouble = error
             self._set_back()
         finally:
             with self._lock:
-                for lane, _ in taken:
+                for lane, _ in self._taken:
                     lane.scheduled = False
-                    if lane.queue or lane.frozen:
+                    if lane.busy:
                         self._schedule(lane)
+                self._taken = []
 
     def _connect(self) -> None:
         if self._session.connected:
             return
         self._session.connect()
         self._on_connect()
-        if self._was_connected:
-            self._recover()
-        self._was_connected = True
+        self._recover()
 
     def _recover(self) -> None:
-        """After a reconnect, before anything is sent: is what was acknowledged still there?"""
+        """At each connection, before anything is sent: is what was acknowledged, or read by a handle, still there?"""
         with self._lock:
             lanes = [lane for lane in self._lanes if lane.error is None]
             for lane in lanes:
-                if lane.note and lane.kept:
-                    lane.frozen.extendleft(kept.batch for kept in reversed(lane.kept))
-                    lane.kept.clear()
-        self._settle_doubts([lane for lane in lanes if lane.acked is not None or (lane.frozen and lane.frozen[0].sent)])
-        with self._lock:
-            for lane in lanes:
-                if lane.frozen:
+                if lane.note and lane.kept:  # each is read back, or written again, by itself: their order says nothing
+                    kept = [kept.batch for kept in lane.kept]
+                    lane.write_again(kept, lane.acked, head=None, now=time.monotonic())
                     self._schedule(lane)
+        self._settle_doubts([lane for lane in lanes if lane.acked is not None or (lane.frozen and lane.frozen[0].sent)])
 
     def _take(self) -> list[tuple[Lane, Batch]]:
-        taken: list[tuple[Lane, Batch]] = []
+        taken = self._taken
         nbytes = 0
         with self._lock:
             while self._ready and len(taken) < _ROUND_BATCHES and nbytes < _ROUND_BYTES:
@@ -303,20 +333,29 @@ class Flusher:
                 if batch is None:  # it failed while it waited
                     lane.scheduled = False
                     continue
-                if not batch.sent:
-                    batch.before, batch.sent = lane.acked, True
                 nbytes += batch.nbytes
                 taken.append((lane, batch))
-        return taken
+        return list(taken)
+
+    def _number_first_notes(self, taken: list[tuple[Lane, Batch]]) -> list[tuple[Lane, Batch]]:
+        """Look before a handle's first note: only where there are none, archived ones neither, may it make the stream.
+
+        Sending it on trial would leave its payload behind under a number that it did not get.
+        """
+        first = [lane for lane, batch in taken if lane.note and lane.acked is None and not batch.creates]
+        if first:
+            self._settle_doubts(first)
+        return [(lane, lane.mark_sent()) for lane, _ in taken if lane.frozen]
 
     def _landed(self, lane: Lane, batch: Batch) -> None:
         now = time.monotonic()
         with self._lock:
             lane.landed()
+            events = 0 if batch.acked else len(batch.items)
             if not batch.acked:
                 batch.acked = True
                 self._buffered -= sum(item.nbytes for item in batch.items)
-                lane.settle(len(batch.items), now)
+            lane.settle(events, now)
             self._progress += 1
             if self._horizon:
                 lane.kept.append(Kept(now, batch))
@@ -326,7 +365,9 @@ class Flusher:
             self._room.notify_all()
 
     def _drop_kept(self, now: float) -> None:
-        while self._kept and (self._kept[0][0] < now - self._horizon or self._kept_now > self._kept_bytes):
+        # A server that is away gets no further with its fsync, so what was young when it went stays until it is back.
+        horizon = now - self._horizon if self._session.connected else float("-inf")
+        while self._kept and (self._kept[0][0] < horizon or self._kept_now > self._kept_bytes):
             since, nbytes, lane = self._kept.popleft()
             self._kept_now -= nbytes
             if lane.kept and lane.kept[0].since <= since:
@@ -338,38 +379,57 @@ class Flusher:
         Raises:
             Unavailable: the server did not answer; the doubts remain.
         """
-        for lane, seen in zip(lanes, self._look(lanes), strict=True):
-            head = lane.frozen[0] if lane.frozen and lane.frozen[0].sent else None
-            if lane.note:
-                verdict = judge_note(head, seen, self._archive) if head is not None else Nothing()
-            else:
-                verdict = judge(
-                    lane.id,
-                    seen,
-                    head=head,
-                    acked=lane.acked,
-                    acked_nonce=lane.acked_nonce,
-                    kept=[kept.batch for kept in lane.kept],
-                    holds_open=lane.holds_open,
-                    archive=self._archive,
-                )
-            match verdict:
+        looks = self._look(lanes)
+        if looks and all(isinstance(seen, Unavailable) for seen in looks):  # it is the server, not a lane
+            raise next(seen for seen in looks if isinstance(seen, Unavailable))
+        for lane, seen in zip(lanes, looks, strict=True):
+            head = lane.frozen[0] if lane.frozen and (lane.frozen[0].sent or lane.note) else None
+            match self._verdict(lane, head, seen):
                 case Landed() if head is not None:
                     self._landed(lane, head)
                 case Resend(batches, acked) if not lane.note and acked != lane.acked:
                     with self._lock:
-                        rest = list(lane.frozen)[1:] if head is not None else list(lane.frozen)
-                        lane.frozen = deque([*batches, *rest])
-                        lane.kept = deque(kept for kept in lane.kept if kept.batch not in batches)
-                        lane.acked, lane.acked_nonce = acked, None
+                        lane.write_again(batches, acked, head=head, now=time.monotonic())
+                        self._schedule(lane)
                 case Renumber(number, creates):
                     with self._lock:
                         lane.renumber(number, creates=creates, now=time.time())
                 case Refused(error):
+                    self._repair(lane.id)  # before those who wait are told, so that they find it right
                     self._fail(lane, error)
-                    self._on_refused(lane.id)
 
-    def _look(self, lanes: Sequence[Lane]) -> list[Seen]:
+    def _verdict(self, lane: Lane, head: Batch | None, seen: Seen | TrajstoreError) -> Verdict:
+        """What follows for a lane from what the server shows, and the archive."""
+        if not isinstance(seen, Seen):
+            return Refused(seen)
+        try:
+            if lane.note:
+                return judge_note(head, seen, self._archive) if head is not None else Nothing()
+            return judge(
+                lane.id,
+                seen,
+                head=head,
+                acked=lane.acked,
+                acked_nonce=lane.acked_nonce,
+                kept=[kept.batch for kept in lane.kept],
+                holds_open=lane.holds_open,
+                archive=self._archive,
+            )
+        except OSError as error:  # the archive's disk. The doubt remains: sent again, the batch is refused again
+            self._trouble = Unavailable(f"the archive cannot be asked about {lane.id}: {error}")
+            return Nothing()
+        except TrajstoreError as error:  # what the archive holds of it is damaged
+            return Refused(error)
+
+    def _repair(self, id: str) -> None:
+        """The loser's summary may lie over the winner's. A summary is a hint: failing to mend it fails nothing else."""
+        try:
+            self._on_refused(id)
+        except (TrajstoreError, OSError) as error:
+            log.warning("the summary of %s may be out of date: %s", id, error)
+
+    def _look(self, lanes: Sequence[Lane]) -> list[Seen | TrajstoreError]:
+        """What the server shows of each lane's stream, or why that cannot be read."""
         commands: list[Command] = []
         for lane in lanes:
             stream = self._keys.notes(lane.id) if lane.note else self._keys.entries(lane.id)
@@ -379,22 +439,26 @@ class Flusher:
             commands.append(("XRANGE", stream, first, first))
             commands.append(("XRANGE", stream, head, head))
         replies = iter(self._session.exchange(commands))
-        result = []
+        result: list[Seen | TrajstoreError] = []
         for _ in lanes:
-            last = stream_last_id(next(replies))
-            first_entries, head_entries = parse_entries(next(replies)), parse_entries(next(replies))
-            result.append(
-                Seen(
-                    last=last,
+            info, first_reply, head_reply = next(replies), next(replies), next(replies)
+            try:
+                first_entries, head_entries = parse_entries(first_reply), parse_entries(head_reply)
+                seen = Seen(
+                    last=stream_last_id(info),
+                    last_event=stream_last_event(info),
                     first_nonce=nonce_of(first_entries[0][1]) if first_entries else None,
                     at_head=head_entries[0][1] if head_entries else None,
                 )
-            )
+            except TrajstoreError as error:  # not a stream, or not ours
+                result.append(error)
+            else:
+                result.append(seen)
         return result
 
     def _fail(self, lane: Lane, error: TrajstoreError) -> None:
         with self._lock:
-            self._failed[lane.id] = error
+            self._failed[lane.id, lane.note] = error
             self._unreported.append(error)
             self._buffered -= lane.fail(error, time.monotonic())
             self._progress += 1
@@ -422,16 +486,18 @@ class Flusher:
         self._next_memory_check = now + (0.25 if limit else 5.0)
 
     def _set_back(self) -> None:
-        """Nothing could be written: give up lanes past their deadline, and wait a little."""
+        """Nothing could be written: give up lanes past their deadline (all of them when closing), and wait a little."""
         now = time.monotonic()
         error = self._trouble or Unavailable("the server took none of the events")
         with self._lock:
-            late = [lane for lane in self._lanes if lane.since is not None and now - lane.since > self._timeout]
+            oldest = now if self._stopping else now - self._timeout
+            late = [lane for lane in self._lanes if lane.since is not None and lane.since <= oldest]
         for lane in late:
             unsure = any(batch.sent for batch in lane.frozen) and isinstance(error, Unavailable)
             doubt = "; whether the last batch arrived is not known" if unsure else ""
-            self._fail(lane, type(error)(f"{lane.id}: not written within {self._timeout:g} s{doubt}. {error}"))
-        self._stopped.wait(self._pause)
+            within = "before the store was closed" if self._stopping else f"within {self._timeout:g} s"
+            self._fail(lane, type(error)(f"{lane.id}: not written {within}{doubt}. {error}"))
+        self._stopped.wait(min(self._pause, self._timeout / 8))
         self._pause = min(self._pause * 2, _BACKOFF[1])
 
 

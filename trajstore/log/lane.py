@@ -1,12 +1,13 @@
 """One handle's queue of events on their way to the log. Plain state; the flusher owns it and its lock guards it."""
 
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
 from trajstore.errors import TrajstoreError
 from trajstore.events import EventId
-from trajstore.log.batch import BATCH_LIMIT, Batch, Item, Turn, freeze
+from trajstore.log.batch import BATCH_BYTES, Batch, Item, Turn, freeze
 from trajstore.summary import Summary
 
 __all__ = ["Kept", "Lane", "Waiter"]
@@ -25,11 +26,14 @@ class Waiter:
     def __init__(self, lanes: int) -> None:
         self.left = lanes
         self.future: Future[None] = Future()
+        self.future.set_running_or_notify_cancel()  # who gives up waiting must not cancel it under the flusher's hands
+        if not lanes:
+            self.future.set_result(None)
 
     def one_less(self) -> None:
         """A lane is through, or has failed."""
         self.left -= 1
-        if self.left <= 0 and not self.future.done():
+        if self.left == 0:
             self.future.set_result(None)
 
 
@@ -78,17 +82,17 @@ class Lane:
 
     @property
     def busy(self) -> bool:
-        """True while something waits to be acknowledged."""
-        return self.settled < self.queued
+        """True while something waits to be acknowledged, or, after a loss of the server's, to be written again."""
+        return self.settled < self.queued or bool(self.frozen)
 
     def next_batch(self, now: float) -> Batch | None:
-        """The batch to send now: events of one turn, up to the size of one MULTI."""
+        """The batch to send now: events of one turn, up to `BATCH_BYTES` or one event."""
         if not self.frozen and self.queue:
             items: list[Item] = []
             nbytes = 0
             while self.queue and (not items or self.queue[0].turn is items[0].turn):
                 nbytes += self.queue[0].nbytes
-                if items and nbytes > BATCH_LIMIT:
+                if items and nbytes > BATCH_BYTES:
                     break
                 items.append(self.queue.popleft())
                 if self.note:  # one number each
@@ -99,10 +103,31 @@ class Lane:
             self.frozen.append(batch)
         return self.frozen[0] if self.frozen else None
 
+    def mark_sent(self) -> Batch:
+        """The first frozen batch, which goes out now: from here on its bytes do not change."""
+        batch = self.frozen[0]
+        if not batch.sent:
+            batch.before, batch.sent = self.acked, True
+        return batch
+
     def landed(self) -> None:
         """The first frozen batch is in the log."""
         batch = self.frozen.popleft()
         self.acked, self.acked_nonce = batch.at, batch.turn.nonce
+
+    def write_again(self, batches: Sequence[Batch], acked: EventId | None, *, head: Batch | None, now: float) -> None:
+        """The server lost what came after `acked`: these batches go out again, before what was not sent yet.
+
+        Args:
+            batches: the lost ones, and `head` after them.
+            head: the frozen batch whose fate was in question, None for none.
+            now: by a monotonic clock.
+        """
+        rest = list(self.frozen)[1:] if head is not None else list(self.frozen)
+        self.frozen = deque([*batches, *rest])
+        self.kept = deque(kept for kept in self.kept if kept.batch not in batches)
+        self.acked, self.acked_nonce = acked, None
+        self.since = self.since or now
 
     def renumber(self, number: int, *, creates: bool, now: float) -> None:
         """Freeze the first frozen note anew, under another number."""
@@ -113,10 +138,10 @@ class Lane:
         self.frozen[0].acked = head.acked
 
     def settle(self, events: int, now: float) -> None:
-        """Count events as acknowledged or given up, and tell those who wait."""
+        """Count events as acknowledged or given up, and tell those who wait, once what was lost is written again."""
         self.settled += events
         self.since = now if self.busy else None
-        if self.waiters:
+        if self.waiters and not (self.frozen and self.frozen[0].acked):
             through = [waiter for count, waiter in self.waiters if self.settled >= count]
             self.waiters = [(count, waiter) for count, waiter in self.waiters if self.settled < count]
             for waiter in through:

@@ -57,11 +57,13 @@ class Seen:
 
     Attributes:
         last: newest id that it ever took; None if the stream does not exist.
+        last_event: id of the last event of the newest entry that it still holds; None if it holds none.
         first_nonce: of the entry `e-0` of the newest acknowledged epoch; None if it is not there.
         at_head: bytes at the id of the batch in question; None if there are none.
     """
 
     last: EventId | None
+    last_event: EventId | None
     first_nonce: int | None
     at_head: bytes | None
 
@@ -132,7 +134,7 @@ def judge(
         if copy is not None:
             return Landed() if _is_copy(copy, head) else _fenced(id, head.at)
     if seen.last is None:
-        return _without_stream(id, head, acked, kept, archive)
+        return _without_stream(id, seen, head, acked, kept, archive)
     held = head.at if head is not None else acked
     if held is None:
         return Nothing()
@@ -141,7 +143,7 @@ def judge(
     if acked is not None and None not in (seen.first_nonce, acked_nonce) and seen.first_nonce != acked_nonce:
         return _fenced(id, held, seen.last)
     if acked is not None and seen.last < acked:
-        return _after_loss(id, seen.last, head, acked, kept)
+        return _after_loss(id, seen, head, acked, kept)
     if acked is not None and seen.last > acked:
         return _fenced(id, held, seen.last)
     return Resend([head], acked) if head is not None else Nothing()
@@ -164,7 +166,7 @@ def _is_copy(copy: EntryStamp | None, head: Batch) -> bool:
 
 
 def _without_stream(
-    id: str, head: Batch | None, acked: EventId | None, kept: Sequence[Batch], archive: ArchiveIndex
+    id: str, seen: Seen, head: Batch | None, acked: EventId | None, kept: Sequence[Batch], archive: ArchiveIndex
 ) -> Verdict:
     if acked is not None and archive.entry(id, acked) is not None:
         if head is None:
@@ -180,15 +182,16 @@ def _without_stream(
         )
     if acked is None:
         return Nothing()
-    return _after_loss(id, None, head, acked, kept)
+    return _after_loss(id, seen, head, acked, kept)
 
 
-def _after_loss(id: str, last: EventId | None, head: Batch | None, acked: EventId, kept: Sequence[Batch]) -> Verdict:
+def _after_loss(id: str, seen: Seen, head: Batch | None, acked: EventId, kept: Sequence[Batch]) -> Verdict:
     """The server came back with a shorter log: write the lost batches again, if all of them are still at hand."""
+    last = seen.last
     lost = [batch for batch in kept if last is None or batch.at > last]
     if lost and lost[0].before == last and (last is not None or lost[0].creates):
         return Resend([*lost, *([head] if head is not None else [])], last)
-    good = str(last) if last is not None else ""
+    good = "" if last is None else str(seen.last_event or last)
     return Refused(
         SequenceGap(
             f"{id}: the server came back without acknowledged entries, from after {good or 'the start'} up to {acked}, "

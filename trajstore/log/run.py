@@ -22,6 +22,10 @@ TRAINER_GROUP = "trainer"
 _FORMAT = 1
 
 
+class _Format(msgspec.Struct):
+    format: int
+
+
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The run record."""
 
@@ -35,15 +39,18 @@ def read_run(wire: Wire, run: str) -> RunInfo | None:
     """The record of a run, None if it has none yet.
 
     Raises:
-        SchemaError: of a newer format.
+        SchemaError: of a newer format, or no run record at all.
     """
     data = wire.call("GET", Keys.run_record(run))
     if data is None:
         return None
-    info = msgspec.json.decode(data, type=RunInfo)
-    if info.format > _FORMAT:
-        raise SchemaError(f"run {run!r} has format {info.format}; this trajstore reads up to {_FORMAT}, upgrade it")
-    return info
+    try:
+        found = msgspec.json.decode(data, type=_Format).format
+        if found > _FORMAT:
+            raise SchemaError(f"run {run!r} has format {found}; this trajstore reads up to {_FORMAT}, upgrade it")
+        return msgspec.json.decode(data, type=RunInfo)
+    except msgspec.MsgspecError as error:
+        raise SchemaError(f"the record of run {run!r} cannot be read: {error}; is it trajstore's?") from error
 
 
 def open_run(wire: Wire, run: str, *, partitions: int | None, create: bool) -> RunInfo:

@@ -10,19 +10,24 @@ from trajstore.events import EventId
 from trajstore.log.batch import ENTRY_FIELD
 from trajstore.log.wire import translate
 
-__all__ = ["nonce_of", "parse_entries", "stream_last_id"]
+__all__ = ["nonce_of", "parse_entries", "stream_last_event", "stream_last_id"]
 
 
-class _Nonce(msgspec.Struct):
+class _Outline(msgspec.Struct):
     nonce: int
+    events: list[msgspec.Raw]
 
 
-_decode_nonce = msgspec.msgpack.Decoder(_Nonce).decode
+_decode_outline = msgspec.msgpack.Decoder(_Outline).decode
 
 
 def nonce_of(entry: bytes) -> int:
-    """The nonce of an entry, whatever its events."""
-    return _decode_nonce(entry).nonce
+    """The nonce of an entry, whatever its events.
+
+    Raises:
+        Corrupt: the bytes are no entry.
+    """
+    return _outline(entry).nonce
 
 
 def stream_last_id(reply: Any) -> EventId | None:
@@ -31,8 +36,27 @@ def stream_last_id(reply: Any) -> EventId | None:
         if "no such key" in str(reply):
             return None
         raise translate(reply, "XINFO STREAM")
-    fields = dict(zip(reply[::2], reply[1::2], strict=True))
-    return EventId.parse(fields[b"last-generated-id"])
+    return EventId.parse(_stream_fields(reply)[b"last-generated-id"])
+
+
+def stream_last_event(reply: Any) -> EventId | None:
+    """Id of the last event of the newest entry that a stream still holds, from XINFO STREAM; None if it holds none."""
+    newest = None if isinstance(reply, redis.ResponseError) else _stream_fields(reply).get(b"last-entry")
+    if not newest:
+        return None
+    at, entry = parse_entries([newest])[0]
+    return EventId(at.epoch, at.seq + len(_outline(entry).events) - 1)
+
+
+def _outline(entry: bytes) -> _Outline:
+    try:
+        return _decode_outline(entry)
+    except msgspec.MsgspecError as error:
+        raise Corrupt(f"a stream entry was not written by trajstore: {error}") from error
+
+
+def _stream_fields(reply: Any) -> dict[bytes, Any]:
+    return dict(zip(reply[::2], reply[1::2], strict=True))
 
 
 def parse_entries(reply: Any) -> list[tuple[EventId, bytes]]:

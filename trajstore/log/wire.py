@@ -120,9 +120,13 @@ class Wire:
         finally:
             session.disconnect()
 
-    def session(self) -> "Session":
-        """A connection of its own, which reconnects only when told."""
-        return Session(self._pool.make_connection())
+    def session(self, *, timeout: float | None = None) -> "Session":
+        """A connection of its own, which reconnects only when told; `timeout` as the wire's unless given."""
+        connection: Any = self._pool.make_connection()
+        if timeout is not None:
+            connection.socket_timeout = timeout
+            connection.socket_connect_timeout = min(timeout, connection.socket_connect_timeout or timeout)
+        return Session(connection)
 
     def close(self) -> None:
         """Close idle connections."""
