@@ -1,0 +1,216 @@
+"""`RoutingSpec` and what it lets in."""
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import trajstore
+from tests.builders import SPEC, rows
+from trajstore.routing import RoutingSpec
+
+
+def spec(**changes):
+    return RoutingSpec(**({"layer_ids": (1, 3), "top_k": 2, "num_experts": 8, "num_hidden_layers": 4} | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_ids": ()},
+        {"layer_ids": (3, 1)},
+        {"layer_ids": (1, 1)},
+        {"layer_ids": (-1, 1)},
+        {"layer_ids": (1, 4)},
+        {"layer_ids": (1.0, 3)},
+        {"layer_ids": (True,)},
+        {"top_k": 0},
+        {"top_k": 9},
+        {"top_k": True},
+        {"top_k": 2.0},
+        {"num_experts": 0},
+        {"num_experts": 65537},
+        {"num_experts": "8"},
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": 2**70},
+        {"top_k": np.int64(2)},
+    ],
+)
+def test_spec_that_cannot_be_is_refused_and_its_field_named(changes):
+    with pytest.raises(trajstore.SchemaError, match=f"RoutingSpec.*{next(iter(changes))}"):
+        spec(**changes)
+
+
+def test_spec_takes_layer_ids_as_a_list_and_travels_unchanged():
+    made = spec(layer_ids=[1, 3])
+    assert made.layer_ids == (1, 3)
+    assert made.num_layers == 2
+    assert made == spec()
+    for codec in (msgspec.msgpack, msgspec.json):
+        assert codec.decode(codec.encode(made), type=RoutingSpec) == made
+
+
+@pytest.mark.parametrize(("experts", "dtype"), [(2, "u1"), (256, "u1"), (257, "u2"), (65536, "u2")])
+def test_dtype_comes_from_the_number_of_experts(experts, dtype):
+    """prime-rl #3051, ms-swift #9981: uint8 with more than 256 experts."""
+    made = spec(num_experts=experts)
+    top = np.full((1, 2, 2), experts - 1, np.int64)
+    top[..., 0] = 0
+    narrowed = made.narrow(top, start=0)
+    assert narrowed.dtype == made.dtype == np.dtype(dtype)
+    assert made.row_bytes == 2 * 2 * np.dtype(dtype).itemsize
+    np.testing.assert_array_equal(narrowed, top)
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", ">i4"])
+def test_any_integer_dtype_is_narrowed(dtype):
+    given_ = rows(4).astype(dtype)
+    narrowed = SPEC.narrow(given_, start=0)
+    assert narrowed.dtype == np.uint8
+    np.testing.assert_array_equal(narrowed, rows(4))
+
+
+def test_nested_lists_are_rows_too():
+    np.testing.assert_array_equal(SPEC.narrow(rows(3).tolist(), start=0), rows(3))
+
+
+def test_result_is_a_copy_in_c_order():
+    given_ = rows(5)
+    narrowed = SPEC.narrow(given_, start=0)
+    given_[...] = 0
+    np.testing.assert_array_equal(narrowed, rows(5))
+    assert narrowed.flags.c_contiguous
+
+
+@pytest.mark.parametrize("view", ["stepped", "fortran", "reversed", "transposed"])
+def test_rows_that_are_not_contiguous_keep_their_order(view):
+    big = rows(10, seed=3)
+    given_ = {
+        "stepped": big[::2],
+        "fortran": np.asfortranarray(big),
+        "reversed": big[::-1],
+        "transposed": np.ascontiguousarray(big.transpose(2, 0, 1)).transpose(1, 2, 0),
+    }[view]
+    narrowed = SPEC.narrow(given_, start=0)
+    np.testing.assert_array_equal(narrowed, given_)
+    assert narrowed.flags.c_contiguous
+
+
+@pytest.mark.parametrize("bad", [256, 257, 263, 65536, 2**32, -1, -256, 8])
+def test_id_out_of_range_is_refused_also_where_narrowing_would_wrap_it_into_range(bad):
+    given_ = rows(5).astype(np.int64)
+    given_[3, 1, 0] = bad
+    with pytest.raises(trajstore.RoutingError, match=rf"expert id {bad} at layer 1, row 13 .*\[0, 8\)") as caught:
+        SPEC.narrow(given_, start=10)
+    assert (caught.value.layer, caught.value.row) == (1, 13)
+
+
+def test_error_names_the_global_layer_id_not_the_index():
+    """verl #5037, slime #810: dense-first layers shift the layer index."""
+    sparse = spec()
+    given_ = np.array([[[0, 1], [2, 3]], [[4, 5], [6, 9]]])
+    with pytest.raises(trajstore.RoutingError, match="layer 3, row 1") as caught:
+        sparse.narrow(given_, start=0)
+    assert (caught.value.layer, caught.value.row) == (3, 1)
+
+
+def test_repeated_ids_are_refused_with_layer_and_row():
+    """sglang #23885, vLLM #44116."""
+    given_ = rows(5)
+    given_[2, 1] = [4, 4]
+    with pytest.raises(trajstore.RoutingError, match=r"layer 1, row 9 repeats an expert: \[4, 4\]") as caught:
+        SPEC.narrow(given_, start=7)
+    assert (caught.value.layer, caught.value.row) == (1, 9)
+
+
+def test_repeats_are_found_between_any_two_of_the_top_k():
+    wide = spec(top_k=4, num_experts=16)
+    for i in range(4):
+        for j in range(i):
+            given_ = np.tile(np.array([1, 2, 3, 4]), (3, 2, 1))
+            given_[1, 0, i] = given_[1, 0, j]
+            with pytest.raises(trajstore.RoutingError, match="layer 1, row 1 repeats"):
+                wide.narrow(given_, start=0)
+
+
+def test_all_zero_rows_of_an_moe_layer_are_refused_and_the_way_out_named():
+    """sglang #23885: zeros from a layer that was not captured."""
+    given_ = rows(3)
+    given_[1, 2] = 0
+    with pytest.raises(trajstore.RoutingError, match=r"layer 2, row 1 .*layer_ids"):
+        SPEC.narrow(given_, start=0)
+
+
+def test_top_1_has_nothing_to_repeat():
+    one = spec(top_k=1)
+    np.testing.assert_array_equal(one.narrow(np.zeros((3, 2, 1), int), start=0), np.zeros((3, 2, 1)))
+
+
+def test_all_hidden_layers_are_reduced_to_layer_ids_and_dense_zeros_do_not_matter():
+    whole = np.zeros((2, 4, 2), np.int32)
+    whole[:, 1] = [[1, 2], [3, 4]]
+    whole[:, 3] = [[5, 6], [7, 0]]
+    whole[:, 0] = 999  # a dense layer's content is nobody's business
+    narrowed = spec().narrow(whole, start=0)
+    np.testing.assert_array_equal(narrowed, [[[1, 2], [5, 6]], [[3, 4], [7, 0]]])
+    assert narrowed.flags.owndata
+
+
+def test_as_many_layers_as_the_model_has_are_taken_as_they_are():
+    np.testing.assert_array_equal(SPEC.narrow(rows(2), start=0), rows(2))
+
+
+@pytest.mark.parametrize(
+    "shape", [(2,), (2, 2), (2, 3, 2), (2, 5, 2), (2, 2, 1), (2, 2, 3), (2, 4, 3), (1, 2, 2, 2), (0,), ()]
+)
+def test_wrong_shape_is_refused_and_both_right_ones_named(shape):
+    with pytest.raises(trajstore.RoutingError, match=r"\[rows, 2, 2\].*\[1, 3\].*\[rows, 4, 2\]"):
+        spec().narrow(np.zeros(shape, int), start=0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, bool, object, "S1", complex])
+def test_rows_that_are_no_integers_are_refused(dtype):
+    with pytest.raises(trajstore.RoutingError, match="must be integers"):
+        SPEC.narrow(np.ones((2, 3, 2), dtype), start=0)
+
+
+def test_ragged_rows_are_refused():
+    with pytest.raises(trajstore.RoutingError, match="one shape"):
+        SPEC.narrow([[[0, 1], [0, 1], [0, 1]], [[0, 1]]], start=0)
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_no_rows_are_no_error(layers):
+    assert spec().narrow(np.zeros((0, layers, 2), int), start=3).shape == (0, 2, 2)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_narrowing_never_changes_a_value(data):
+    """Whatever comes in: it is refused, or every id is the same number afterwards."""
+    experts = data.draw(st.sampled_from([2, 8, 255, 256, 257, 300, 65535, 65536]))
+    top_k = data.draw(st.integers(1, min(3, experts)))
+    made = spec(num_experts=experts, top_k=top_k)
+    layers = data.draw(st.sampled_from([2, 4]))
+    dtype = data.draw(st.sampled_from(["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"]))
+    limits = np.iinfo(dtype)
+    near = st.integers(max(limits.min, -2), min(limits.max, experts + 1))
+    wraps = st.sampled_from(
+        [v for v in (256, 65536, experts + 256, experts + 65536, -1) if limits.min <= v <= limits.max] or [0]
+    )
+    shape = (data.draw(st.integers(0, 4)), layers, top_k)
+    given_ = data.draw(hnp.arrays(dtype, shape, elements=st.one_of(near, near, wraps)))
+    chosen = given_[:, [1, 3]] if layers == 4 else given_
+    legal = all(0 <= int(i) < experts for i in chosen.flat) and all(
+        len(set(cell.tolist())) == top_k for cell in chosen.reshape(-1, top_k)
+    )
+    if legal:
+        narrowed = made.narrow(given_, start=0)
+        assert narrowed.dtype == made.dtype
+        assert narrowed.tolist() == chosen.tolist()
+        np.testing.assert_array_equal(made.from_bytes(narrowed.tobytes()), narrowed)
+    else:
+        with pytest.raises(trajstore.RoutingError):
+            made.narrow(given_, start=0)
