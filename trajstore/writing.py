@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trajstore.entries import Buffer
-from trajstore.errors import Conflict, RoutingError, SchemaError, TrajstoreError
+from trajstore.errors import Conflict, RoutingError, SchemaError, SequenceGap, TrajstoreError
 from trajstore.events import (
     CLOSED_STATUSES,
     FINAL_STATUSES,
@@ -105,8 +105,13 @@ class TrajectoryWriter:
 
     @classmethod
     def resume(cls, log: TrajectoryLog, flusher: Flusher, load_tokens: TokenLoader) -> Self:
-        """A handle on what the log holds."""
-        history = read_history(log.events, notes=log.notes)
+        """A handle on what the log holds; below a hole, if it has one: the next segment goes on from there."""
+        try:
+            history = read_history(log.events, notes=log.notes)
+        except SequenceGap as gap:
+            if not gap.last_good:
+                raise
+            history = read_history(log.events, notes=log.notes, until=EventId.parse(gap.last_good))
         self = cls(log.id, history.opened, flusher, load_tokens)
         self.status = history.status
         self._lane = flusher.lane(
@@ -115,7 +120,7 @@ class TrajectoryWriter:
             acked_nonce=log.last_nonce if log.in_hot else None,
             summary=summarize(log.id, log.events),
         )
-        self._epoch = history.last.epoch
+        self._epoch = log.last_entry.epoch
         self._recreates = not log.in_hot
         self._snapshot, self._tokens = history.last, None
         self._length = history.length

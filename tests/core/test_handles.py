@@ -712,3 +712,26 @@ def test_seed_case_written_by_two_handles_has_one_input_digest_per_segment(store
     assert len({*digests}) == 2
     assert all(len(digest) == 32 for digest in digests)
     np.testing.assert_array_equal(store.load(trajectory.id).routed_experts[:9], seed_rows(1, 9))
+
+
+def test_handle_on_a_log_with_a_hole_goes_on_below_it(store, aborted):
+    """What lies above the hole stays in the log and leaves the trajectory."""
+    for token in (6, 7):
+        with store.get(aborted.id).segment() as segment:
+            segment.tokens([token])
+    store.flush()
+    lost = [str(entry.at) for entry in store.hot.read(aborted.id)[0] if entry.at.epoch == 3]
+    store.wire.call("XDEL", store.keys.entries(aborted.id), *lost)
+    with pytest.raises(trajstore.SequenceGap) as gap:
+        store.load(aborted.id)
+    assert gap.value.last_good == "2-3"
+    again = store.get(aborted.id)
+    assert list(again.token_ids) == [1, 2, 3, 4, 5]
+    with again.segment(weight_version="v2") as segment:
+        segment.tokens([8])
+        segment.close("stop")
+    store.flush()
+    healed = store.load(aborted.id)
+    assert list(healed.token_ids) == [1, 2, 3, 4, 5, 8]
+    assert [one.epoch for one in healed.segments] == [2, 5]
+    assert store.events(aborted.id)[-1].at.epoch == 5
