@@ -1,0 +1,64 @@
+"""Looking at a store's keys with a plain client, beside the code under test."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import redis
+
+import trajstore
+from trajstore.entries import Entry, decode_known
+
+__all__ = ["dense", "entries", "newest_id", "notes", "payload_fields", "until", "write_one"]
+
+
+def entries(client: redis.Redis, store: trajstore.Store, id: str) -> list[tuple[str, Entry]]:
+    """Entries of a trajectory's stream: id and content."""
+    return _entries(client, store.keys.entries(id))
+
+
+def notes(client: redis.Redis, store: trajstore.Store, id: str) -> list[tuple[str, Entry]]:
+    """Entries of its notes stream."""
+    return _entries(client, store.keys.notes(id))
+
+
+def payload_fields(client: redis.Redis, store: trajstore.Store, id: str) -> set[str]:
+    """Names of its payload fields."""
+    names: Any = client.hkeys(store.keys.payloads(id))
+    return {name.decode() for name in names}
+
+
+def newest_id(client: redis.Redis, store: trajstore.Store, id: str) -> str:
+    """The newest id that its stream ever took."""
+    found: Any = client.xinfo_stream(store.keys.entries(id))
+    return str(found["last-generated-id"].decode())
+
+
+def dense(found: list[tuple[str, Entry]]) -> int:
+    """Check that ids follow from the entries' counts, so that nothing is missing or doubled; returns the events."""
+    expected: dict[str, int] = {}
+    for at, entry in found:
+        epoch, _, seq = at.partition("-")
+        assert int(seq) == expected.get(epoch, 0)
+        expected[epoch] = int(seq) + len(entry.events)
+    return sum(expected.values())
+
+
+def write_one(segment: trajstore.SegmentWriter) -> None:
+    """Append a token and wait for it; a failure may show at either."""
+    segment.tokens([1])
+    segment._trajectory._flusher.flush(segment._trajectory.id)
+
+
+def until(ask: Callable[[], object], *, what: str, seconds: float = 10.0) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + seconds
+    while not ask():
+        assert time.monotonic() < deadline, f"not so after {seconds:g} s: {what}"
+        threading.Event().wait(0.005)
+
+
+def _entries(client: redis.Redis, key: str) -> list[tuple[str, Entry]]:
+    found: Any = client.xrange(key)
+    return [(at.decode(), decode_known(fields[b"e"])) for at, fields in found]
