@@ -138,6 +138,8 @@ class FakeServer:
 class _Handler(_tcp_server.TCPFakeRequestHandler):
     """fakeredis 2.40 closes the connection at an error reply; a server does not."""
 
+    disable_nagle_algorithm = True
+
     def setup(self) -> None:
         super().setup()
         read: Callable[..., Any] = self.current_client.read_response

@@ -10,18 +10,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
-import redis
 
 from trajstore.abandon import close_abandoned
 from trajstore.archive.manifest import Manifest
 from trajstore.archive.reader import ArchiveReader
-from trajstore.archive.staging import Look, Part, first_look, second_look, trim_commands
+from trajstore.archive.staging import Look, Part, first_look, second_look
+from trajstore.archive.trim import trim
 from trajstore.archive.writer import PackWriter
 from trajstore.errors import Conflict, Corrupt, Fenced, SchemaError, Unavailable
 from trajstore.log.feed import ARCHIVER, FeedFollower, Hint
 from trajstore.log.flusher import FSYNC_HORIZON
 from trajstore.log.lease import Lease
-from trajstore.log.wire import Command, server_info, translate
+from trajstore.log.wire import server_info
 from trajstore.materializer import worker_name
 from trajstore.store import Store
 
@@ -264,7 +264,7 @@ class Archiver:
         self._publish(partition, manifest, newest, parts)
 
     def _publish(self, partition: int, manifest: Manifest, newest: int, parts: Sequence[Part]) -> int | None:
-        """Write packs, one for each routing shape, then acknowledge and trim.
+        """Write packs, one for each routing shape, then trim and acknowledge.
 
         Returns:
             Number of the newest record; None if the partition was lost.
@@ -289,21 +289,11 @@ class Archiver:
             self.done.trajectories += len(together)
             self.done.entries += sum(len(part.staged) for part in together)
             self.done.nbytes += sum(part.nbytes for part in together)
-        self._trim(partition, manifest, parts)
+        trim(self._store.wire, self._store.keys, manifest, parts, grace=self._grace_seconds)
         self._on_step("trimmed")
+        self._feed.acknowledge(hint for part in parts for hint in part.look.hints)
         self._notice(hint for part in parts for hint in part.look.later)
         return newest
-
-    def _trim(self, partition: int, manifest: Manifest, parts: Sequence[Part]) -> None:
-        commands: list[Command] = []
-        for part in parts:
-            acknowledgement = self._feed.acknowledgement(partition, part.look.hints)
-            commands += trim_commands(
-                self._store.keys, manifest, part, acknowledgement=acknowledgement, grace=self._grace_seconds
-            )
-        for reply in self._store.wire.exchange(commands):
-            if isinstance(reply, redis.RedisError):
-                raise translate(reply, "trimming")
 
     def _server(self) -> str:
         """Run id of the server, "" where it cannot lose anything: another one means that it restarted."""

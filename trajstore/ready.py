@@ -230,14 +230,14 @@ class ReadyFollower:
 
     def blobs(self, members: Sequence[ReadyMember]) -> Iterator[bytes | None]:
         """The folds of members, in one round trip; None for one that is gone and must be folded again."""
-        return iter(self._run([("GET", self._keys.ready_payload(one.id, one.version)) for one in members]))
+        return iter(self._wire.call_all([("GET", self._keys.ready_payload(one.id, one.version)) for one in members]))
 
     def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
         """These entries were used. What every group has used is trimmed, and its blobs go."""
         by_partition: dict[int, list[Delivery]] = {}
         for delivery in deliveries:
             by_partition.setdefault(delivery.partition, []).append(delivery)
-        self._run(
+        self._wire.call_all(
             [
                 ("XACK", self._keys.ready(partition), self._group, *(one.at for one in some))
                 for partition, some in by_partition.items()
@@ -246,13 +246,15 @@ class ReadyFollower:
         for partition, some in by_partition.items():
             stream = self._keys.ready(partition)
             groups = self._groups(stream)
-            needed = lowest_needed(groups, self._run([("XPENDING", stream, _field(one, b"name")) for one in groups]))
+            needed = lowest_needed(
+                groups, self._wire.call_all([("XPENDING", stream, _field(one, b"name")) for one in groups])
+            )
             commands: list[Command] = [] if needed is None else [("XTRIM", stream, "MINID", str(needed))]
             for delivery in some:
                 if len(groups) == 1 or (needed is not None and EventId.parse(delivery.at) < needed):
                     keys = [self._keys.ready_payload(one.id, one.version) for one in delivery.group.members]
                     commands += [("UNLINK", key) for key in keys]
-            self._run(commands)
+            self._wire.call_all(commands)
 
     def _join(self) -> None:
         """Make the consumer group if there is none; it reads from the beginning of what is there."""
@@ -268,13 +270,6 @@ class ReadyFollower:
 
     def _groups(self, stream: str) -> list[Any]:
         return list(self._wire.call("XINFO", "GROUPS", stream))
-
-    def _run(self, commands: Sequence[Command]) -> list[Any]:
-        replies = self._wire.exchange(commands)
-        for command, reply in zip(commands, replies, strict=True):
-            if isinstance(reply, redis.RedisError):
-                raise translate(reply, str(command[0]))
-        return replies
 
 
 def _assembly_name(id: str, group: str | None, group_size: int | None) -> str:

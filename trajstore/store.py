@@ -480,7 +480,8 @@ def _open_run(
         return info, None
     about = ArchiveInfo(format=ARCHIVE_FORMAT, run=run, incarnation=info.incarnation, partitions=info.partitions)
     root.claim(about)
-    _record_archive(wire, run, root, home, moved=found is not None)
+    if recorded is None or recorded.path.resolve() != root.path.resolve():  # a full server takes no SET
+        _record_archive(wire, run, root, home, moved=found is not None)
     return info, ArchiveReader(root, about)
 
 

@@ -149,6 +149,29 @@ def test_note_after_removal_is_kept_and_numbered_on(durable, archive):
     assert all(note.stored != "hot" for note in durable.notes(trajectory.id))
 
 
+def test_note_that_comes_while_its_trajectory_is_trimmed_does_not_expire_with_it(durable, archive):
+    trajectory = record_seed_case(durable)
+    trajectory.close("completed")
+    durable.flush()
+    late = durable.get(trajectory.id)
+    keys = [durable.keys.notes(trajectory.id), durable.keys.entries(trajectory.id)]
+    seen = []
+
+    def observe(step):
+        if step == "recorded" and not seen:
+            late.observe(rows(3), start=0, source="trainer")
+            durable.flush()
+        if step == "trimmed":
+            seen.append([durable.wire.call("PTTL", key) for key in keys])
+
+    archive(grace_seconds=1000.0, on_step=observe)
+    assert seen[0] == [-1, -1], "the note is not archived yet, so nothing may expire"
+    assert len(seen) == 2
+    assert all(0 < left <= 1000_000 for left in seen[1])
+    assert [note.id for note in durable.notes(trajectory.id)] == ["note 1-0"]
+    assert all(note.stored != "hot" for note in durable.notes(trajectory.id))
+
+
 def test_entry_that_differs_between_hot_log_and_archive_is_corrupt_and_both_are_named(durable, archive):
     trajectory = record_seed_case(durable)
     durable.flush()

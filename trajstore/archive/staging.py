@@ -1,10 +1,10 @@
-"""From the hot log to a pack: what of a trajectory may be archived now, and the commands that trim it afterwards.
+"""From the hot log to a pack: what of a trajectory may be archived now.
 
 A trajectory is looked at twice, a fsync horizon apart. Only entries that were the same both times, and that belong to
 finished epochs, are staged: so the archive never runs ahead of a server that may still lose its tail.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trajstore.archive.manifest import Manifest
@@ -13,16 +13,13 @@ from trajstore.archive.select import finished_entries, ripe_prefix
 from trajstore.archive.writer import StagedEntry
 from trajstore.entries import Event, entry_digest
 from trajstore.errors import Corrupt, SchemaError
-from trajstore.events import FINAL_STATUSES, EventId, TrajectoryOpened, UnknownEvent
-from trajstore.log.batch import payload_field
+from trajstore.events import EventId, TrajectoryOpened, UnknownEvent
 from trajstore.log.feed import Hint
-from trajstore.log.keys import Keys
 from trajstore.log.reader import HotEntry, HotReader
-from trajstore.log.wire import Command
 from trajstore.routing import RoutingSpec
 from trajstore.summary import Summary, advance
 
-__all__ = ["Look", "Part", "first_look", "second_look", "trim_commands"]
+__all__ = ["Look", "Part", "first_look", "second_look"]
 
 
 @dataclass(slots=True)
@@ -138,38 +135,6 @@ def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: 
     )
 
 
-def trim_commands(
-    keys: Keys, manifest: Manifest, part: Part, *, acknowledgement: Command | None, grace: float
-) -> list[Command]:
-    """One transaction: acknowledge the hints and drop from the hot log what the archive holds.
-
-    Only commands that a full server lets pass. The keys of a final trajectory go together after `grace` seconds.
-    """
-    partition = keys.partition(part.id)
-    last, last_note = manifest.last_entry(part.id), manifest.last_note(part.id)
-    commands: list[Command] = [("MULTI",)]
-    if acknowledgement is not None:
-        commands.append(acknowledgement)
-    fields: list[str] = []
-    if last is not None:
-        commands.append(("XTRIM", keys.entries(part.id), "MINID", f"{last.epoch}-{last.seq + 1}"))
-        fields += _payload_fields((entry for entry in part.entries if entry.at <= last), note=False)
-    if last_note:
-        commands.append(("XTRIM", keys.notes(part.id), "MINID", f"{last_note + 1}-0"))
-        fields += _payload_fields((note for note in part.notes if note.at.epoch <= last_note), note=True)
-    if fields:
-        commands.append(("HDEL", keys.payloads(part.id), *fields))
-    summary = manifest.summary(part.id)
-    left = any(last is None or entry.at > last for entry in part.entries)
-    left |= any(note.at.epoch > last_note for note in part.notes)
-    if summary is not None and summary.status in FINAL_STATUSES and not left:
-        hot_keys = (keys.entries(part.id), keys.payloads(part.id), keys.notes(part.id))
-        commands += [("PEXPIRE", key, int(grace * 1000)) for key in hot_keys]
-        commands.append(("HDEL", keys.summaries(partition), part.id))
-    commands.append(("EXEC",))
-    return commands
-
-
 def _stage(hot: HotReader, id: str, entry: HotEntry, events: Sequence[Event], *, note: bool) -> StagedEntry:
     payloads = []
     for event, data in zip(events, hot.payloads(id, events), strict=True):
@@ -184,12 +149,3 @@ def _spec(archive: ArchiveReader, id: str, decoded: Sequence[tuple[HotEntry, Seq
     if not isinstance(first, TrajectoryOpened):
         first = archive.read(id)[0][0].events[0].header
     return first.routing if isinstance(first, TrajectoryOpened) else None
-
-
-def _payload_fields(entries: Iterable[HotEntry], *, note: bool) -> list[str]:
-    return [
-        payload_field(event.at, event.nonce, note=note)
-        for entry in entries
-        for event in entry.events(note=note)
-        if event.payload is not None and event.payload.inline is None
-    ]

@@ -7,12 +7,10 @@ keys its effect by (trajectory, event id), and acknowledges last.
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import redis
-
 from trajstore.events import EventId
 from trajstore.log.keys import Keys
 from trajstore.log.stream import stream_last_id
-from trajstore.log.wire import Command, Wire, translate
+from trajstore.log.wire import Command, Wire
 
 __all__ = ["ARCHIVER", "FEED_GROUPS", "MATERIALIZER", "FeedFollower", "FeedTail", "Hint", "parse_stream"]
 
@@ -83,15 +81,15 @@ class FeedFollower:
         for hint in hints:
             by_partition.setdefault(hint.partition, []).append(hint)
         commands = [self.acknowledgement(partition, some) for partition, some in by_partition.items()]
-        self._run([command for command in commands if command is not None])
+        self._wire.call_all([command for command in commands if command is not None])
 
     def trim(self, partitions: Iterable[int]) -> None:
         """Drop hints that no group needs any more: those below every group's oldest unacknowledged one."""
         partitions = list(partitions)
-        groups = self._run([("XINFO", "GROUPS", self._keys.feed(partition)) for partition in partitions])
+        groups = self._wire.call_all([("XINFO", "GROUPS", self._keys.feed(partition)) for partition in partitions])
         names = [[_fields(group)["name"] for group in some] for some in groups]
         summaries = iter(
-            self._run(
+            self._wire.call_all(
                 [
                     ("XPENDING", self._keys.feed(partition), name)
                     for partition, some in zip(partitions, names, strict=True)
@@ -104,28 +102,21 @@ class FeedFollower:
             needed = lowest_needed(infos, [next(summaries) for _ in some])
             if needed is not None:
                 commands.append(("XTRIM", self._keys.feed(partition), "MINID", str(needed)))
-        self._run(commands)
+        self._wire.call_all(commands)
 
     def leave(self, partitions: Iterable[int]) -> None:
         """Remove this consumer where nothing is pending for it, so that names do not pile up."""
         partitions = list(partitions)
-        pending = self._run(
+        pending = self._wire.call_all(
             [("XPENDING", self._keys.feed(p), self._group, "-", "+", 1, self._consumer) for p in partitions]
         )
-        self._run(
+        self._wire.call_all(
             [
                 ("XGROUP", "DELCONSUMER", self._keys.feed(partition), self._group, self._consumer)
                 for partition, entries in zip(partitions, pending, strict=True)
                 if not entries
             ]
         )
-
-    def _run(self, commands: Sequence[Command]) -> list[Any]:
-        replies = self._wire.exchange(commands)
-        for command, reply in zip(commands, replies, strict=True):
-            if isinstance(reply, redis.RedisError):
-                raise translate(reply, str(command[0]))
-        return replies
 
 
 class FeedTail:

@@ -73,6 +73,18 @@ class Wire:
             raise translate(reply, str(command[0]))
         return reply
 
+    def call_all(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands together, return their replies; all of them run, whatever becomes of the others.
+
+        Raises:
+            Unavailable, StoreFull: the first error reply, see `translate`.
+        """
+        replies = self.exchange(commands)
+        for command, reply in zip(commands, replies, strict=True):
+            if isinstance(reply, redis.RedisError):
+                raise translate(reply, str(command[0]))
+        return replies
+
     def exchange(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands together, return their replies; an error reply is a value in the list.
 

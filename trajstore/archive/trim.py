@@ -1,0 +1,79 @@
+"""Dropping from the hot log what the archive holds.
+
+Only commands that a full server lets pass, and each by itself: Redis 7.0 refuses even these inside `MULTI` while its
+memory is full. Their order makes every crash in between repeatable: payloads go before the entries that name them, and
+the hints that lead here are acknowledged last.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from trajstore.archive.manifest import Manifest
+from trajstore.archive.staging import Part
+from trajstore.events import FINAL_STATUSES
+from trajstore.log.batch import payload_field
+from trajstore.log.keys import Keys
+from trajstore.log.reader import HotEntry
+from trajstore.log.stream import stream_last_id
+from trajstore.log.wire import Command, Wire
+
+__all__ = ["trim"]
+
+
+def trim(wire: Wire, keys: Keys, manifest: Manifest, parts: Sequence[Part], *, grace: float) -> None:
+    """Trim trajectories of one partition to what the manifest does not name.
+
+    Args:
+        grace: seconds after which the emptied keys of a final trajectory go, together.
+
+    Raises:
+        Unavailable: the server did not answer; trim again.
+    """
+    wire.call_all([command for part in parts for command in _drop_archived(keys, manifest, part)])
+    over = [part for part in parts if _is_over(manifest, part)]
+    wire.call_all([("PEXPIRE", key, int(grace * 1000)) for part in over for key in _keys_of(keys, part)])
+    # A note may have come since the part was read. If it came after the PEXPIRE, its own batch has undone that.
+    infos = iter(wire.exchange([("XINFO", "STREAM", key) for part in over for key in _keys_of(keys, part)[:2]]))
+    commands: list[Command] = []
+    for part in over:
+        entry, note = stream_last_id(next(infos)), stream_last_id(next(infos))
+        archived, archived_note = manifest.last_entry(part.id), manifest.last_note(part.id)
+        if (entry is None or entry == archived) and (note is None or note.epoch == archived_note):
+            commands.append(("HDEL", keys.summaries(keys.partition(part.id)), part.id))
+        else:
+            commands += [("PERSIST", key) for key in _keys_of(keys, part)]
+    wire.call_all(commands)
+
+
+def _drop_archived(keys: Keys, manifest: Manifest, part: Part) -> Iterator[Command]:
+    last, last_note = manifest.last_entry(part.id), manifest.last_note(part.id)
+    fields: list[str] = []
+    if last is not None:
+        fields += _payload_fields((entry for entry in part.entries if entry.at <= last), note=False)
+    fields += _payload_fields((note for note in part.notes if note.at.epoch <= last_note), note=True)
+    if fields:
+        yield "HDEL", keys.payloads(part.id), *fields
+    if last is not None:
+        yield "XTRIM", keys.entries(part.id), "MINID", f"{last.epoch}-{last.seq + 1}"
+    if last_note:
+        yield "XTRIM", keys.notes(part.id), "MINID", f"{last_note + 1}-0"
+
+
+def _is_over(manifest: Manifest, part: Part) -> bool:
+    """The trajectory is final, and all that the hot log had of it is archived."""
+    last, last_note, summary = manifest.last_entry(part.id), manifest.last_note(part.id), manifest.summary(part.id)
+    left = any(last is None or entry.at > last for entry in part.entries)
+    left |= any(note.at.epoch > last_note for note in part.notes)
+    return summary is not None and summary.status in FINAL_STATUSES and not left
+
+
+def _keys_of(keys: Keys, part: Part) -> tuple[str, str, str]:
+    return keys.entries(part.id), keys.notes(part.id), keys.payloads(part.id)
+
+
+def _payload_fields(entries: Iterable[HotEntry], *, note: bool) -> list[str]:
+    return [
+        payload_field(event.at, event.nonce, note=note)
+        for entry in entries
+        for event in entry.events(note=note)
+        if event.payload is not None and event.payload.inline is None
+    ]
