@@ -7,6 +7,7 @@ staging/01ABC.../                  packs being written
 """
 
 import os
+import threading
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,9 @@ __all__ = ["ARCHIVE_FORMAT", "ArchiveInfo", "ArchiveRoot", "write_new"]
 
 ARCHIVE_FORMAT = 1
 """Version of everything below an archive's root; see `docs/format.md`."""
+
+
+_FOLDERS = ("manifest", "packs", "staging")
 
 
 class ArchiveInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,9 +91,9 @@ class ArchiveRoot:
         """
         found = self.info()
         if found is None:
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and any(not _is_ours(path.name) for path in self.path.iterdir()):
                 raise Conflict(f"{self.path} is not empty and no archive; archive into a new or an empty folder")
-            for folder in ("manifest", "packs", "staging"):
+            for folder in _FOLDERS:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
             try:
                 write_new(self.path / "archive.json", msgspec.json.format(msgspec.json.encode(info)))
@@ -129,6 +133,11 @@ class ArchiveRoot:
         sync_folder(target.parent.parent)
 
 
+def _is_ours(name: str) -> bool:
+    """What somebody makes who claims the archive at this moment, or left half made in a crash."""
+    return name in (*_FOLDERS, "archive.json") or name.startswith(".archive.json.")
+
+
 def write_new(path: Path, data: bytes) -> None:
     """Create a file with its content in one durable step.
 
@@ -136,7 +145,7 @@ def write_new(path: Path, data: bytes) -> None:
         FileExistsError: somebody else was first; nothing changed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

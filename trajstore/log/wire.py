@@ -8,7 +8,7 @@ pinned. Large arguments go out by the Python packer, which sends them without a 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode
 
 import redis
 from redis.backoff import NoBackoff
@@ -283,15 +283,14 @@ def split_run(url: str) -> tuple[str, str | None]:
     Returns:
         The URL as redis-py wants it, and the run's name, None if it names none.
     """
-    parts = urlsplit(url)
-    query = parse_qsl(parts.query, keep_blank_values=True)
+    address, _, options = url.partition("?")  # `urlunsplit` would drop the empty host of unix:///path
+    query = parse_qsl(options, keep_blank_values=True)
     runs = [value for key, value in query if key == "run"]
     rest = urlencode([(key, value) for key, value in query if key != "run"])
-    return urlunsplit(parts._replace(query=rest)), runs[-1] if runs else None
+    return f"{address}?{rest}" if rest else address, runs[-1] if runs else None
 
 
 def describe_url(url: str) -> str:
     """A URL fit for messages: without user, password and options."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+    scheme, mark, rest = url.partition("?")[0].partition("://")
+    return scheme + mark + rest.rpartition("@")[2]  # a password may hold an unescaped / or #
