@@ -17,8 +17,10 @@ from trajstore.errors import (
     TrajstoreError,
     Unavailable,
 )
+from trajstore.opening import open, open_archive  # noqa: A004 - as one says `gzip.open`
+from trajstore.reading import Archive
 from trajstore.routing import RoutingSpec
-from trajstore.store import Archive, Store, open, open_archive  # noqa: A004 - as one says `gzip.open`
+from trajstore.store import Store
 from trajstore.trajectory import Trajectory
 from trajstore.writing import SegmentWriter, TrajectoryWriter
 

@@ -16,7 +16,6 @@ from ulid import ULID
 
 from trajstore.blob import to_blob
 from trajstore.errors import (
-    Conflict,
     Corrupt,
     NotFound,
     RoutingError,
@@ -28,7 +27,6 @@ from trajstore.errors import (
 from trajstore.events import CLOSED_STATUSES
 from trajstore.fold import Policy
 from trajstore.log.feed import MATERIALIZER, FeedFollower, Hint
-from trajstore.log.keys import Keys
 from trajstore.ready import ReadyMember, ReadyQueue
 from trajstore.store import Store
 
@@ -113,7 +111,6 @@ class Materializer:
         Raises:
             OSError: with `once`, when the server does not answer (`Unavailable`) or is full (`StoreFull`); without, it
                 keeps trying.
-            Conflict: the run has been given an archive since the store was opened; open it again.
         """
         stopped = stop or threading.Event()
         while not stopped.is_set():
@@ -172,9 +169,8 @@ class Materializer:
         try:
             self._publish(id)
         except NotFound:
-            self._require_archive()  # else a spurious hint, or a trajectory whose data is gone
+            pass  # a spurious hint, or a trajectory whose data is gone
         except (SequenceGap, SchemaError, RoutingError, Corrupt) as error:
-            self._require_archive()
             self.done.refused += 1
             log.error("%s cannot be folded and is not published: %s", id, error)
 
@@ -224,14 +220,6 @@ class Materializer:
         except TrajstoreError:
             return False  # nothing more will come of it; what was offered stays
         return history.status not in CLOSED_STATUSES or history.closes > member.version
-
-    def _require_archive(self) -> None:
-        """Nothing may count as gone while there is an archive that this store does not know."""
-        if self._store.archive is None and self._store.wire.call("GET", Keys.archive_location(self._store.run)):
-            raise Conflict(
-                f"run {self._store.run!r} is archived since this store was opened, and events may be there; "
-                "start the materializer again"
-            )
 
 
 def worker_name() -> str:

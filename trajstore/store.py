@@ -1,128 +1,38 @@
-"""The facade: one object over hot log, archive and fold. What each part does is in its own module."""
+"""The facade over hot log, archive and fold: a run, written and read. How it is opened is in `opening.py`."""
 
 import asyncio
 import atexit
 import contextlib
-import math
 import os
 import time
 import weakref
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from ulid import ULID
 
+from trajstore.archive.of_run import RunArchive
 from trajstore.archive.reader import ArchiveReader
-from trajstore.archive.root import ARCHIVE_FORMAT, ArchiveInfo, ArchiveRoot, write_new
-from trajstore.entries import Event
 from trajstore.errors import Conflict, NotFound, SchemaError, TrajstoreError, Unavailable
 from trajstore.events import CLOSED_STATUSES, EventId, TrajectoryOpened
-from trajstore.fold import Plan, Policy
-from trajstore.history import Recording, read_history
 from trajstore.ingest import check_count, check_group, check_id, check_json
 from trajstore.log.flusher import FSYNC_HORIZON, Flusher
 from trajstore.log.keys import Keys
 from trajstore.log.reader import HotReader
-from trajstore.log.resolve import ArchiveIndex, NoArchive
-from trajstore.log.run import MAX_PARTITIONS, RunInfo, open_run, read_run, require_fsync
+from trajstore.log.run import RunInfo, read_run, require_fsync
 from trajstore.log.stream import stream_last_id
-from trajstore.log.wire import Wire, describe_url, split_run
-from trajstore.overlaps import Overlap, find_overlaps
-from trajstore.routing import RoutingArray, RoutingSpec
-from trajstore.server import Ack, EmbeddedServer, find_server
+from trajstore.log.wire import Wire
+from trajstore.reading import Archive, wanted_statuses
+from trajstore.routing import RoutingSpec
+from trajstore.server import Ack, EmbeddedServer
 from trajstore.summary import Summary, encode_summary, summarize
-from trajstore.trajectory import Trajectory
 from trajstore.view import View
 from trajstore.writing import TrajectoryWriter
 
-__all__ = ["Archive", "Location", "Store", "open", "open_archive"]
-
-Location: TypeAlias = str | os.PathLike[str]
-
-_STATUSES = ("open", *CLOSED_STATUSES)
-_STORE_FORMAT = 1
-
-
-class _StoreFile(msgspec.Struct, frozen=True):
-    """`store.json` of an embedded store."""
-
-    format: int
-    run: str
-
-
-class Archive:
-    """Reading trajectories: what a store and a bare archive have in common."""
-
-    def __init__(self, view: View, partitions: int) -> None:
-        self._view = view
-        self._partitions = partitions
-
-    def load(self, id: str, *, policy: Policy = "last_segment_wins", until: str | EventId | None = None) -> Trajectory:
-        """A trajectory, folded; open ones too.
-
-        Args:
-            policy: "last_segment_wins" or "as_sampled", see `trajstore.fold.plan`.
-            until: id of an event, e.g. "3-7": the state when it had just happened.
-
-        Raises:
-            NotFound: no such trajectory or event.
-            SequenceGap: the log has a hole; the error's `last_good` loads.
-            Corrupt: stored bytes are damaged or gone.
-            SchemaError: written by a newer trajstore.
-        """
-        self._settle(id)
-        return self._view.load(id, policy, None if until is None else EventId.parse(until))
-
-    def plan(self, id: str, *, policy: Policy = "last_segment_wins", until: str | EventId | None = None) -> Plan:
-        """The decided fold of a trajectory: its history, and with `Plan.why` the provenance of each row."""
-        self._settle(id)
-        return self._view.plan(id, policy, None if until is None else EventId.parse(until))
-
-    def events(self, id: str) -> list[Event]:
-        """Every event of a trajectory, in order. Notes are apart, see `notes`."""
-        self._settle(id)
-        return self._view.read(id).events
-
-    def notes(self, id: str) -> list[Event]:
-        """Observations and late recordings of a trajectory, in order of arrival."""
-        self._settle(id)
-        return self._view.read(id).notes
-
-    def overlaps(self, id: str) -> list[Overlap]:
-        """Pairs of recordings of the same rows; `recorded_rows` gives the rows of each."""
-        self._settle(id)
-        log = self._view.read(id)
-        return find_overlaps(read_history(log.events, notes=log.notes))
-
-    def recorded_rows(self, id: str, recording: Recording) -> RoutingArray:
-        """Rows of one recording, `[stop - start, L, K]`, whether or not they win a fold."""
-        self._settle(id)
-        return self._view.rows(id, recording)
-
-    def list(self, *, status: str | Collection[str] | None = None, group: str | None = None) -> list[Summary]:
-        """Summaries of trajectories, oldest id first.
-
-        Args:
-            status: only these: open, completed, truncated, failed, aborted.
-            group: only members of this group.
-        """
-        wanted = _wanted(status)
-        self._settle(None)
-        found = [
-            summary
-            for partition in range(self._partitions)
-            for summary in self._view.summaries(partition)
-            if summary.status in wanted and (group is None or summary.group == group)
-        ]
-        return sorted(found, key=lambda summary: summary.id)
-
-    def _settle(self, id: str | None) -> None:
-        """Nothing is ever on its way into a bare archive."""
+__all__ = ["Store"]
 
 
 class Store(Archive):
@@ -132,7 +42,6 @@ class Store(Archive):
         run: its name.
         incarnation: ULID of this run's beginning.
         partitions: P.
-        archive: where it is archived, None if nowhere.
         location: what was opened, fit for messages.
     """
 
@@ -143,7 +52,7 @@ class Store(Archive):
         wire: Wire,
         run: str,
         info: RunInfo,
-        archive: ArchiveReader | None,
+        archive: RunArchive,
         server: EmbeddedServer | None,
         ack: Ack,
         timeout: float,
@@ -153,17 +62,16 @@ class Store(Archive):
         self.run = run
         self.incarnation = info.incarnation
         self.partitions = info.partitions
-        self.archive = archive
+        self._archive = archive
         self.timeout = timeout
         self.ack = ack
         self.keys = Keys(run, info.partitions)
         self.wire = wire
         self.hot = HotReader(wire, self.keys)
-        super().__init__(View(self.hot, archive), info.partitions)
+        super().__init__(View(self.hot, archive.reader), info.partitions)
         self._server = server
         self._closed = False
         self._forked = False
-        index: ArchiveIndex = archive if archive is not None else NoArchive()
         self._flusher = Flusher(
             wire,
             self.keys,
@@ -171,12 +79,21 @@ class Store(Archive):
             buffer_bytes=buffer_bytes,
             kept_bytes=buffer_bytes,
             horizon=0.0 if ack == "fsync" else FSYNC_HORIZON,
-            archive=index,
+            archive=archive,
             on_connect=self._check_connection,
             on_refused=self.repair_summary,
         )
         _stores.add(self)
         atexit.register(self.close)
+
+    @property
+    def archive(self) -> ArchiveReader | None:
+        """Where the run is archived, None if nowhere; found as soon as somebody gives it an archive.
+
+        Raises:
+            Conflict: the archive does not lie, as seen from here, where the run has it.
+        """
+        return self._archive.reader()
 
     def create(
         self,
@@ -214,8 +131,7 @@ class Store(Archive):
         )
         if id is not None:
             check_id(id)
-            known = self.archive is not None and self.archive.last_entry(id) is not None
-            if self._flusher.knows(id) or self.hot.exists(id) or known:
+            if self._flusher.knows(id) or self.hot.exists(id) or self._archive.knows(id):
                 raise Conflict(f"there is a trajectory {id!r} already, and ids are never reused; store.get({id!r})")
         return TrajectoryWriter.create(id or str(ULID()), opened, self._flusher, self._load_tokens)
 
@@ -239,7 +155,7 @@ class Store(Archive):
         Raises:
             Unavailable: it did not come to that before the deadline (also a `TimeoutError`).
         """
-        wanted = _wanted(status)
+        wanted = wanted_statuses(status)
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
         while True:
             self._settle(id)
@@ -353,6 +269,14 @@ class Store(Archive):
         self._flusher.drain(id)
 
     def _check_connection(self) -> None:
+        """Before anything is written over a fresh connection: is this still the server that the run lies on?"""
+        info = read_run(self.wire, self.run)
+        if info is None or info.incarnation != self.incarnation:
+            found = "does not know it" if info is None else f"has incarnation {info.incarnation}"
+            raise Conflict(
+                f"run {self.run!r} (incarnation {self.incarnation}) was opened on this server, which now {found}: it "
+                "lost its data, or another one answers. Nothing is written; open the run again"
+            )
         if self.ack == "fsync":
             require_fsync(self.wire)
 
@@ -364,190 +288,6 @@ class Store(Archive):
 
     def _after_fork(self) -> None:
         self._forked = True
-
-
-def open(  # `trajstore.open`, as one says `gzip.open`
-    location: Location,
-    *,
-    archive: Location | None = None,
-    ack: Ack = "memory",
-    partitions: int | None = None,
-    create: bool = True,
-    timeout: float = 30.0,
-    buffer_bytes: int = 256 << 20,
-) -> Store:
-    """Open a run.
-
-    Args:
-        location: a folder (new, empty, or an embedded store) for a private server and an archive on disk; or a Redis
-            URL that names the run: `redis://host:6379/0?run=exp1`, also `rediss://` and `unix://`.
-        archive: folder of the run's archive; default what the run was opened with before, or `archive/` in the folder.
-        ack: when a write counts as acknowledged. "memory": the server has it (a crash of the server may lose about 2
-            seconds, a crash of any other process nothing). "fsync": it is on the server's disk.
-        partitions: P of a new run, default 16; fixed from then on.
-        create: False refuses to begin a new run.
-        timeout: seconds that any call may wait for the server.
-        buffer_bytes: what may wait to be written; beyond it, writing blocks.
-
-    Raises:
-        Conflict: the folder holds something else, or its server runs on another host; hot log and archive are of
-            different incarnations, or the archive is not where the run has it; the server does not fsync although asked
-            to.
-        NotFound: no run there, and `create` is False.
-        Unavailable: the folder cannot be used, no server can be had, or it does not answer.
-        SchemaError: the location or an option cannot be right; a store of a newer format.
-    """
-    if ack not in ("memory", "fsync"):
-        raise SchemaError(f"ack must be 'memory' or 'fsync', not {ack!r}")
-    if not 0 < timeout < math.inf:
-        raise SchemaError(f"timeout must be positive and finite, not {timeout}")
-    if partitions is not None and not 1 <= check_count(partitions, name="partitions") <= MAX_PARTITIONS:
-        raise SchemaError(f"partitions must lie in [1, {MAX_PARTITIONS}], not {partitions}")
-    text = os.fspath(location)
-    if not text:
-        raise SchemaError("the location is empty; give a folder or a Redis URL")
-    server: EmbeddedServer | None = None
-    folder: Path | None = None
-    if "://" in text:
-        url, run = split_run(text)
-        if run is None:
-            raise SchemaError(f"{describe_url(text)} names no run; add it: {describe_url(text)}?run=NAME")
-        wire, shown = Wire.to_url(url, timeout=timeout), f"{describe_url(text)}?run={run}"
-    else:
-        folder = Path(text).absolute()  # a later chdir must not matter
-        run = _embedded_run(folder, create=create)
-        server = EmbeddedServer(folder, ack=ack, timeout=timeout)
-        wire, shown = server.wire(), text
-    try:
-        if ack == "fsync":
-            require_fsync(wire)
-        info, reader = _open_run(wire, check_id(run), archive, home=folder, partitions=partitions, create=create)
-        return Store(
-            location=shown,
-            wire=wire,
-            run=run,
-            info=info,
-            archive=reader,
-            server=server,
-            ack=ack,
-            timeout=timeout,
-            buffer_bytes=buffer_bytes,
-        )
-    except BaseException:
-        wire.close()
-        if server is not None:
-            with contextlib.suppress(TrajstoreError):  # the first error tells more
-                server.leave()
-        raise
-
-
-def open_archive(location: Location) -> Archive:
-    """Read an archive without Redis: `load`, `events`, `list`, `overlaps`.
-
-    Raises:
-        NotFound: there is no archive (a folder of an embedded store will do, its archive is found).
-    """
-    root = ArchiveRoot(ArchiveRoot.at(location).path.absolute())
-    if root.info() is None and (inner := ArchiveRoot(root.path / "archive")).info() is not None:
-        root = inner
-    info = root.require()
-    return Archive(View(None, ArchiveReader(root, info)), info.partitions)
-
-
-def _open_run(
-    wire: Wire, run: str, archive: Location | None, *, home: Path | None, partitions: int | None, create: bool
-) -> tuple[RunInfo, ArchiveReader | None]:
-    """The run's record and its archive, both of one incarnation. `home` is the folder of an embedded store."""
-    known = read_run(wire, run)
-    recorded = _recorded_archive(wire, run, home)
-    root = recorded if home is None or recorded is not None else ArchiveRoot(home / "archive")
-    if archive is not None:
-        root = ArchiveRoot(ArchiveRoot.at(archive).path.absolute())
-    found = None if root is None else root.info()
-    if known is None and found is not None and root is not None:
-        raise Conflict(
-            f"the server knows no run {run!r}, but {root.path} archives incarnation {found.incarnation} of run "
-            f"{found.run!r}: the hot log was lost, or this is another server. "
-            f"trajstore.open_archive({str(root.path)!r}) reads the archive; begin a new run with a new folder"
-        )
-    if recorded is not None and found is None and root is not None:
-        raise Conflict(
-            f"run {run!r} is archived in {recorded.path}, but {root.path} holds no archive. Give archive= where the "
-            "archive lies as seen from here (on another host it wants to be mounted); a second one would split the run"
-        )
-    info = open_run(wire, run, partitions=partitions, create=create)
-    if root is None:
-        return info, None
-    about = ArchiveInfo(format=ARCHIVE_FORMAT, run=run, incarnation=info.incarnation, partitions=info.partitions)
-    root.claim(about)
-    if recorded is None or recorded.path.resolve() != root.path.resolve():  # a full server takes no SET
-        _record_archive(wire, run, root, home, moved=found is not None)
-    return info, ArchiveReader(root, about)
-
-
-def _recorded_archive(wire: Wire, run: str, home: Path | None) -> ArchiveRoot | None:
-    """Where the run was archived when it was opened before; a relative path is below an embedded store's folder."""
-    recorded = wire.call("GET", Keys.archive_location(run))
-    return None if recorded is None else ArchiveRoot((home or Path()) / os.fsdecode(recorded))
-
-
-def _record_archive(wire: Wire, run: str, root: ArchiveRoot, home: Path | None, *, moved: bool) -> None:
-    """Let later opens find the archive, also after the embedded store's folder was moved with its archive."""
-    path = root.path.resolve()
-    if home is not None and path.is_relative_to(home.resolve()):
-        path = path.relative_to(home.resolve())
-    wire.call("SET", Keys.archive_location(run), os.fsencode(path), *([] if moved else ["NX"]))
-    recorded = _recorded_archive(wire, run, home)
-    if not moved and recorded is not None and recorded.path.resolve() != root.path.resolve():
-        raise Conflict(f"somebody else has just begun to archive run {run!r} in {recorded.path}; open it with that")
-
-
-def _embedded_run(folder: Path, *, create: bool) -> str:
-    """Name of the run that an embedded store's folder holds; makes the folder one if it is new or empty."""
-    marker = folder / "store.json"
-    try:
-        if not marker.exists():
-            if not create:
-                raise NotFound(f"there is no trajstore in {folder} (no store.json)")
-            _make_store(folder, marker)
-        data = marker.read_bytes()
-    except (OSError, ValueError) as error:
-        if isinstance(error, TrajstoreError):
-            raise
-        raise Unavailable(f"{folder} cannot be used as a store: {error}") from error
-    try:
-        found = msgspec.json.decode(data, type=_StoreFile)
-    except msgspec.MsgspecError as error:
-        raise SchemaError(f"{marker} cannot be read: {error}") from error
-    if found.format > _STORE_FORMAT:
-        raise SchemaError(
-            f"{folder} is a store of format {found.format}; this trajstore reads up to {_STORE_FORMAT}, upgrade it"
-        )
-    return found.run
-
-
-def _make_store(folder: Path, marker: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise Conflict(f"{folder} is a file; an embedded store wants a folder of its own")
-    leftover = f".{marker.name}."  # of somebody's attempt that crashed
-    others = [path.name for path in (folder.iterdir() if folder.exists() else ()) if not path.name.startswith(leftover)]
-    if others and not marker.exists():  # by now somebody else may have made it
-        raise Conflict(
-            f"{folder} is not empty and no trajstore (it holds {', '.join(sorted(others)[:3])}); give a new or an "
-            "empty folder"
-        )
-    find_server()  # nothing is begun where it could not go on
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):  # somebody opens it at the same time
-        write_new(marker, msgspec.json.format(msgspec.json.encode(_StoreFile(_STORE_FORMAT, "main"))))
-
-
-def _wanted(status: str | Collection[str] | None) -> frozenset[str]:
-    wanted = frozenset(_STATUSES if status is None else [status] if isinstance(status, str) else status)
-    if not wanted <= frozenset(_STATUSES):
-        unknown = ", ".join(sorted(wanted - frozenset(_STATUSES)))
-        raise SchemaError(f"there is no status {unknown}; statuses are {', '.join(_STATUSES)}")
-    return wanted
 
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()

@@ -4,7 +4,7 @@ The order matters: hot headers first, then a fresh manifest, then the plan, then
 between the two reads would lose events silently.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -47,9 +47,14 @@ class _Gone(Exception):
 
 
 class View:
-    """Reads trajectories. Either part may be missing: an archive alone, or a hot log without one."""
+    """Reads trajectories. Either part may be missing: an archive alone, or a hot log without one.
 
-    def __init__(self, hot: HotReader | None, archive: ArchiveReader | None) -> None:
+    Args:
+        hot: the hot log.
+        archive: gives the archive; asked at each read, for a run may be given one at any time.
+    """
+
+    def __init__(self, hot: HotReader | None, archive: Callable[[], ArchiveReader | None]) -> None:
         self._hot = hot
         self._archive = archive
 
@@ -63,8 +68,9 @@ class View:
         hot, hot_notes = self._hot.read(id) if self._hot is not None else ([], [])
         old: list[ReadEntry] = []
         old_notes: list[ReadEntry] = []
-        if self._archive is not None:  # even if no entry was trimmed: notes may be, and copies must agree
-            old, old_notes = self._archive.read(id)
+        archive = self._archive()
+        if archive is not None:  # even if no entry was trimmed: notes may be, and copies must agree
+            old, old_notes = archive.read(id)
         if not hot and not old:
             raise NotFound(f"there is no trajectory {id!r} here (is it flushed? is this the right store?)")
         newest = [(entry.at, nonce_of(entry.data)) for entry in hot[-1:]] + [(e.at, e.nonce) for e in old[-1:]]
@@ -131,7 +137,8 @@ class View:
     def summaries(self, partition: int) -> Iterable[Summary]:
         """Summaries of a partition's trajectories, hot ones where both parts know one."""
         hot = {summary.id: summary for summary in self._hot.summaries(partition)} if self._hot is not None else {}
-        for old in self._archive.summaries(partition) if self._archive is not None else ():
+        archive = self._archive()
+        for old in archive.summaries(partition) if archive is not None else ():
             now = hot.get(old.id)
             if now is None or EventId.parse(now.last) < EventId.parse(old.last):
                 hot[old.id] = old
@@ -151,8 +158,9 @@ class View:
     def _fetch_run(self, id: str, events: Sequence[Event]) -> Iterator[Buffer | None]:
         if events[0].stored == "hot" and self._hot is not None:
             return self._hot.payloads(id, events)
-        if self._archive is not None:
-            return self._archive.payloads(id, events)
+        archive = self._archive()
+        if archive is not None:
+            return archive.payloads(id, events)
         raise AssertionError("an event came from a part that is not there")
 
 

@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from trajstore.history import Recording
 from trajstore.overlaps import Overlap
+from trajstore.reading import Archive
 from trajstore.routing import RoutingArray
-from trajstore.store import Archive
 
 __all__ = ["DriftByLayer", "differing_sets", "drift_by_layer", "order_changes", "successive"]
 

@@ -284,17 +284,6 @@ def test_fold_above_the_limit_is_published_without_its_payload(store):
     assert list(ReadyFollower(store.wire, store.keys, "trainer", "t").blobs(ready.members)) == [None]
 
 
-def test_run_that_was_archived_behind_its_back_stops_a_materializer(open_store, tmp_path):
-    """Else trajectories that moved to the archive would count as gone, and never be published."""
-    store = open_store()
-    trajectory = finish(store)
-    open_store(archive=tmp_path / "archive")
-    store.wire.call("DEL", store.keys.entries(trajectory.id))  # as the archiver does in the end
-    with pytest.raises(trajstore.Conflict, match="start the materializer again"):
-        materialize(store)
-    assert pending(store) > 0
-
-
 # Several, and their ends
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import redis
 
 import trajstore
-from trajstore.entries import Entry, decode_known
+from trajstore.entries import Entry, EntryStamp, decode_known
+from trajstore.events import EventId
 
-__all__ = ["dense", "entries", "newest_id", "notes", "payload_fields", "until", "write_one"]
+__all__ = ["NoArchive", "dense", "entries", "newest_id", "notes", "payload_fields", "until", "write_one"]
 
 
 def entries(client: redis.Redis, store: trajstore.Store, id: str) -> list[tuple[str, Entry]]:
@@ -62,3 +63,16 @@ def until(ask: Callable[[], object], *, what: str, seconds: float = 10.0) -> Non
 def _entries(client: redis.Redis, key: str) -> list[tuple[str, Entry]]:
     found: Any = client.xrange(key)
     return [(at.decode(), decode_known(fields[b"e"])) for at, fields in found]
+
+
+class NoArchive:
+    """The `ArchiveIndex` of a run that has no archive."""
+
+    def entry(self, id: str, at: EventId) -> EntryStamp | None:
+        return None
+
+    def note(self, id: str, at: EventId) -> EntryStamp | None:
+        return None
+
+    def last_note(self, id: str) -> int:
+        return 0

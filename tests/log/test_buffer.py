@@ -6,11 +6,10 @@ import pytest
 
 import trajstore
 from tests.builders import SPEC, record_seed_case
-from tests.log.looking import until
+from tests.log.looking import NoArchive, until
 from trajstore.events import Rewarded
 from trajstore.log.batch import Turn
 from trajstore.log.flusher import Flusher
-from trajstore.log.resolve import NoArchive
 
 LARGE = 300
 

@@ -2,13 +2,13 @@
 
 import pytest
 
+from tests.log.looking import NoArchive
 from trajstore.entries import EntryStamp, entry_digest
 from trajstore.errors import Fenced, SequenceGap
 from trajstore.events import EventId, Rewarded, RoutingAbsent, TrajectoryOpened
 from trajstore.log.batch import Batch, Item, Turn, freeze
 from trajstore.log.resolve import (
     Landed,
-    NoArchive,
     Nothing,
     Refused,
     Renumber,

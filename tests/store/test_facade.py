@@ -1,6 +1,7 @@
 """What a store does by itself: creating, listing, waiting, closing, and saying what it is."""
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 import trajstore
-from tests.builders import SPEC
+from tests.builders import SPEC, record_seed_case
 from tests.store.children import servers_of, until
+from trajstore.archiver import Archiver
+from trajstore.blob import to_blob
 
 # Creating
 
@@ -306,3 +309,49 @@ def test_rebuild_summaries_brings_lost_ones_back(store):
 def test_a_store_shows_where_it_is(folder):
     with trajstore.open(folder, partitions=1) as store:
         assert repr(store) == f"<Store {folder} run 'main'>"
+
+
+# An archive that comes later, a server that comes back empty
+
+
+def test_store_opened_before_the_run_had_an_archive_finds_it(open_store, tmp_path):
+    """A writer's store, an archiver started later elsewhere: what was trimmed is still read, resumed and not reused."""
+    early = open_store()
+    trajectory = record_seed_case(early, id="mine")
+    trajectory.close("aborted")
+    early.flush()
+    before = to_blob(early.load("mine"))
+    Archiver(open_store(archive=tmp_path / "archive")).run(once=True)
+    assert early.hot.read("mine")[0] == []
+    assert to_blob(early.load("mine")) == before
+    assert early.archive is not None
+    with early.get("mine").segment() as segment:
+        segment.tokens([15])
+    early.flush()
+    assert len(early.load("mine")) == 11
+    with pytest.raises(trajstore.Conflict, match="never reused"):
+        open_store().create(id="mine")
+
+
+def test_archive_that_cannot_be_reached_from_here_is_named(open_store, tmp_path):
+    early = open_store()
+    trajectory = record_seed_case(early)
+    early.flush()
+    open_store(archive=tmp_path / "archive")
+    (tmp_path / "archive").rename(tmp_path / "unmounted")
+    with pytest.raises(trajstore.Conflict, match=str(tmp_path / "archive")):
+        early.load(trajectory.id)
+
+
+def test_nothing_is_written_to_a_server_that_came_back_empty(own_server, run_name):
+    store = trajstore.open(own_server.url(run_name), timeout=2.0)
+    trajectory = record_seed_case(store)
+    store.flush()
+    own_server.client().flushall()
+    own_server.client().client_kill_filter(_type="normal", skipme=True)
+    trajectory.reward(1.0)
+    with pytest.raises(trajstore.Conflict, match="open the run again"):
+        store.flush(trajectory.id)
+    assert own_server.client().dbsize() == 0
+    with contextlib.suppress(trajstore.TrajstoreError):
+        store.close()

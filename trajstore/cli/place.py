@@ -13,7 +13,8 @@ import trajstore
 from trajstore.archive.root import ArchiveRoot
 from trajstore.errors import NotFound
 from trajstore.ingest import check_id
-from trajstore.store import Archive, Store
+from trajstore.reading import Archive
+from trajstore.store import Store
 
 __all__ = ["Place", "open_reading", "open_run", "place_argument", "store_argument"]
 

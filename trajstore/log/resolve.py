@@ -17,7 +17,6 @@ from trajstore.log.batch import Batch
 __all__ = [
     "ArchiveIndex",
     "Landed",
-    "NoArchive",
     "Nothing",
     "Refused",
     "Renumber",
@@ -36,19 +35,6 @@ class ArchiveIndex(Protocol):
     def last_note(self, id: str) -> int:
         """Number of the newest archived note, 0 for none."""
         ...
-
-
-class NoArchive:
-    """The index of a store that has no archive."""
-
-    def entry(self, id: str, at: EventId) -> EntryStamp | None:
-        return None
-
-    def note(self, id: str, at: EventId) -> EntryStamp | None:
-        return None
-
-    def last_note(self, id: str) -> int:
-        return 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,165 @@
+"""Opening a run or an archive: what a location means, and the folder of an embedded store."""
+
+import contextlib
+import math
+import os
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+
+from trajstore.archive.of_run import open_archived_run
+from trajstore.archive.reader import ArchiveReader
+from trajstore.archive.root import ArchiveRoot, write_new
+from trajstore.errors import Conflict, NotFound, SchemaError, TrajstoreError, Unavailable
+from trajstore.ingest import check_count, check_id
+from trajstore.log.run import MAX_PARTITIONS, require_fsync
+from trajstore.log.wire import Wire, describe_url, split_run
+from trajstore.reading import Archive
+from trajstore.server import Ack, EmbeddedServer, find_server
+from trajstore.store import Store
+from trajstore.view import View
+
+__all__ = ["Location", "open", "open_archive"]
+
+Location: TypeAlias = str | os.PathLike[str]
+
+_STORE_FORMAT = 1
+
+
+class _StoreFile(msgspec.Struct, frozen=True):
+    """`store.json` of an embedded store."""
+
+    format: int
+    run: str
+
+
+def open(  # `trajstore.open`, as one says `gzip.open`
+    location: Location,
+    *,
+    archive: Location | None = None,
+    ack: Ack = "memory",
+    partitions: int | None = None,
+    create: bool = True,
+    timeout: float = 30.0,
+    buffer_bytes: int = 256 << 20,
+) -> Store:
+    """Open a run.
+
+    Args:
+        location: a folder (new, empty, or an embedded store) for a private server and an archive on disk; or a Redis
+            URL that names the run: `redis://host:6379/0?run=exp1`, also `rediss://` and `unix://`.
+        archive: folder of the run's archive; default what the run was opened with before, or `archive/` in the folder.
+        ack: when a write counts as acknowledged. "memory": the server has it (a crash of the server may lose about 2
+            seconds, a crash of any other process nothing). "fsync": it is on the server's disk.
+        partitions: P of a new run, default 16; fixed from then on.
+        create: False refuses to begin a new run.
+        timeout: seconds that any call may wait for the server.
+        buffer_bytes: what may wait to be written; beyond it, writing blocks.
+
+    Raises:
+        Conflict: the folder holds something else, or its server runs on another host; hot log and archive are of
+            different incarnations, or the archive is not where the run has it; the server does not fsync although asked
+            to.
+        NotFound: no run there, and `create` is False.
+        Unavailable: the folder cannot be used, no server can be had, or it does not answer.
+        SchemaError: the location or an option cannot be right; a store of a newer format.
+    """
+    if ack not in ("memory", "fsync"):
+        raise SchemaError(f"ack must be 'memory' or 'fsync', not {ack!r}")
+    if not 0 < timeout < math.inf:
+        raise SchemaError(f"timeout must be positive and finite, not {timeout}")
+    if partitions is not None and not 1 <= check_count(partitions, name="partitions") <= MAX_PARTITIONS:
+        raise SchemaError(f"partitions must lie in [1, {MAX_PARTITIONS}], not {partitions}")
+    text = os.fspath(location)
+    if not text:
+        raise SchemaError("the location is empty; give a folder or a Redis URL")
+    server: EmbeddedServer | None = None
+    folder: Path | None = None
+    if "://" in text:
+        url, run = split_run(text)
+        if run is None:
+            raise SchemaError(f"{describe_url(text)} names no run; add it: {describe_url(text)}?run=NAME")
+        wire, shown = Wire.to_url(url, timeout=timeout), f"{describe_url(text)}?run={run}"
+    else:
+        folder = Path(text).absolute()  # a later chdir must not matter
+        run = _embedded_run(folder, create=create)
+        server = EmbeddedServer(folder, ack=ack, timeout=timeout)
+        wire, shown = server.wire(), text
+    try:
+        if ack == "fsync":
+            require_fsync(wire)
+        info, run_archive = open_archived_run(
+            wire, check_id(run), archive, home=folder, partitions=partitions, create=create
+        )
+        return Store(
+            location=shown,
+            wire=wire,
+            run=run,
+            info=info,
+            archive=run_archive,
+            server=server,
+            ack=ack,
+            timeout=timeout,
+            buffer_bytes=buffer_bytes,
+        )
+    except BaseException:
+        wire.close()
+        if server is not None:
+            with contextlib.suppress(TrajstoreError):  # the first error tells more
+                server.leave()
+        raise
+
+
+def open_archive(location: Location) -> Archive:
+    """Read an archive without Redis: `load`, `events`, `list`, `overlaps`.
+
+    Raises:
+        NotFound: there is no archive (a folder of an embedded store will do, its archive is found).
+    """
+    root = ArchiveRoot(ArchiveRoot.at(location).path.absolute())
+    if root.info() is None and (inner := ArchiveRoot(root.path / "archive")).info() is not None:
+        root = inner
+    info = root.require()
+    reader = ArchiveReader(root, info)
+    return Archive(View(None, lambda: reader), info.partitions)
+
+
+def _embedded_run(folder: Path, *, create: bool) -> str:
+    """Name of the run that an embedded store's folder holds; makes the folder one if it is new or empty."""
+    marker = folder / "store.json"
+    try:
+        if not marker.exists():
+            if not create:
+                raise NotFound(f"there is no trajstore in {folder} (no store.json)")
+            _make_store(folder, marker)
+        data = marker.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, TrajstoreError):
+            raise
+        raise Unavailable(f"{folder} cannot be used as a store: {error}") from error
+    try:
+        found = msgspec.json.decode(data, type=_StoreFile)
+    except msgspec.MsgspecError as error:
+        raise SchemaError(f"{marker} cannot be read: {error}") from error
+    if found.format > _STORE_FORMAT:
+        raise SchemaError(
+            f"{folder} is a store of format {found.format}; this trajstore reads up to {_STORE_FORMAT}, upgrade it"
+        )
+    return found.run
+
+
+def _make_store(folder: Path, marker: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise Conflict(f"{folder} is a file; an embedded store wants a folder of its own")
+    leftover = f".{marker.name}."  # of somebody's attempt that crashed
+    others = [path.name for path in (folder.iterdir() if folder.exists() else ()) if not path.name.startswith(leftover)]
+    if others and not marker.exists():  # by now somebody else may have made it
+        raise Conflict(
+            f"{folder} is not empty and no trajstore (it holds {', '.join(sorted(others)[:3])}); give a new or an "
+            "empty folder"
+        )
+    find_server()  # nothing is begun where it could not go on
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # somebody opens it at the same time
+        write_new(marker, msgspec.json.format(msgspec.json.encode(_StoreFile(_STORE_FORMAT, "main"))))

@@ -1,0 +1,101 @@
+"""The reading half of the facade: what a store and a bare archive have in common."""
+
+from collections.abc import Collection
+
+from trajstore.entries import Event
+from trajstore.errors import SchemaError
+from trajstore.events import CLOSED_STATUSES, EventId
+from trajstore.fold import Plan, Policy
+from trajstore.history import Recording, read_history
+from trajstore.overlaps import Overlap, find_overlaps
+from trajstore.routing import RoutingArray
+from trajstore.summary import Summary
+from trajstore.trajectory import Trajectory
+from trajstore.view import View
+
+__all__ = ["Archive", "wanted_statuses"]
+
+_STATUSES = ("open", *CLOSED_STATUSES)
+
+
+class Archive:
+    """Trajectories to read. Made by `trajstore.open_archive`; a `Store` is one, too."""
+
+    def __init__(self, view: View, partitions: int) -> None:
+        self._view = view
+        self._partitions = partitions
+
+    def load(self, id: str, *, policy: Policy = "last_segment_wins", until: str | EventId | None = None) -> Trajectory:
+        """A trajectory, folded; open ones too.
+
+        Args:
+            policy: "last_segment_wins" or "as_sampled", see `trajstore.fold.plan`.
+            until: id of an event, e.g. "3-7": the state when it had just happened.
+
+        Raises:
+            NotFound: no such trajectory or event.
+            SequenceGap: the log has a hole; the error's `last_good` loads.
+            Corrupt: stored bytes are damaged or gone.
+            SchemaError: written by a newer trajstore.
+        """
+        self._settle(id)
+        return self._view.load(id, policy, None if until is None else EventId.parse(until))
+
+    def plan(self, id: str, *, policy: Policy = "last_segment_wins", until: str | EventId | None = None) -> Plan:
+        """The decided fold of a trajectory: its history, and with `Plan.why` the provenance of each row."""
+        self._settle(id)
+        return self._view.plan(id, policy, None if until is None else EventId.parse(until))
+
+    def events(self, id: str) -> list[Event]:
+        """Every event of a trajectory, in order. Notes are apart, see `notes`."""
+        self._settle(id)
+        return self._view.read(id).events
+
+    def notes(self, id: str) -> list[Event]:
+        """Observations and late recordings of a trajectory, in order of arrival."""
+        self._settle(id)
+        return self._view.read(id).notes
+
+    def overlaps(self, id: str) -> list[Overlap]:
+        """Pairs of recordings of the same rows; `recorded_rows` gives the rows of each."""
+        self._settle(id)
+        log = self._view.read(id)
+        return find_overlaps(read_history(log.events, notes=log.notes))
+
+    def recorded_rows(self, id: str, recording: Recording) -> RoutingArray:
+        """Rows of one recording, `[stop - start, L, K]`, whether or not they win a fold."""
+        self._settle(id)
+        return self._view.rows(id, recording)
+
+    def list(self, *, status: str | Collection[str] | None = None, group: str | None = None) -> list[Summary]:
+        """Summaries of trajectories, oldest id first.
+
+        Args:
+            status: only these: open, completed, truncated, failed, aborted.
+            group: only members of this group.
+        """
+        wanted = wanted_statuses(status)
+        self._settle(None)
+        found = [
+            summary
+            for partition in range(self._partitions)
+            for summary in self._view.summaries(partition)
+            if summary.status in wanted and (group is None or summary.group == group)
+        ]
+        return sorted(found, key=lambda summary: summary.id)
+
+    def _settle(self, id: str | None) -> None:
+        """Nothing is ever on its way into a bare archive."""
+
+
+def wanted_statuses(status: str | Collection[str] | None) -> frozenset[str]:
+    """The statuses that a filter means; None for all.
+
+    Raises:
+        SchemaError: there is no such status.
+    """
+    wanted = frozenset(_STATUSES if status is None else [status] if isinstance(status, str) else status)
+    if not wanted <= frozenset(_STATUSES):
+        unknown = ", ".join(sorted(wanted - frozenset(_STATUSES)))
+        raise SchemaError(f"there is no status {unknown}; statuses are {', '.join(_STATUSES)}")
+    return wanted
