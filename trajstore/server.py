@@ -30,7 +30,7 @@ import redis
 from trajstore.binaries import find_bundled_server, find_server
 from trajstore.errors import Conflict, Corrupt, NotFound, TrajstoreError, Unavailable
 from trajstore.locks import LockFile
-from trajstore.log.wire import Wire, connection_options, info_fields
+from trajstore.log.wire import Wire, info_fields, pool_options
 
 __all__ = ["Ack", "EmbeddedServer", "find_bundled_server", "find_server", "stop_server"]
 
@@ -91,7 +91,7 @@ class EmbeddedServer:
 
     def wire(self) -> Wire:
         """Connections to the server, which start it again if it has died."""
-        options = connection_options(self._timeout)
+        options = pool_options(self._timeout)
         pool = redis.ConnectionPool(connection_class=_EmbeddedConnection, path=self.socket, server=self, **options)
         return Wire(pool, timeout=self._timeout)
 
@@ -318,7 +318,7 @@ class _Home:
 
     def _call(self, record: ServerRecord, *command: str) -> Any:
         pool = redis.ConnectionPool(
-            connection_class=redis.UnixDomainSocketConnection, path=record.socket, **connection_options(self._timeout)
+            connection_class=redis.UnixDomainSocketConnection, path=record.socket, **pool_options(self._timeout)
         )
         wire = Wire(pool, timeout=self._timeout)
         try:

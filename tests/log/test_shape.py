@@ -195,3 +195,25 @@ def test_keys_of_one_trajectory_lie_in_one_slot():
     names = [keys.entries("a"), keys.payloads("a"), keys.notes("a"), keys.feed(keys.partition("a"))]
     names += [keys.summaries(keys.partition("a")), keys.lease(keys.partition("a"))]
     assert len({name[name.index("{") : name.index("}") + 1] for name in names}) == 1
+
+
+def test_connections_for_watching_are_given_back(store):
+    """redis-py 8 stops a pool at 100 connections that it ever made: a materializer died at its 100th publish."""
+    key = store.keys.ready(0)
+    for _ in range(150):
+        with store.wire.watching(key) as watch:
+            assert store.wire.transaction([("EXISTS", key)], watch=watch) == [1]
+    for _ in range(150):
+        session = store.wire.session()
+        session.connect()
+        session.disconnect()
+    assert store.wire.call("PING") == b"PONG"
+
+
+def test_watch_that_ends_without_a_transaction_leaves_nothing_watched(store):
+    key = store.keys.summaries(0)
+    with store.wire.watching(key):
+        pass
+    store.wire.call("HSET", key, "x", "1")
+    with store.wire.watching(store.keys.feed(0)) as watch:
+        assert store.wire.transaction([("HDEL", key, "x")], watch=watch) == [1]

@@ -56,7 +56,7 @@ class Wire:
             SchemaError: not such a URL, or with options that redis-py does not know.
         """
         try:
-            pool = redis.ConnectionPool.from_url(url, **connection_options(timeout))
+            pool = redis.ConnectionPool.from_url(url, **pool_options(timeout))
             pool.make_connection()
         except (ValueError, TypeError) as error:
             raise SchemaError(f"{describe_url(url)} is no usable Redis URL: {error}") from error
@@ -123,18 +123,28 @@ class Wire:
 
     @contextmanager
     def watching(self, *keys: str) -> "Iterator[Watch]":
-        """Hold one connection with WATCH on `keys`; hand it to `transaction(..., watch=)`."""
-        session = self.session()
+        """Hold one connection with WATCH on `keys`; hand it to `transaction(..., watch=)`.
+
+        Raises:
+            Unavailable: no connection, or it was lost.
+        """
+        with translated("WATCH"):
+            connection = self._pool.get_connection()
+        session = Session(connection)
         try:
-            session.connect()
             session.exchange([("WATCH", *keys)])
             yield Watch(session)
-        finally:
+            session.exchange([("UNWATCH",)])  # it goes back to the pool; an EXEC has done so already
+        except BaseException:
             session.disconnect()
+            raise
+        finally:
+            self._pool.release(connection)
 
     def session(self, *, timeout: float | None = None) -> "Session":
         """A connection of its own, which reconnects only when told; `timeout` as the wire's unless given."""
-        connection: Any = self._pool.make_connection()
+        # Not by the pool's own make_connection, which counts it among the pool's for ever.
+        connection: Any = self._pool.connection_class(**self._pool.connection_kwargs)
         if timeout is not None:
             connection.socket_timeout = timeout
             connection.socket_connect_timeout = min(timeout, connection.socket_connect_timeout or timeout)
@@ -197,9 +207,10 @@ class Watch:
         return reply
 
 
-def connection_options(timeout: float) -> dict[str, Any]:
-    """Keyword arguments for redis-py connections, as the protocol wants them."""
+def pool_options(timeout: float) -> dict[str, Any]:
+    """Keyword arguments for redis-py connection pools, as the protocol wants them."""
     return {
+        "max_connections": 1 << 16,  # as many as threads ask at once; redis-py 8 stops at 100
         "protocol": 2,
         "retry": Retry(NoBackoff(), 0),
         "socket_timeout": timeout,
