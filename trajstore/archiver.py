@@ -1,7 +1,7 @@
 """The archiver: follows the feed, collects finished epochs of many trajectories, writes packs, trims the hot log.
 
 For each partition it holds the lease; what makes two archivers safe is the numbered manifest record. What may go is
-decided in `archive/staging.py`. Everything from publish to trim uses only commands that a full server lets pass.
+decided in `archive/ripening.py`. Everything from publish to trim uses only commands that a full server lets pass.
 """
 
 import logging
@@ -14,15 +14,14 @@ import msgspec
 from trajstore.abandon import close_abandoned
 from trajstore.archive.manifest import Manifest
 from trajstore.archive.reader import ArchiveReader
-from trajstore.archive.staging import Look, Part, first_look, second_look
+from trajstore.archive.ripening import Look, Part, first_look, second_look
 from trajstore.archive.trim import trim
 from trajstore.archive.writer import PackWriter
 from trajstore.errors import Conflict, Corrupt, Fenced, SchemaError, Unavailable
-from trajstore.log.feed import ARCHIVER, FeedFollower, Hint
+from trajstore.log.feed import ARCHIVER, FeedFollower, Hint, worker_name
 from trajstore.log.flusher import FSYNC_HORIZON
 from trajstore.log.lease import Lease
 from trajstore.log.wire import server_info
-from trajstore.materializer import worker_name
 from trajstore.store import Store
 
 __all__ = ["Archived", "Archiver"]
@@ -102,7 +101,7 @@ class Archiver:
         self._lease_seconds = lease_seconds
         self._lease = Lease(store.wire, store.keys, self.name, seconds=lease_seconds)
         self._feed = FeedFollower(store.wire, store.keys, ARCHIVER, self.name)
-        self._horizon = 0.0 if server_info(store.wire).fsyncs_always else FSYNC_HORIZON
+        self._horizon = FSYNC_HORIZON
         self._waiting: dict[int, dict[str, Look]] = {}
         self._next_lease = self._next_sweep = 0.0
 
@@ -176,6 +175,7 @@ class Archiver:
     def _hold_leases(self) -> list[Hint]:
         """Renew the leases, try for the others; returns what earlier holders left unacknowledged."""
         hints: list[Hint] = []
+        self._horizon = 0.0 if server_info(self._store.wire).fsyncs_always else FSYNC_HORIZON  # it can be reconfigured
         for partition in range(self._store.partitions):
             held = partition in self._waiting
             if self._lease.acquire(partition):
@@ -214,17 +214,19 @@ class Archiver:
         if not fresh:
             return
         server = self._server()
-        for partition, id in fresh:
-            manifest = self._archive.manifest(partition)
-            self._waiting[partition][id] = first_look(
-                self._store.hot,
-                manifest,
-                id,
-                fresh[partition, id],
-                now=time.monotonic(),
-                horizon=self._horizon,
-                server=server,
-            )
+        for (partition, id), about in fresh.items():
+            try:
+                self._waiting[partition][id] = first_look(
+                    self._store.hot,
+                    self._archive.manifest(partition),
+                    id,
+                    about,
+                    now=time.monotonic(),
+                    horizon=self._horizon,
+                    server=server,
+                )
+            except (SchemaError, Corrupt) as error:
+                self._refuse(id, error)
 
     def _ripe(self, partition: int, *, at_once: bool) -> list[str]:
         """Trajectories to archive now: past the horizon, and enough of them or long enough."""
@@ -252,8 +254,7 @@ class Archiver:
             try:
                 part = second_look(self._store.hot, self._archive, manifest, id, look)
             except (SchemaError, Corrupt) as error:
-                self.done.refused += 1
-                log.error("%s cannot be archived and stays in the hot log: %s", id, error)
+                self._refuse(id, error)
                 continue
             if part.staged and sum(other.nbytes for other in parts) + part.nbytes > self._pack_bytes:
                 published = self._publish(partition, manifest, newest, parts)
@@ -294,6 +295,11 @@ class Archiver:
         self._feed.acknowledge(hint for part in parts for hint in part.look.hints)
         self._notice(hint for part in parts for hint in part.look.later)
         return newest
+
+    def _refuse(self, id: str, error: Exception) -> None:
+        """Its hints stay unacknowledged: the next holder of the partition, a newer version say, tries again."""
+        self.done.refused += 1
+        log.error("%s cannot be archived and stays in the hot log: %s", id, error)
 
     def _server(self) -> str:
         """Run id of the server, "" where it cannot lose anything: another one means that it restarted."""

@@ -5,14 +5,11 @@ Any number may run; they share the feed by consumer group, and take over what a 
 """
 
 import logging
-import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import msgspec
-from ulid import ULID
 
 from trajstore.blob import to_blob
 from trajstore.errors import (
@@ -26,11 +23,11 @@ from trajstore.errors import (
 )
 from trajstore.events import CLOSED_STATUSES
 from trajstore.fold import Policy
-from trajstore.log.feed import MATERIALIZER, FeedFollower, Hint
+from trajstore.log.feed import MATERIALIZER, FeedFollower, Hint, worker_name
 from trajstore.ready import ReadyMember, ReadyQueue
 from trajstore.store import Store
 
-__all__ = ["Materialized", "Materializer", "worker_name"]
+__all__ = ["Materialized", "Materializer"]
 
 log = logging.getLogger(__name__)
 
@@ -145,9 +142,12 @@ class Materializer:
             block = 0.0 if once else min(0.5, self._claim_seconds / 4)
             self._collect(self._feed.poll(self._partitions, count=_READ_AHEAD, block=block))
 
-    def _collect(self, hints: Iterable[Hint]) -> None:
+    def _collect(self, hints: Sequence[Hint]) -> None:
+        notes = [hint for hint in hints if hint.is_note]  # they close nothing
+        self._feed.acknowledge(notes)
         for hint in hints:
-            self._waiting.setdefault(hint.id, []).append(hint)
+            if not hint.is_note:
+                self._waiting.setdefault(hint.id, []).append(hint)
 
     def _work(self, stopped: threading.Event) -> None:
         """Act on hints, then acknowledge them. A trajectory that failed for now goes behind the others."""
@@ -220,8 +220,3 @@ class Materializer:
         except TrajstoreError:
             return False  # nothing more will come of it; what was offered stays
         return history.status not in CLOSED_STATUSES or history.closes > member.version
-
-
-def worker_name() -> str:
-    """A consumer name that no other process has had: host, pid and a ULID."""
-    return f"{socket.gethostname()}-{os.getpid()}-{ULID()}"

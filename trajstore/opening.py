@@ -71,6 +71,8 @@ def open(  # `trajstore.open`, as one says `gzip.open`
         raise SchemaError(f"timeout must be positive and finite, not {timeout}")
     if partitions is not None and not 1 <= check_count(partitions, name="partitions") <= MAX_PARTITIONS:
         raise SchemaError(f"partitions must lie in [1, {MAX_PARTITIONS}], not {partitions}")
+    if archive is not None:
+        ArchiveRoot.at(archive)  # refused before anything is begun
     text = os.fspath(location)
     if not text:
         raise SchemaError("the location is empty; give a folder or a Redis URL")

@@ -20,7 +20,7 @@ from trajstore.events import EventId
 from trajstore.log.feed import lowest_needed, parse_stream
 from trajstore.log.keys import Keys
 from trajstore.log.run import TRAINER_GROUP
-from trajstore.log.wire import Command, Wire, translate
+from trajstore.log.wire import FULL_AT, Command, Wire, memory_use, translate
 
 __all__ = ["Delivery", "Offer", "ReadyFollower", "ReadyGroup", "ReadyMember", "ReadyQueue"]
 
@@ -152,7 +152,12 @@ class ReadyQueue:
         raise Unavailable(f"group {group!r} was changed by others {_ATTEMPTS} times in a row")
 
     def put_blob(self, id: str, version: int, blob: bytes, *, keep: float) -> None:
-        """Lay a fold beside its entry for `keep` seconds."""
+        """Lay a fold beside its entry for `keep` seconds, if the server has room for it; else readers fold it."""
+        info = self._wire.exchange([("INFO", "memory")])[0]
+        if isinstance(info, bytes):
+            used, limit = memory_use(info)
+            if limit and used + len(blob) >= FULL_AT * limit:
+                return
         self._wire.call("SET", self._keys.ready_payload(id, version), blob, "PX", int(keep * 1000))
 
 

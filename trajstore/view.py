@@ -5,6 +5,7 @@ between the two reads would lose events silently.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import msgspec
 
@@ -40,6 +41,9 @@ class TrajectoryLog(msgspec.Struct, frozen=True, kw_only=True):
     last_entry: EventId
     last_nonce: int
     in_hot: bool
+
+
+Result = TypeVar("Result")
 
 
 class _Gone(Exception):
@@ -95,16 +99,14 @@ class View:
         Raises:
             Corrupt: a payload is in neither part, or is not what its header says.
         """
-        for attempt in (1, 2):
-            decided = self.plan(id, policy, until)
-            try:
-                return decided.apply(lambda events: self.payloads(id, events), id=id)
-            except _Gone as gone:
-                if attempt == 2:
-                    raise _lost(id, gone) from gone
-        raise AssertionError("unreachable")
 
-    def payloads(self, id: str, events: Sequence[Event]) -> Iterator[Buffer]:
+        def fold() -> Trajectory:
+            decided = self.plan(id, policy, until)
+            return decided.apply(lambda events: self._payloads(id, events), id=id)
+
+        return _settled(id, fold)
+
+    def _payloads(self, id: str, events: Sequence[Event]) -> Iterator[Buffer]:
         """Payload bytes of events, in order, checked against their headers."""
         for event, data in zip(events, self._fetch(id, events), strict=True):
             if data is None:
@@ -120,19 +122,17 @@ class View:
         Raises:
             NotFound: the trajectory has no such recording.
         """
-        for attempt in (1, 2):
+
+        def fetch() -> RoutingArray:
             log = self.read(id)
             opened = log.events[0].header
             carrier = next((event for event in [*log.events, *log.notes] if event.id == recording.event), None)
             if carrier is None or not isinstance(opened, TrajectoryOpened) or opened.routing is None:
                 raise NotFound(f"{id} has no recording {recording.event}")
-            try:
-                data = next(iter(self.payloads(id, [carrier])))
-                return opened.routing.from_bytes(data).copy()
-            except _Gone as gone:
-                if attempt == 2:
-                    raise _lost(id, gone) from gone
-        raise AssertionError("unreachable")
+            data = next(iter(self._payloads(id, [carrier])))
+            return opened.routing.from_bytes(data).copy()
+
+        return _settled(id, fetch)
 
     def summaries(self, partition: int) -> Iterable[Summary]:
         """Summaries of a partition's trajectories, hot ones where both parts know one."""
@@ -164,8 +164,18 @@ class View:
         raise AssertionError("an event came from a part that is not there")
 
 
-def _lost(id: str, gone: _Gone) -> Corrupt:
-    return Corrupt(f"{id}: the payload of event {gone} is neither in the hot log nor in the archive")
+def _settled(id: str, read: Callable[[], Result]) -> Result:
+    """Read again as long as the archiver moves something else away in between; each event goes there only once."""
+    before = ""
+    while True:
+        try:
+            return read()
+        except _Gone as gone:
+            if str(gone) == before:
+                raise Corrupt(
+                    f"{id}: the payload of event {gone} is neither in the hot log nor in the archive"
+                ) from gone
+            before = str(gone)
 
 
 def _merge(id: str, hot: Sequence[HotEntry], old: Sequence[ReadEntry], *, note: bool = False) -> list[Event]:

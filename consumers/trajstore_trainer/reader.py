@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from trajstore.blob import from_blob
-from trajstore.errors import Corrupt, NotFound, RoutingError, SequenceGap, Unavailable
+from trajstore.errors import Corrupt, NotFound, RoutingError, SchemaError, SequenceGap, Unavailable
 from trajstore.fold import Policy
+from trajstore.log.feed import worker_name
 from trajstore.log.run import TRAINER_GROUP
-from trajstore.materializer import worker_name
 from trajstore.ready import Delivery, ReadyFollower, ReadyMember
 from trajstore.store import Store
 from trajstore.trajectory import Trajectory
@@ -147,7 +147,7 @@ class TrajectoryReader:
             for member in entry.members:
                 try:
                     trajectories.append(self._fold(member, blobs[_version(member)], cast(Policy, entry.policy)))
-                except (NotFound, Corrupt, SequenceGap, RoutingError) as error:
+                except (NotFound, Corrupt, SequenceGap, RoutingError, SchemaError) as error:
                     log.error("%s of group %s is ready and cannot be read any more: %s", member.id, entry.group, error)
                     missing[member.id] = str(error)
             ready.append(

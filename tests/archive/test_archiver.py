@@ -212,6 +212,105 @@ def test_repeated_spurious_and_reordered_hints_archive_once(durable, archive):
     assert durable.wire.call("XPENDING", feed, "archiver")[0] == 0
 
 
+def damage_payload(store, id):
+    name = store.keys.payloads(id)
+    field, data = store.wire.call("HGETALL", name)
+    store.wire.call("HSET", name, field, bytes([data[0] ^ 1]) + data[1:])
+
+
+def put_foreign_entry(store, id):
+    store.wire.call("XADD", store.keys.entries(id), "99-0", "not", "ours")
+
+
+def put_foreign_key(store, id):
+    store.wire.call("DEL", store.keys.entries(id))
+    store.wire.call("SET", store.keys.entries(id), "not a stream")
+
+
+def lose_all_but_a_note(store, id):
+    store.get(id).observe(rows(1), start=0, source="trainer")
+    store.flush()
+    store.wire.call("DEL", store.keys.entries(id))
+
+
+@pytest.mark.parametrize("harm", [damage_payload, put_foreign_entry, put_foreign_key, lose_all_but_a_note])
+def test_one_damaged_trajectory_stays_hot_and_stops_no_other(durable, archive, harm):
+    bad, good = durable.create(routing=SPEC), record_seed_case(durable)
+    with bad.segment(context=range(500)) as segment:
+        segment.close("stop")
+    durable.flush()
+    harm(durable, bad.id)
+    for _ in range(2):
+        assert archive().refused == 1
+    assert hot_entries(durable, good.id) == []
+    assert len(durable.load(good.id)) == 10
+
+
+def test_enough_payload_bytes_make_a_pack_without_waiting(durable):
+    trajectory = durable.create(routing=SPEC)
+    with trajectory.segment(context=np.arange(300_000)) as segment:
+        segment.close("stop")
+    durable.flush()
+    stop = threading.Event()
+    archiver = Archiver(durable, pack_bytes=1 << 20, pack_seconds=3600.0)
+    thread = threading.Thread(target=archiver.run, kwargs={"stop": stop})
+    thread.start()
+    until(lambda: hot_entries(durable, trajectory.id) == [])
+    stop.set()
+    thread.join(30)
+    assert archiver.done.packs == 1
+
+
+def test_failed_publish_leaves_no_half_pack_behind(durable, archive, folder):
+    record_seed_case(durable)
+    packs = folder / "archive" / "packs" / "00"
+    packs.write_text("in the way")
+    with pytest.raises(OSError, match="00"):
+        archive()
+    assert list((folder / "archive" / "staging").iterdir()) == []
+    packs.unlink()
+    assert archive().packs == 1
+
+
+def test_trajectory_that_is_archived_twice_during_one_load_still_loads(durable, archive):
+    """Each payload may be trimmed between plan and fetch; a load goes on as long as it is another one each time."""
+    trajectory = durable.create(routing=SPEC)
+
+    def grow():
+        with durable.get(trajectory.id).segment(context=range(500)) as segment:
+            segment.close("stop")
+        durable.flush()
+
+    grow()
+    fetch, rounds = durable.hot.payloads, []
+
+    def fetch_late(id, events):
+        if len(rounds) < 3:
+            durable.hot.payloads = fetch  # the archiver reads, too
+            rounds.append(archive().packs)
+            grow()
+            durable.hot.payloads = fetch_late
+        return fetch(id, events)
+
+    durable.hot.payloads = fetch_late
+    assert len(durable.load(trajectory.id)) == 500 * 4
+    assert rounds == [1, 1, 1]
+
+
+def test_zombie_of_a_removed_trajectory_leaves_no_payload_behind(durable, archive, folder):
+    """Its XADD finds no stream, but the HSET beside it made the hash anew, which nothing would ever have removed."""
+    segment = durable.create(id="mine", routing=SPEC).segment(context=[1])
+    durable.flush()
+    with trajstore.open(folder) as other:
+        other.get("mine").close("completed", takeover=True)
+    archive(grace_seconds=0.001)
+    until(lambda: durable.wire.call("EXISTS", durable.keys.entries("mine")) == 0)
+    segment.tokens(range(1000))
+    with pytest.raises(trajstore.Fenced):
+        durable.flush("mine")
+    assert durable.wire.call("EXISTS", durable.keys.payloads("mine")) == 0
+
+
 def test_abandoned_segment_is_closed_as_aborted_and_its_writer_fenced(durable, archive):
     trajectory = durable.create(routing=SPEC)
     segment = trajectory.segment(context=[1, 2])
@@ -250,6 +349,7 @@ def test_zombie_whose_lease_went_to_another_cannot_publish(durable, folder):
     assert done.packs == 0
     records = list((folder / "archive" / "manifest" / "00").iterdir())
     assert len(records) == 1, "one record, so nothing is doubled"
+    assert len(list((folder / "archive" / "packs" / "00").iterdir())) == 1, "the refused pack is gone"
     assert (everything(durable, first.id), everything(durable, second.id)) == before
     assert len(json.loads(records[0].read_bytes())["trajectories"]) == 2
 

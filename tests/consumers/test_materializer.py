@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import trajstore
-from tests.builders import SPEC, record_seed_case
+from tests.builders import SPEC, record_seed_case, rows
 from tests.consumers.rollouts import abort, finish, look, materialize, members, resume, wait_until
 from trajstore.blob import from_blob, to_blob
 from trajstore.materializer import Materializer
@@ -282,6 +282,29 @@ def test_fold_above_the_limit_is_published_without_its_payload(store):
     (ready,) = look(store)
     assert ready.members[0].nbytes > 100
     assert list(ReadyFollower(store.wire, store.keys, "trainer", "t").blobs(ready.members)) == [None]
+
+
+def test_note_on_a_published_trajectory_publishes_nothing(store):
+    """Also when what was published is no longer remembered."""
+    trajectory = finish(store)
+    materialize(store, assembly_seconds=0.001)
+    wait_until(lambda: not store.wire.call("KEYS", f"trajstore:{{{store.run}:*:g:*"))
+    trajectory.observe(rows(1), start=0, source="trainer")
+    store.flush()
+    assert materialize(store).trajectories == 0
+    assert members(look(store)) == [(trajectory.id, 1)]
+    assert pending(store) == 0
+
+
+def test_fold_that_the_server_has_no_room_for_is_published_without_its_payload(own_server, run_name):
+    with trajstore.open(own_server.url(run_name)) as store:
+        trajectory = finish(store, tokens=100_000)
+        used = int(own_server.client().info("memory")["used_memory"])
+        own_server.client().config_set("maxmemory", int((used + 200_000) / 0.9))
+        assert materialize(store).trajectories == 1
+        (ready,) = look(store)
+        assert list(ReadyFollower(store.wire, store.keys, "trainer", "t").blobs(ready.members)) == [None]
+        assert members([ready]) == [(trajectory.id, 1)]
 
 
 # Several, and their ends

@@ -120,7 +120,7 @@ def test_two_runs_on_one_server_do_not_see_each_other(backend, run_name):
         assert [summary.status for summary in other.list()] == ["open"]
 
 
-def test_batches_are_split_at_16_mib(own_server, open_at, own_client):
+def test_batches_are_split_and_stay_below_16_mib(own_server, open_at, own_client):
     store = open_at(own_server)
     spec = trajstore.RoutingSpec(layer_ids=tuple(range(64)), top_k=8, num_experts=128, num_hidden_layers=64)
     count = (3 << 20) // spec.row_bytes

@@ -88,7 +88,14 @@ class ArchiveRoot:
 
         Raises:
             Conflict: it belongs to another run or incarnation, or the folder holds something else.
+            Unavailable: the folder cannot be used.
         """
+        try:
+            self._claim(info)
+        except OSError as error:
+            raise Unavailable(f"{self.path} cannot be used as an archive: {error}") from error
+
+    def _claim(self, info: ArchiveInfo) -> None:
         found = self.info()
         if found is None:
             if self.path.exists() and any(not _is_ours(path.name) for path in self.path.iterdir()):
@@ -125,10 +132,7 @@ class ArchiveRoot:
         """Move a staged and fsynced pack to its place, durably. Nobody knows it until its record is written."""
         target = self.pack_path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            staged.rename(target)
-        except FileNotFoundError as error:
-            raise Unavailable(f"{staged} is gone; another archiver has cleaned up after this one") from error
+        staged.rename(target)
         sync_folder(target.parent)
         sync_folder(target.parent.parent)
 

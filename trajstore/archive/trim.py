@@ -8,7 +8,7 @@ the hints that lead here are acknowledged last.
 from collections.abc import Iterable, Iterator, Sequence
 
 from trajstore.archive.manifest import Manifest
-from trajstore.archive.staging import Part
+from trajstore.archive.ripening import Part
 from trajstore.events import FINAL_STATUSES
 from trajstore.log.batch import payload_field
 from trajstore.log.keys import Keys
@@ -29,19 +29,25 @@ def trim(wire: Wire, keys: Keys, manifest: Manifest, parts: Sequence[Part], *, g
         Unavailable: the server did not answer; trim again.
     """
     wire.call_all([command for part in parts for command in _drop_archived(keys, manifest, part)])
-    over = [part for part in parts if _is_over(manifest, part)]
+    over = _unmoved(wire, keys, manifest, [part for part in parts if _is_over(manifest, part)])
     wire.call_all([("PEXPIRE", key, int(grace * 1000)) for part in over for key in _keys_of(keys, part)])
-    # A note may have come since the part was read. If it came after the PEXPIRE, its own batch has undone that.
-    infos = iter(wire.exchange([("XINFO", "STREAM", key) for part in over for key in _keys_of(keys, part)[:2]]))
-    commands: list[Command] = []
-    for part in over:
+    # A note that came in between must not expire; one that came after the PEXPIRE has undone it in its own batch.
+    still = _unmoved(wire, keys, manifest, over)
+    moved = [part for part in over if part not in still]
+    wire.call_all([("PERSIST", key) for part in moved for key in _keys_of(keys, part)])
+    wire.call_all([("HDEL", keys.summaries(keys.partition(part.id)), part.id) for part in still])
+
+
+def _unmoved(wire: Wire, keys: Keys, manifest: Manifest, parts: Sequence[Part]) -> list[Part]:
+    """Those whose streams have taken nothing that is not archived."""
+    infos = iter(wire.exchange([("XINFO", "STREAM", key) for part in parts for key in _keys_of(keys, part)[:2]]))
+    found = []
+    for part in parts:
         entry, note = stream_last_id(next(infos)), stream_last_id(next(infos))
         archived, archived_note = manifest.last_entry(part.id), manifest.last_note(part.id)
         if (entry is None or entry == archived) and (note is None or note.epoch == archived_note):
-            commands.append(("HDEL", keys.summaries(keys.partition(part.id)), part.id))
-        else:
-            commands += [("PERSIST", key) for key in _keys_of(keys, part)]
-    wire.call_all(commands)
+            found.append(part)
+    return found
 
 
 def _drop_archived(keys: Keys, manifest: Manifest, part: Part) -> Iterator[Command]:

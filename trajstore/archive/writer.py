@@ -1,6 +1,7 @@
 """Writing a pack: collect entries, write the Zarr group into staging, publish it with a manifest record."""
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from trajstore.archive.manifest import FileDigest, Manifest, PackedTrajectory, R
 from trajstore.archive.pack import PackedEntry, encode_entries, payload_array, write_array
 from trajstore.archive.root import ARCHIVE_FORMAT, ArchiveInfo, ArchiveRoot, sync_tree
 from trajstore.entries import Buffer, Entry, check_payload, entry_digest
-from trajstore.errors import Corrupt
+from trajstore.errors import Corrupt, Fenced
 from trajstore.events import EventId, Header, Tokens, payload_of
 from trajstore.routing import RoutingSpec
 from trajstore.summary import Summary
@@ -101,19 +102,13 @@ class PackWriter:
             Fenced: another archiver has written the record of this number.
         """
         name = str(ULID())
-        staged = self._root.stage(name)
-        self._write(staged / "pack")
-        on_step("staged")
-        files = {
-            str(path.relative_to(staged / "pack")): _digest(path)
-            for path in sorted((staged / "pack").rglob("*"))
-            if path.is_file()
-        }
-        sync_tree(staged)
-        on_step("synced")
         pack = f"{self._partition:02}/{number:08}-{name}"
-        self._root.publish(staged / "pack", pack)
-        staged.rmdir()
+        staged = self._root.stage(name)
+        try:
+            files = self._stage(staged / "pack", on_step)
+            self._root.publish(staged / "pack", pack)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)  # empty by now, or half a pack on a full disk
         on_step("moved")
         record = Record(
             format=ARCHIVE_FORMAT,
@@ -125,9 +120,22 @@ class PackWriter:
             files=files,
             trajectories=self._trajectories,
         )
-        manifest.append(record)
+        try:
+            manifest.append(record)
+        except Fenced:
+            shutil.rmtree(self._root.pack_path(pack))  # no record names it, and none ever will
+            raise
         on_step("recorded")
         return record
+
+    def _stage(self, path: Path, on_step: Callable[[PublishStep], None]) -> dict[str, FileDigest]:
+        """Write the pack's files durably; returns them by their path in it."""
+        self._write(path)
+        on_step("staged")
+        files = {str(file.relative_to(path)): _digest(file) for file in sorted(path.rglob("*")) if file.is_file()}
+        sync_tree(path.parent)
+        on_step("synced")
+        return files
 
     def _pack(self, id: str, staged: StagedEntry) -> PackedEntry:
         extents = [

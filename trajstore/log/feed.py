@@ -4,15 +4,19 @@ Hints are repeated, spurious and out of order by right. A follower reads the tra
 keys its effect by (trajectory, event id), and acknowledges last.
 """
 
+import os
+import socket
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
+
+from ulid import ULID
 
 from trajstore.events import EventId
 from trajstore.log.keys import Keys
 from trajstore.log.stream import stream_last_id
 from trajstore.log.wire import Command, Wire
 
-__all__ = ["ARCHIVER", "FEED_GROUPS", "MATERIALIZER", "FeedFollower", "FeedTail", "Hint", "parse_stream"]
+__all__ = ["ARCHIVER", "FEED_GROUPS", "MATERIALIZER", "FeedFollower", "FeedTail", "Hint", "parse_stream", "worker_name"]
 
 ARCHIVER = "archiver"
 MATERIALIZER = "materializer"
@@ -70,18 +74,16 @@ class FeedFollower:
             if cursor in (b"0-0", "0-0"):
                 return hints
 
-    def acknowledgement(self, partition: int, hints: Iterable[Hint]) -> Command | None:
-        """The XACK for hints of one partition, to go into a transaction; None for no hints."""
-        ids = [hint.at for hint in hints]
-        return ("XACK", self._keys.feed(partition), self._group, *ids) if ids else None
-
     def acknowledge(self, hints: Iterable[Hint]) -> None:
         """These hints need no more work by this group."""
         by_partition: dict[int, list[Hint]] = {}
         for hint in hints:
             by_partition.setdefault(hint.partition, []).append(hint)
-        commands = [self.acknowledgement(partition, some) for partition, some in by_partition.items()]
-        self._wire.call_all([command for command in commands if command is not None])
+        commands = [
+            ("XACK", self._keys.feed(partition), self._group, *(hint.at for hint in some))
+            for partition, some in by_partition.items()
+        ]
+        self._wire.call_all(commands)
 
     def trim(self, partitions: Iterable[int]) -> None:
         """Drop hints that no group needs any more: those below every group's oldest unacknowledged one."""
@@ -175,3 +177,8 @@ def _hint(partition: int, entry: tuple[str, dict[bytes, bytes]]) -> Hint:
 
 def _fields(flat: Any) -> dict[str, Any]:
     return {name.decode(): value for name, value in zip(flat[::2], flat[1::2], strict=True)}
+
+
+def worker_name() -> str:
+    """A consumer name that no other process has had: host, pid and a ULID."""
+    return f"{socket.gethostname()}-{os.getpid()}-{ULID()}"

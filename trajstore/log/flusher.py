@@ -34,7 +34,7 @@ from trajstore.log.resolve import (
     judge_note,
 )
 from trajstore.log.stream import nonce_of, parse_entries, stream_last_event, stream_last_id
-from trajstore.log.wire import Command, Wire, info_fields, translate
+from trajstore.log.wire import FULL_AT, Command, Wire, memory_use, translate
 
 __all__ = ["FSYNC_HORIZON", "Flusher"]
 
@@ -45,7 +45,6 @@ FSYNC_HORIZON = 3.0
 
 _ROUND_BYTES = 32 << 20
 _ROUND_BATCHES = 512
-_FULL_AT = 0.9
 _BACKOFF = (0.02, 0.5)
 _ENDED = "the store's writer thread has ended, by a bug (its traceback went to stderr); open the store again"
 _PATIENCE = 1 / 3  # share of the deadline that one reply may take: a lost one must leave time to read back
@@ -395,6 +394,11 @@ class Flusher:
                     with self._lock:
                         lane.renumber(number, creates=creates, now=time.time())
                 case Refused(error):
+                    if (
+                        head is not None and head.fields
+                    ):  # they carry this writer's nonce, so no winner's are among them
+                        names = [name for name, _ in head.fields]
+                        self._session.exchange([("HDEL", self._keys.payloads(lane.id), *names)])
                     self._repair(lane.id)  # before those who wait are told, so that they find it right
                     self._fail(lane, error)
 
@@ -477,8 +481,8 @@ class Flusher:
         if isinstance(reply, redis.RedisError):  # not permitted, or not implemented: the server's own refusal remains
             self._next_memory_check = float("inf")
             return
-        used, limit = _memory_use(reply)
-        if limit and used >= _FULL_AT * limit:
+        used, limit = memory_use(reply)
+        if limit and used >= FULL_AT * limit:
             raise StoreFull(
                 f"the server uses {used >> 20} of {limit >> 20} MiB (maxmemory); writing stops at 90 %. Start an "
                 "archiver (`trajstore archive STORE`) to drain it, or raise maxmemory"
@@ -510,9 +514,3 @@ def _outcome(replies: Sequence[Any]) -> TrajstoreError | bool | None:
         return True
     refused = next((r for r in results if isinstance(r, redis.RedisError)), None)
     return None if refused is None else translate(refused, "a batch")
-
-
-def _memory_use(info: bytes) -> tuple[int, int]:
-    """`used_memory` and `maxmemory` of an INFO reply, in bytes; 0 for no limit."""
-    fields = info_fields(info)
-    return int(fields.get("used_memory", "0")), int(fields.get("maxmemory", "0"))

@@ -16,9 +16,10 @@ from redis.connection import PythonRespSerializer
 from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
-from trajstore.errors import SchemaError, StoreFull, TrajstoreError, Unavailable
+from trajstore.errors import Corrupt, SchemaError, StoreFull, TrajstoreError, Unavailable
 
 __all__ = [
+    "FULL_AT",
     "Argument",
     "Command",
     "ServerInfo",
@@ -26,6 +27,7 @@ __all__ = [
     "Wire",
     "describe_url",
     "info_fields",
+    "memory_use",
     "server_info",
     "split_run",
 ]
@@ -34,6 +36,9 @@ Argument: TypeAlias = str | bytes | bytearray | memoryview | int
 Command: TypeAlias = Sequence[Argument]
 
 _READ_SIZE = 1 << 20
+
+FULL_AT = 0.9
+"""Share of `maxmemory` at which writing stops, so that what drains the server keeps room to work."""
 
 
 class Wire:
@@ -247,7 +252,7 @@ def translated(what: str) -> Iterator[None]:
 
 
 def translate(error: redis.RedisError, what: str) -> TrajstoreError:
-    """Our error for redis-py's: `StoreFull` for a full server, else `Unavailable` with what to do."""
+    """Our error for redis-py's: `StoreFull` for a full server, `Corrupt` for a foreign key, else `Unavailable`."""
     if isinstance(error, redis.OutOfMemoryError):
         return StoreFull(
             f"the server refused {what}: memory is full. Start an archiver (`trajstore archive STORE`) to drain it, "
@@ -255,6 +260,8 @@ def translate(error: redis.RedisError, what: str) -> TrajstoreError:
         )
     if isinstance(error, redis.AuthenticationError | NoPermissionError):
         return Unavailable(f"the server refused {what}: {error}; check the user and password of the URL and its ACL")
+    if str(error).startswith("WRONGTYPE"):
+        return Corrupt(f"the server refused {what}: a key of trajstore's holds something else ({error})")
     if isinstance(error, redis.ResponseError) and not isinstance(error, redis.BusyLoadingError | redis.ReadOnlyError):
         return Unavailable(f"the server refused {what}: {error}")
     return Unavailable(f"the server did not answer {what}: {error}")
@@ -286,6 +293,12 @@ def info_fields(info: bytes) -> dict[str, str]:
     """The fields of an INFO reply."""
     lines = (line.partition(":") for line in info.decode().splitlines())
     return {name: value for name, colon, value in lines if colon}
+
+
+def memory_use(info: bytes) -> tuple[int, int]:
+    """`used_memory` and `maxmemory` of an INFO reply, in bytes; 0 for no limit."""
+    fields = info_fields(info)
+    return int(fields.get("used_memory", "0")), int(fields.get("maxmemory", "0"))
 
 
 def split_run(url: str) -> tuple[str, str | None]:

@@ -4,22 +4,28 @@ A trajectory is looked at twice, a fsync horizon apart. Only entries that were t
 finished epochs, are staged: so the archive never runs ahead of a server that may still lose its tail.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trajstore.archive.manifest import Manifest
 from trajstore.archive.reader import ArchiveReader
-from trajstore.archive.select import finished_entries, ripe_prefix
 from trajstore.archive.writer import StagedEntry
-from trajstore.entries import Event, entry_digest
+from trajstore.entries import Event, check_payload, entry_digest
 from trajstore.errors import Corrupt, SchemaError
-from trajstore.events import EventId, TrajectoryOpened, UnknownEvent
+from trajstore.events import (
+    EventId,
+    Rewarded,
+    SegmentClosed,
+    TrajectoryClosed,
+    TrajectoryOpened,
+    UnknownEvent,
+)
 from trajstore.log.feed import Hint
 from trajstore.log.reader import HotEntry, HotReader
 from trajstore.routing import RoutingSpec
 from trajstore.summary import Summary, advance
 
-__all__ = ["Look", "Part", "first_look", "second_look"]
+__all__ = ["Look", "Part", "finished_entries", "first_look", "ripe_prefix", "second_look"]
 
 
 @dataclass(slots=True)
@@ -30,7 +36,7 @@ class Look:
         hints: to be acknowledged once what they tell of is archived.
         later: hints about what came after this look.
         entries, notes: digest by id of everything that the hot log held.
-        nbytes: bytes of the entries.
+        nbytes: payload bytes of what is not archived yet.
         ripe_at: when to look again, monotonic seconds.
         server: run id of the server then; "" where it cannot lose anything.
     """
@@ -49,7 +55,7 @@ class Look:
         return EventId.parse(hint.event) in seen
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Part:
     """What is archived of one trajectory in one go.
 
@@ -85,16 +91,20 @@ class Part:
 def first_look(
     hot: HotReader, manifest: Manifest, id: str, hints: Sequence[Hint], *, now: float, horizon: float, server: str
 ) -> Look:
-    """Note down what the hot log holds; what holds nothing new need not ripen."""
+    """Note down what the hot log holds; what holds nothing new need not ripen.
+
+    Raises:
+        SchemaError, Corrupt: what the hot log holds is not trajstore's, or damaged.
+    """
     entries, notes = hot.read(id)
     archived, last_note = manifest.last_entry(id), manifest.last_note(id)
-    new = any(archived is None or entry.at > archived for entry in entries)
-    new |= any(note.at.epoch > last_note for note in notes)
+    new = [event for entry in entries if archived is None or entry.at > archived for event in entry.events()]
+    new += [event for note in notes if note.at.epoch > last_note for event in note.events(note=True)]
     return Look(
         hints=list(hints),
         entries={entry.at: entry_digest(entry.data) for entry in entries},
         notes={note.at: entry_digest(note.data) for note in notes},
-        nbytes=sum(len(entry.data) for entry in (*entries, *notes)),
+        nbytes=sum(event.payload.nbytes for event in new if event.payload is not None),
         ripe_at=now + horizon if new else now,
         server=server,
     )
@@ -135,11 +145,47 @@ def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: 
     )
 
 
+def ripe_prefix(
+    found: Sequence[tuple[EventId, str]], seen: Mapping[EventId, str], archived: EventId | None
+) -> list[EventId]:
+    """Entries not archived yet that were there, the same, when they were first looked at.
+
+    Args:
+        found: id and digest of the entries in the hot log now, by id.
+        seen: the same at the first look, a fsync horizon ago.
+        archived: newest archived entry.
+    """
+    ripe = []
+    for at, digest in found:
+        if archived is not None and at <= archived:
+            continue
+        if seen.get(at) != digest:
+            break
+        ripe.append(at)
+    return ripe
+
+
+def finished_entries(entries: Sequence[tuple[EventId, Sequence[Event]]]) -> int:
+    """How many of these entries, from the first, belong to finished epochs.
+
+    An epoch is finished when it has its closing event, or when a newer epoch exists.
+    """
+    if not entries:
+        return 0
+    newest = entries[-1][0].epoch
+    closing = (TrajectoryOpened, SegmentClosed, Rewarded, TrajectoryClosed)
+    if any(isinstance(event.header, closing) for at, events in entries if at.epoch == newest for event in events):
+        return len(entries)
+    return sum(at.epoch < newest for at, _ in entries)
+
+
 def _stage(hot: HotReader, id: str, entry: HotEntry, events: Sequence[Event], *, note: bool) -> StagedEntry:
     payloads = []
     for event, data in zip(events, hot.payloads(id, events), strict=True):
         if data is None:
             raise Corrupt(f"the payload of event {event.id} is gone from the hot log")
+        if event.payload is not None:
+            check_payload(data, event.payload, what=f"the payload of event {event.id}")
         payloads.append(data)
     return StagedEntry(entry.at, note, entry.data, entry.decoded(), payloads)
 
@@ -147,5 +193,8 @@ def _stage(hot: HotReader, id: str, entry: HotEntry, events: Sequence[Event], *,
 def _spec(archive: ArchiveReader, id: str, decoded: Sequence[tuple[HotEntry, Sequence[Event]]]) -> RoutingSpec | None:
     first = decoded[0][1][0].header if decoded else None
     if not isinstance(first, TrajectoryOpened):
-        first = archive.read(id)[0][0].events[0].header
+        entries, _ = archive.read(id)
+        if not entries:
+            raise Corrupt("its first events are neither in the hot log nor in the archive")
+        first = entries[0].events[0].header
     return first.routing if isinstance(first, TrajectoryOpened) else None
