@@ -28,6 +28,9 @@ __all__ = ["Archived", "Archiver"]
 
 log = logging.getLogger(__name__)
 
+_STAGING_SECONDS = 3600.0
+"""What lies in staging for longer is a killed archiver's."""
+
 _LOOKED_AT = 4096
 """Trajectories of one partition between their two looks; the feed holds the others."""
 
@@ -118,10 +121,20 @@ class Archiver:
         holder is alive and at work.
 
         Raises:
-            OSError: with `once`, when the server does not answer (`Unavailable`) or a pack cannot be written (a full
-                disk); without, it keeps trying.
+            Unavailable: with `once`, when the server does not answer or a pack cannot be written (a full disk); else it
+                keeps trying.
         """
-        stopped = stop or threading.Event()
+        self._archive.root.clear_staging(older_than=_STAGING_SECONDS)
+        try:
+            self._work(stop or threading.Event(), once=once, on_progress=on_progress)
+        finally:
+            try:
+                self._leave()
+            except Unavailable as error:  # the lease runs out by itself
+                log.warning("left without giving the lease back: %s", error)
+        return self.done
+
+    def _work(self, stopped: threading.Event, *, once: bool, on_progress: Callable[[Archived], None]) -> None:
         patience = time.monotonic() + 1.5 * self._lease_seconds
         while not stopped.is_set():
             try:
@@ -140,11 +153,6 @@ class Archiver:
             held_all = len(self._waiting) == self._store.partitions
             if once and not busy and not self.done.waiting and (held_all or time.monotonic() > patience):
                 break
-        try:
-            self._leave()
-        except Unavailable as error:  # the lease runs out by itself
-            log.warning("left without giving the lease back: %s", error)
-        return self.done
 
     def _turn(self, *, once: bool, stopped: threading.Event) -> bool:
         """One round; True if there were hints."""

@@ -26,6 +26,7 @@ __all__ = [
     "check_json",
     "check_label",
     "logprob_array",
+    "require_id",
     "token_array",
 ]
 
@@ -45,6 +46,16 @@ def check_id(text: str) -> str:
             f"{text!r} cannot be an id: use 1 to 200 letters, digits or ._:@+=~- and begin with a letter or digit"
         )
     return str.__str__(text)
+
+
+def require_id(id: object) -> None:
+    """Whoever asks for a trajectory names it by a string.
+
+    Raises:
+        SchemaError: something else.
+    """
+    if not isinstance(id, str):
+        raise SchemaError(f"a trajectory is named by its id, a string, not by {type(id).__name__} {id!r:.80}")
 
 
 def check_group(text: str | None) -> str | None:
@@ -138,7 +149,7 @@ def token_array(token_ids: npt.ArrayLike, *, name: str = "token_ids") -> npt.NDA
     """
     try:
         given = np.asarray(token_ids)
-    except ValueError as error:  # ragged
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged; a tensor on another device
         raise SchemaError(f"{name} must be integers of shape [n]: {error}") from error
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise SchemaError(f"{name} must be integers of shape [n], not {given.dtype} of shape {list(given.shape)}")
@@ -156,8 +167,13 @@ def logprob_array(logprobs: npt.ArrayLike, *, count: int) -> npt.NDArray[np.floa
     """
     try:
         with np.errstate(over="ignore", invalid="ignore"):
-            given = np.array(logprobs, "<f4", copy=True)
-    except (TypeError, ValueError) as error:
+            numbers = np.asarray(logprobs)
+            if numbers.size and numbers.dtype.kind not in "fiuO":
+                raise SchemaError(f"logprobs must be real numbers, not {numbers.dtype}")
+            given = np.array(numbers, "<f4", copy=True)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that requires grad
+        if isinstance(error, SchemaError):
+            raise
         raise SchemaError(f"logprobs must be numbers: {error}") from error
     if given.shape != (count,):
         raise SchemaError(f"logprobs have shape {list(given.shape)}, expected [{count}], one per token")

@@ -1,7 +1,6 @@
 """Opening a run or an archive: what a location means, and the folder of an embedded store."""
 
 import contextlib
-import math
 import os
 from pathlib import Path
 from typing import TypeAlias
@@ -12,7 +11,7 @@ from trajstore.archive.of_run import open_archived_run
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.root import ArchiveRoot, write_new
 from trajstore.errors import Conflict, NotFound, SchemaError, TrajstoreError, Unavailable
-from trajstore.ingest import check_count, check_id
+from trajstore.ingest import check_count, check_finite, check_id
 from trajstore.log.run import MAX_PARTITIONS, require_fsync
 from trajstore.log.wire import Wire, describe_url, split_run
 from trajstore.reading import Archive
@@ -67,13 +66,14 @@ def open(  # `trajstore.open`, as one says `gzip.open`
     """
     if ack not in ("memory", "fsync"):
         raise SchemaError(f"ack must be 'memory' or 'fsync', not {ack!r}")
-    if not 0 < timeout < math.inf:
-        raise SchemaError(f"timeout must be positive and finite, not {timeout}")
+    timeout = check_finite(timeout, name="timeout")
+    if timeout <= 0:
+        raise SchemaError(f"timeout must be positive, not {timeout}")
     if partitions is not None and not 1 <= check_count(partitions, name="partitions") <= MAX_PARTITIONS:
         raise SchemaError(f"partitions must lie in [1, {MAX_PARTITIONS}], not {partitions}")
     if archive is not None:
         ArchiveRoot.at(archive)  # refused before anything is begun
-    text = os.fspath(location)
+    text = _text(location)
     if not text:
         raise SchemaError("the location is empty; give a folder or a Redis URL")
     server: EmbeddedServer | None = None
@@ -89,6 +89,7 @@ def open(  # `trajstore.open`, as one says `gzip.open`
         server = EmbeddedServer(folder, ack=ack, timeout=timeout)
         wire, shown = server.wire(), text
     try:
+        wire.wait_while_loading()
         if ack == "fsync":
             require_fsync(wire)
         info, run_archive = open_archived_run(
@@ -119,12 +120,18 @@ def open_archive(location: Location) -> Archive:
     Raises:
         NotFound: there is no archive (a folder of an embedded store will do, its archive is found).
     """
-    root = ArchiveRoot(ArchiveRoot.at(location).path.absolute())
+    root = ArchiveRoot(ArchiveRoot.at(_text(location)).path.absolute())
     if root.info() is None and (inner := ArchiveRoot(root.path / "archive")).info() is not None:
         root = inner
     info = root.require()
     reader = ArchiveReader(root, info)
     return Archive(View(None, lambda: reader), info.partitions)
+
+
+def _text(location: Location) -> str:
+    if not isinstance(location, str | os.PathLike):
+        raise SchemaError(f"a location is a folder or a URL, not {location!r:.80}")
+    return os.fspath(location)
 
 
 def _embedded_run(folder: Path, *, create: bool) -> str:

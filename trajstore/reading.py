@@ -7,6 +7,7 @@ from trajstore.errors import SchemaError
 from trajstore.events import CLOSED_STATUSES, EventId
 from trajstore.fold import Plan, Policy
 from trajstore.history import Recording, read_history
+from trajstore.ingest import require_id
 from trajstore.overlaps import Overlap, find_overlaps
 from trajstore.routing import RoutingArray
 from trajstore.summary import Summary
@@ -85,7 +86,9 @@ class Archive:
         return sorted(found, key=lambda summary: summary.id)
 
     def _settle(self, id: str | None) -> None:
-        """Nothing is ever on its way into a bare archive."""
+        """Before anything is read: nothing is ever on its way into a bare archive."""
+        if id is not None:
+            require_id(id)
 
 
 def wanted_statuses(status: str | Collection[str] | None) -> frozenset[str]:
@@ -94,8 +97,11 @@ def wanted_statuses(status: str | Collection[str] | None) -> frozenset[str]:
     Raises:
         SchemaError: there is no such status.
     """
-    wanted = frozenset(_STATUSES if status is None else [status] if isinstance(status, str) else status)
+    try:
+        wanted = frozenset(_STATUSES if status is None else [status] if isinstance(status, str) else status)
+    except TypeError as error:
+        raise SchemaError(f"a status is a string or several, not {status!r}") from error
     if not wanted <= frozenset(_STATUSES):
-        unknown = ", ".join(sorted(wanted - frozenset(_STATUSES)))
+        unknown = ", ".join(sorted(map(str, wanted - frozenset(_STATUSES))))
         raise SchemaError(f"there is no status {unknown}; statuses are {', '.join(_STATUSES)}")
     return wanted

@@ -4,7 +4,7 @@ A *row* is the routing that was used when the token at one position was the mode
 layers by K experts per token. After ingest, rows are trusted: ids in range, distinct within a layer, one dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NoReturn, TypeAlias
 
@@ -46,10 +46,15 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     def __post_init__(self) -> None:
         for name in ("top_k", "num_experts", "num_hidden_layers"):
             value = getattr(self, name)
+            if isinstance(value, np.integer):
+                value = int(value)
+                msgspec.structs.force_setattr(self, name, value)
             if type(value) is not int or not 1 <= value <= 1 << 16:
                 raise SchemaError(f"RoutingSpec.{name} must be an integer from 1 to 65536, not {value!r}")
-        if not isinstance(self.layer_ids, tuple):
-            msgspec.structs.force_setattr(self, "layer_ids", tuple(self.layer_ids))
+        if not isinstance(self.layer_ids, Iterable):
+            raise SchemaError(f"RoutingSpec.layer_ids must name layers by integer ids, not {self.layer_ids!r}")
+        plain = tuple(int(i) if isinstance(i, np.integer) else i for i in self.layer_ids)
+        msgspec.structs.force_setattr(self, "layer_ids", plain)
         ids = self.layer_ids
         if not ids or any(type(i) is not int for i in ids):
             raise SchemaError(f"RoutingSpec.layer_ids must name at least one layer by integer id, not {ids!r}")
@@ -100,7 +105,7 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         """
         try:
             given = np.asarray(rows)
-        except ValueError as error:  # ragged
+        except (TypeError, ValueError, RuntimeError) as error:  # ragged; a tensor on another device
             raise RoutingError(f"routed experts must have one shape [rows, L, K]: {error}") from error
         if given.dtype.kind not in "iu":
             raise RoutingError(f"routed experts must be integers, not {given.dtype}; pass the ids, not their weights")

@@ -18,7 +18,7 @@ from trajstore.archive.of_run import RunArchive
 from trajstore.archive.reader import ArchiveReader
 from trajstore.errors import Conflict, NotFound, SchemaError, TrajstoreError, Unavailable
 from trajstore.events import CLOSED_STATUSES, EventId, TrajectoryOpened
-from trajstore.ingest import check_count, check_group, check_id, check_json
+from trajstore.ingest import check_count, check_finite, check_group, check_id, check_json
 from trajstore.log.flusher import FSYNC_HORIZON, Flusher
 from trajstore.log.keys import Keys
 from trajstore.log.reader import HotReader
@@ -156,7 +156,8 @@ class Store(Archive):
             Unavailable: it did not come to that before the deadline (also a `TimeoutError`).
         """
         wanted = wanted_statuses(status)
-        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
+        patience = self.timeout if timeout is None else check_finite(timeout, name="timeout")
+        deadline = time.monotonic() + patience
         while True:
             self._settle(id)
             newest, seen = "0-0", f"{id} is not there yet"
@@ -266,6 +267,7 @@ class Store(Archive):
     def _settle(self, id: str | None) -> None:
         """Read what this process has written: wait for what is on its way, and leave its errors to `flush`."""
         self._require_open()
+        super()._settle(id)
         self._flusher.drain(id)
 
     def _check_connection(self) -> None:

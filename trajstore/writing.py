@@ -8,7 +8,7 @@ handle belongs to one task at a time.
 import copy
 import zlib
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -215,7 +215,7 @@ class TrajectoryWriter:
             reward=check_finite(reward, name="reward"),
             components={
                 check_label(name, name="a reward component"): check_finite(value, name=f"reward component {name!r}")
-                for name, value in (components or {}).items()
+                for name, value in _items(components)
             },
         )
         self._require_no_segment("reward", takeover=takeover)
@@ -502,10 +502,21 @@ def _payload(data: bytes | memoryview) -> tuple[PayloadInfo, Buffer | None]:
     return PayloadInfo(nbytes=len(data), crc=crc), data
 
 
+def _items(components: Mapping[str, float] | None) -> Iterable[tuple[str, float]]:
+    if components is not None and not isinstance(components, Mapping):
+        raise SchemaError(f"components map names to numbers, not {components!r:.80}")
+    return (components or {}).items()
+
+
 def _spans(spans: Sequence[WeightVersionSpan | tuple[str, int, int]], output: int) -> tuple[WeightVersionSpan, ...]:
+    if not isinstance(spans, Sequence):
+        raise SchemaError(f"weight_versions must be a sequence of spans, not {spans!r:.80}")
     result: list[WeightVersionSpan] = []
     for span in spans:
-        version, first, stop = msgspec.structs.astuple(span) if isinstance(span, WeightVersionSpan) else span
+        parts = msgspec.structs.astuple(span) if isinstance(span, WeightVersionSpan) else span
+        if not isinstance(parts, tuple | list) or len(parts) != 3:
+            raise SchemaError(f"a weight version span is (version, start, end), not {span!r:.80}")
+        version, first, stop = parts
         start, end = (check_count(at, name="an end of a weight version span") for at in (first, stop))
         earlier = result[-1].end if result else 0
         if not earlier <= start <= end <= output:

@@ -2,9 +2,11 @@
 
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
+from ulid import ULID
 
 import trajstore
 from tests.builders import SPEC, record_seed_case, rows, seed_rows
@@ -265,11 +267,29 @@ def test_failed_publish_leaves_no_half_pack_behind(durable, archive, folder):
     record_seed_case(durable)
     packs = folder / "archive" / "packs" / "00"
     packs.write_text("in the way")
-    with pytest.raises(OSError, match="00"):
+    with pytest.raises(trajstore.Unavailable, match="stays in the hot log"):
         archive()
     assert list((folder / "archive" / "staging").iterdir()) == []
     packs.unlink()
     assert archive().packs == 1
+
+
+def test_what_killed_archivers_staged_is_removed_after_an_hour(durable, archive, folder):
+    record_seed_case(durable)
+    staging = folder / "archive" / "staging"
+    old, young = ULID.from_timestamp(time.time() - 3700), ULID()
+    for name in (str(old), str(young), "mine"):
+        (staging / name / "pack").mkdir(parents=True)
+    archive()
+    assert {path.name for path in staging.iterdir()} == {str(young), "mine"}
+
+
+def test_archiver_that_fails_gives_its_leases_back(durable, archive, folder):
+    record_seed_case(durable)
+    (folder / "archive" / "packs" / "00").write_text("in the way")
+    with pytest.raises(trajstore.Unavailable):
+        archive()
+    assert Lease(durable.wire, durable.keys, "next", seconds=15.0).acquire(0)
 
 
 def test_trajectory_that_is_archived_twice_during_one_load_still_loads(durable, archive):

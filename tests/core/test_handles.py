@@ -735,3 +735,37 @@ def test_handle_on_a_log_with_a_hole_goes_on_below_it(store, aborted):
     assert list(healed.token_ids) == [1, 2, 3, 4, 5, 8]
     assert [one.epoch for one in healed.segments] == [2, 5]
     assert store.events(aborted.id)[-1].at.epoch == 5
+
+
+@pytest.mark.parametrize(
+    "misuse",
+    [
+        lambda store, segment: segment.close("stop", weight_versions=[("a", 0)]),
+        lambda store, segment: segment.close("stop", weight_versions=None),
+        lambda store, segment: segment.close("stop", weight_versions=[5]),
+        lambda store, segment: store.create().reward(1.0, components=[1]),
+        lambda store, segment: store.load(5),
+        lambda store, segment: store.get(segment),
+        lambda store, segment: store.list(status=5),
+        lambda store, segment: store.list(status=["open", 5]),
+        lambda store, segment: store.wait("x", timeout="soon"),
+        lambda store, segment: segment.tokens([1], np.array(["2020-01-01"], "M8[D]")),
+        lambda store, segment: segment.tokens([1], [1j]),
+        lambda store, segment: trajstore.RoutingSpec(layer_ids=5, top_k=1, num_experts=2, num_hidden_layers=1),
+        lambda store, segment: trajstore.open(None),
+        lambda store, segment: trajstore.open_archive(5),
+        lambda store, segment: trajstore.open("x", timeout="soon"),
+    ],
+)
+def test_wrong_kinds_of_input_are_schema_errors(store, trajectory, misuse):
+    segment = trajectory.segment(context=[1])
+    with pytest.raises(trajstore.SchemaError):
+        misuse(store, segment)
+
+
+def test_routing_spec_takes_numpy_integers():
+    spec = trajstore.RoutingSpec(
+        layer_ids=np.arange(2), top_k=np.int64(2), num_experts=np.uint8(8), num_hidden_layers=2
+    )
+    assert spec == trajstore.RoutingSpec(layer_ids=(0, 1), top_k=2, num_experts=8, num_hidden_layers=2)
+    assert type(spec.top_k) is int

@@ -6,11 +6,15 @@ packs/07/00000012-01ABC.../        a pack: one Zarr v3 group
 staging/01ABC.../                  packs being written
 """
 
+import contextlib
 import os
+import shutil
 import threading
+import time
 from pathlib import Path
 
 import msgspec
+from ulid import ULID
 
 from trajstore.errors import Conflict, Corrupt, NotFound, SchemaError, Unavailable
 
@@ -127,6 +131,13 @@ class ArchiveRoot:
         path = self.path / "staging" / name
         path.mkdir(parents=True)
         return path
+
+    def clear_staging(self, *, older_than: float) -> None:
+        """Remove what has lain in staging for more than `older_than` seconds: its archiver was killed."""
+        for path in (self.path / "staging").glob("*"):
+            with contextlib.suppress(ValueError):  # not ours
+                if time.time() - ULID.from_str(path.name).timestamp > older_than:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def publish(self, staged: Path, name: str) -> None:
         """Move a staged and fsynced pack to its place, durably. Nobody knows it until its record is written."""

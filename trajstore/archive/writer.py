@@ -16,7 +16,7 @@ from trajstore.archive.manifest import FileDigest, Manifest, PackedTrajectory, R
 from trajstore.archive.pack import PackedEntry, encode_entries, payload_array, write_array
 from trajstore.archive.root import ARCHIVE_FORMAT, ArchiveInfo, ArchiveRoot, sync_tree
 from trajstore.entries import Buffer, Entry, check_payload, entry_digest
-from trajstore.errors import Corrupt, Fenced
+from trajstore.errors import Corrupt, Fenced, Unavailable
 from trajstore.events import EventId, Header, Tokens, payload_of
 from trajstore.routing import RoutingSpec
 from trajstore.summary import Summary
@@ -100,6 +100,7 @@ class PackWriter:
 
         Raises:
             Fenced: another archiver has written the record of this number.
+            Unavailable: the folder cannot be written, a full disk say.
         """
         name = str(ULID())
         pack = f"{self._partition:02}/{number:08}-{name}"
@@ -107,6 +108,11 @@ class PackWriter:
         try:
             files = self._stage(staged / "pack", on_step)
             self._root.publish(staged / "pack", pack)
+        except OSError as error:
+            raise Unavailable(
+                f"a pack cannot be written to {self._root.path}: {error}. Nothing is lost, it stays in the hot log; "
+                "free space or mend the folder"
+            ) from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)  # empty by now, or half a pack on a full disk
         on_step("moved")

@@ -5,6 +5,7 @@ when a reply is lost (redis-py 8 retries ten times by default), so every retry i
 pinned. Large arguments go out by the Python packer, which sends them without a copy (hiredis' packer copies).
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -145,6 +146,12 @@ class Wire:
             raise
         finally:
             self._pool.release(connection)
+
+    def wait_while_loading(self) -> None:
+        """Wait for a server that reads its log after a restart, up to the timeout; then the next call says so."""
+        deadline = time.monotonic() + self.timeout
+        while time.monotonic() < deadline and isinstance(self.exchange([("PING",)])[0], redis.BusyLoadingError):
+            time.sleep(0.05)
 
     def session(self, *, timeout: float | None = None) -> "Session":
         """A connection of its own, which reconnects only when told; `timeout` as the wire's unless given."""
