@@ -82,6 +82,7 @@ def open(  # `trajstore.open`, as one says `gzip.open`
         url, run = split_run(text)
         if run is None:
             raise SchemaError(f"{describe_url(text)} names no run; add it: {describe_url(text)}?run=NAME")
+        check_id(run)
         wire, shown = Wire.to_url(url, timeout=timeout), f"{describe_url(text)}?run={run}"
     else:
         folder = Path(text).absolute()  # a later chdir must not matter
@@ -92,9 +93,7 @@ def open(  # `trajstore.open`, as one says `gzip.open`
         wire.wait_while_loading()
         if ack == "fsync":
             require_fsync(wire)
-        info, run_archive = open_archived_run(
-            wire, check_id(run), archive, home=folder, partitions=partitions, create=create
-        )
+        info, run_archive = open_archived_run(wire, run, archive, home=folder, partitions=partitions, create=create)
         return Store(
             location=shown,
             wire=wire,
