@@ -1,6 +1,7 @@
 """Opening a run or an archive: what a location means, and the folder of an embedded store."""
 
 import contextlib
+import math
 import os
 from pathlib import Path
 from typing import TypeAlias
@@ -11,7 +12,7 @@ from trajstore.archive.of_run import open_archived_run
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.root import ArchiveRoot, write_new
 from trajstore.errors import Conflict, NotFound, SchemaError, TrajstoreError, Unavailable
-from trajstore.ingest import check_count, check_finite, check_id
+from trajstore.ingest import check_count, check_id
 from trajstore.log.run import MAX_PARTITIONS, require_fsync
 from trajstore.log.wire import Wire, describe_url, split_run
 from trajstore.reading import Archive
@@ -66,9 +67,8 @@ def open(  # `trajstore.open`, as one says `gzip.open`
     """
     if ack not in ("memory", "fsync"):
         raise SchemaError(f"ack must be 'memory' or 'fsync', not {ack!r}")
-    timeout = check_finite(timeout, name="timeout")
-    if timeout <= 0:
-        raise SchemaError(f"timeout must be positive, not {timeout}")
+    if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        raise SchemaError(f"timeout must be positive and finite, in seconds, not {timeout!r}")
     if partitions is not None and not 1 <= check_count(partitions, name="partitions") <= MAX_PARTITIONS:
         raise SchemaError(f"partitions must lie in [1, {MAX_PARTITIONS}], not {partitions}")
     if archive is not None:

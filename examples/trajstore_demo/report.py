@@ -128,8 +128,13 @@ def render(report: DemoReport) -> RenderableType:
         f"{report.hot_entries} entries left in the hot log",
     )
     if report.rewards:
-        facts.add_row("training", f"{len(report.rewards)} GRPO steps, mean reward {_course(report.rewards, '.3f')}")
-        facts.add_row("rollout vs trainer", f"KL per token {_course(report.kl, '.4f')} nats (k3)")
+        facts.add_row(
+            "training", f"{len(report.rewards)} GRPO steps on rewards of {_mean(report.rewards):.3f} in the mean"
+        )
+        facts.add_row(
+            "rollout vs trainer",
+            f"KL {report.kl[0]:.4f} nats per token (k3) in the first step, {_mean(report.kl):.4f} in the mean",
+        )
     return Group(
         Panel(facts, title=f"done in {report.seconds:.0f} s", title_align="left", border_style="green"),
         _drift_table(report),
@@ -192,8 +197,8 @@ def _busy_seconds(folder: Path, name: str) -> float:
     return float(account["seconds"])
 
 
-def _course(values: list[float], form: str) -> str:
-    return f"{values[0]:{form}} → {values[-1]:{form}}"
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _bytes(count: int) -> str:
