@@ -19,7 +19,7 @@ from trajstore.archive.reader import ArchiveReader
 from trajstore.errors import Conflict, NotFound, SchemaError, TrajstoreError, Unavailable
 from trajstore.events import CLOSED_STATUSES, EventId, TrajectoryOpened
 from trajstore.ingest import check_count, check_finite, check_group, check_id, check_json
-from trajstore.log.flusher import FSYNC_HORIZON, Flusher
+from trajstore.log.flusher import FSYNC_HORIZON, KEPT_BYTES, Flusher
 from trajstore.log.keys import Keys
 from trajstore.log.reader import HotReader
 from trajstore.log.run import RunInfo, read_run, require_fsync
@@ -77,7 +77,7 @@ class Store(Archive):
             self.keys,
             timeout=timeout,
             buffer_bytes=buffer_bytes,
-            kept_bytes=buffer_bytes,
+            kept_bytes=min(buffer_bytes, KEPT_BYTES),
             horizon=0.0 if ack == "fsync" else FSYNC_HORIZON,
             archive=archive,
             on_connect=self._check_connection,

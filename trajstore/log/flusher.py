@@ -36,12 +36,16 @@ from trajstore.log.resolve import (
 from trajstore.log.stream import nonce_of, parse_entries, stream_last_event, stream_last_id
 from trajstore.log.wire import FULL_AT, Command, Wire, memory_use, translate
 
-__all__ = ["FSYNC_HORIZON", "Flusher"]
+__all__ = ["FSYNC_HORIZON", "KEPT_BYTES", "Flusher"]
 
 log = logging.getLogger(__name__)
 
 FSYNC_HORIZON = 3.0
 """Seconds after which an `everysec` server has certainly written an acknowledged entry to disk (it promises 2)."""
+
+KEPT_BYTES = 64 << 20
+"""Acknowledged batches that are kept until they are certainly on disk, at most. More would cover a faster producer, but
+costs it: memory that is not used again has to be faulted in anew (benchmarks/append.py)."""
 
 _ROUND_BYTES = 32 << 20
 _ROUND_BATCHES = 512
