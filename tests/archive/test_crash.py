@@ -1,4 +1,8 @@
-"""`kill -9` of the archiver at every step of a publish: nothing lost, nothing doubled, every load the same bytes."""
+"""`kill -9` of the archiver at every step of a publish: nothing lost, nothing doubled, every load the same bytes.
+
+Zarr (PITFALLS.md, 36): concurrent resize is unsafe, and a crash in a partial shard write leaves an unreadable shard ->
+only whole, immutable batches; a batch exists once its commit does.
+"""
 
 import signal
 import subprocess

@@ -1,4 +1,7 @@
-"""Right shape, wrong content; layers; dtypes; memory (PITFALLS.md, 11 to 15, 20, 21, 24, 25)."""
+"""Right shape, wrong content; layers; dtypes; memory (PITFALLS.md, 11 to 15, 20, 21, 24, 25, 27)."""
+
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,3 +132,15 @@ def test_results_own_their_memory(store):
     again = store.recorded_rows(loaded.id, overlap.first)
     again[...] = 0
     np.testing.assert_array_equal(store.recorded_rows(loaded.id, overlap.first), seed_rows(0, 7))
+
+
+def test_nothing_is_ever_pickled():
+    """TransferQueue 0.1.11: a checkpoint of 100 MB took 3.3 GB (views pickled whole) -> no pickle anywhere."""
+    root = Path(trajstore.__file__).parents[1]
+    folders = ("trajstore", "engines", "consumers", "examples")
+    sources = [path for folder in folders for path in (root / folder).rglob("*.py")]
+    assert len(sources) > 50
+    used = re.compile(
+        r"\b(import|from)\s+(pickle|cloudpickle|dill|marshal|shelve)\b|allow_pickle=True|torch\.(load|save)\("
+    )
+    assert [str(path) for path in sources if used.search(path.read_text())] == []
