@@ -32,6 +32,7 @@ __all__ = [
 
 _Choice = TypeVar("_Choice", bound=str)
 
+_MAX_NESTING = 100
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+=~-]{0,199}")
 
 
@@ -119,11 +120,22 @@ def check_json(value: Mapping[str, Any] | None, *, name: str, limit: int = 1 << 
         text = json.dumps(dict(value or {}), allow_nan=False)
         result: dict[str, Any] = json.loads(text)
         msgspec.msgpack.encode(result)
+        if _nested(result) > _MAX_NESTING:
+            raise ValueError(f"nested more than {_MAX_NESTING} deep")  # another reader's stack may end earlier
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise SchemaError(f"{name} must be plain JSON data: {error}") from error
     if len(text) > limit:
         raise SchemaError(f"{name} takes {len(text)} bytes as JSON, the limit is {limit}; store large data elsewhere")
     return result
+
+
+def _nested(value: Any) -> int:
+    """Levels of lists and mappings."""
+    levels, level = 0, [value]
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        levels += 1
+        level = [child for one in level for child in (one.values() if isinstance(one, dict) else one)]
+    return levels
 
 
 def check_finite(value: float, *, name: str) -> float:

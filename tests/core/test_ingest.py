@@ -1,6 +1,7 @@
 """The checks on the way in."""
 
 import enum
+import json
 
 import numpy as np
 import pytest
@@ -117,7 +118,9 @@ def test_json_that_contains_itself_or_is_too_deep_is_refused():
     deep = {}
     for _ in range(5000):
         deep = {"a": deep}
-    for bad in (loop, deep):
+    slightly = json.loads("[" * 100 + "]" * 100)
+    assert check_json({"a": slightly[0]}, name="metadata") == {"a": slightly[0]}
+    for bad in (loop, deep, {"a": slightly}):
         with pytest.raises(trajstore.SchemaError, match="plain JSON"):
             check_json(bad, name="metadata")
 
