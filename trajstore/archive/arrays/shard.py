@@ -1,0 +1,336 @@
+"""One array as one Zarr v3 shard file, encoded and decoded directly.
+
+zarr-python writes and reads the same files, but at a fraction of the speed (`benchmarks/codecs.py`). What it wrote in
+another layout is read through it, and so is everything local where the user has chosen another codec pipeline:
+
+    zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from trajstore.archive.arrays.chunk_cache import ChunkCache
+from trajstore.archive.arrays.codecs import codecs_for, crc32c, decode, encode
+from trajstore.archive.arrays.foreign import ForeignArray, other_pipeline
+from trajstore.archive.arrays.layout import Layout, Piece, describe, is_intact, recognize
+from trajstore.archive.arrays.row_parts import RowParts
+from trajstore.archive.storage.local import LocalStorage
+from trajstore.archive.storage.protocol import Range, Storage
+from trajstore.errors import Corrupt, SchemaError
+
+__all__ = ["CHUNK_BYTES", "EncodedArray", "ShardReader", "encode_array", "layer_chunks_for"]
+
+CHUNK_BYTES = 256 << 10
+"""What one chunk holds before compression, unless told. Smaller ones compress worse (`benchmarks/codecs.py`), larger
+ones hold more than a short trajectory wants (`benchmarks/archive.py`)."""
+
+_SAMPLE = 3
+"""Chunks on which codecs are tried."""
+
+_WORTH_THREADS = 512 << 10
+"""Bytes up to which handing chunks to threads costs more than it saves."""
+
+_MISSING = np.uint64(2**64 - 1)
+"""What the index says of a chunk that was never written."""
+
+Array = np.ndarray[Any, Any]
+
+
+class EncodedArray(NamedTuple):
+    """Files of an array by their path below its folder, and which codec it was compressed with."""
+
+    files: dict[str, bytes]
+    codec: str
+
+
+def layer_chunks_for(layers: int) -> int:
+    """Into how many chunks to cut the layer axis, so that a pipeline stage reads little more than its layers.
+
+    At most 4, of at least 8 layers each.
+    """
+    return min(4, max(1, layers // 8))
+
+
+def encode_array(
+    data: Array | Sequence[Array],
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    layer_chunks: int = 1,
+    codec: str | None = None,
+    threads: Executor | None = None,
+) -> EncodedArray:
+    """Compress an array into one shard.
+
+    Beside the input it holds the compressed chunks twice, while they are joined. Parts of the input are never joined.
+
+    Args:
+        data: `[rows]` or `[rows, layers, ...]`, little-endian; or at least one of such parts, equal but for their rows.
+        chunk_bytes: what a chunk holds, before compression.
+        layer_chunks: into how many chunks the second axis is cut.
+        codec: "zstd", "shuffle" or "bitshuffle"; by default what makes a sample smallest, always "zstd" for one byte.
+        threads: where to compress; not the executor that runs this call. By default one that the process shares.
+
+    Raises:
+        SchemaError: parts that do not fit together, or a dtype that a pack does not hold.
+    """
+    rows = RowParts([data] if isinstance(data, np.ndarray) else data)
+    layout = Layout.fit(rows.shape, rows.dtype, chunk_bytes=chunk_bytes, layer_chunks=layer_chunks)
+    pool = threads or _threads(os.getpid())
+    chosen = codec or _smallest(rows, layout, pool)
+    files = {"zarr.json": describe(layout, chosen)}
+    if layout.chunks:
+        chunks = list(pool.map(lambda number: encode(chosen, rows.chunk(layout, number)), range(layout.chunks)))
+        lengths = np.array([len(chunk) for chunk in chunks])
+        index = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1).astype("<u8").tobytes()
+        files[layout.shard_name] = b"".join([*chunks, index, crc32c(index)])
+    return EncodedArray(files, chosen)
+
+
+def _smallest(rows: RowParts, layout: Layout, pool: Executor) -> str:
+    """The codec that makes a sample of chunks smallest; the first of equals."""
+    codecs = codecs_for(rows.dtype)
+    if len(codecs) == 1 or not layout.chunks:
+        return codecs[0]
+    numbers = sorted({round(at) for at in np.linspace(0, layout.chunks - 1, _SAMPLE)})
+    sample = [rows.chunk(layout, number) for number in numbers]
+
+    def size(codec: str) -> int:
+        return sum(len(encode(codec, chunk)) for chunk in sample)
+
+    sizes = list(pool.map(size, codecs))
+    return codecs[sizes.index(min(sizes))]
+
+
+@functools.cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Of this process: threads do not survive a fork."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="trajstore-shard")
+
+
+class ShardReader:
+    """Rows of an array, by rows and layers. Thread-safe; usable after a fork unless another pipeline is chosen.
+
+    Every chunk must be there and match its checksum. Arrays that are not laid out as ours are read by zarr-python:
+    a chunk missing from *their* shards reads as the fill value, a missing shard is found.
+
+    Attributes:
+        shape, dtype, chunk_shape: of the array.
+        bytes_read: compressed bytes fetched so far; those that zarr-python fetches are not counted.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        path: str,
+        *,
+        shard_size: int | None = None,
+        cache: ChunkCache | None = None,
+        threads: Executor | None = None,
+    ) -> None:
+        """Open an array.
+
+        Args:
+            storage, path: the array's folder.
+            shard_size: bytes of the shard file, where known: saves asking for it.
+            cache: where to keep chunks of which a part was read; any number of arrays may share it.
+            threads: where to decompress; by default an executor that the process shares.
+
+        Raises:
+            Corrupt: `zarr.json` is missing or damaged.
+            Conflict: see `read`.
+        """
+        self.storage = storage
+        self.path = path
+        self.bytes_read = 0
+        self._threads = threads
+        self._cache = cache
+        self._shard_size = shard_size
+        self._index: Array | None = None
+        document = self._document()
+        self._layout: Layout | None
+        self._layout, self._codec = recognize(document) or (None, "")
+        self._foreign: ForeignArray | None = None
+        found: Layout | ForeignArray
+        if self._layout is None or (other_pipeline() and isinstance(storage, LocalStorage)):
+            found = self._foreign = ForeignArray(storage, path)
+        else:
+            found = self._layout
+        self.shape = found.shape
+        self.dtype = found.dtype
+        self.chunk_shape = found.chunk_shape
+
+    def read(self, start: int, stop: int, layers: slice | None = None) -> Array:
+        """Rows `[start, stop)`, of `[rows, layers, ...]` only some neighbouring layers; the result owns its memory.
+
+        Raises:
+            Corrupt: the array holds no such rows, or what is needed of it is missing or damaged.
+            Conflict: another codec pipeline in a forked process.
+            SchemaError: `layers` of an array without layers, or with a step.
+        """
+        first, last = self._layer_range(layers)
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise Corrupt(f"{self._where} holds {self.shape[0]} rows; rows {start} to {stop} were asked for")
+        layout = self._layout
+        if self._foreign is not None:
+            return self._read_foreign(self._foreign, start, stop, first, last)
+        assert layout is not None
+        shape = (stop - start, last - first, *self.shape[2:])[: len(self.shape)]
+        out = np.empty(shape, self.dtype)
+        if out.size:
+            self._fill(layout, out.reshape(layout.flat(shape)), list(layout.pieces(start, stop, first, last)))
+        return out
+
+    def _read_foreign(self, foreign: ForeignArray, start: int, stop: int, first: int, last: int) -> Array:
+        if self._layout is not None and self._layout.chunks:
+            self._load_index(self._layout)  # to zarr-python a missing chunk reads as zeros
+        return foreign.read(start, stop, first, last)
+
+    def _fill(self, layout: Layout, out: Array, pieces: Sequence[Piece]) -> None:
+        """Decode pieces into `out [rows, layers, rest]`."""
+        cache, key = self._cache, (self.storage.location, self.path)
+        chunk_shape = layout.flat(layout.chunk_shape)
+
+        def take(piece: Piece, chunk: Array) -> None:
+            part = chunk[piece.rows, piece.layers]
+            row, layer = piece.into
+            out[row : row + part.shape[0], layer : layer + part.shape[1]] = part
+            if cache is not None and part.size < chunk.size:
+                cache.put((*key, piece.number), chunk)
+
+        def place(piece: Piece, data: memoryview) -> None:
+            try:
+                chunk = decode(self._codec, data, layout.chunk_bytes)
+            except ValueError as error:
+                raise self._damaged(layout, piece.number, str(error)) from error
+            take(piece, np.frombuffer(chunk, layout.dtype).reshape(chunk_shape))
+
+        wanted = []
+        for piece in pieces:
+            known = None if cache is None else cache.get((*key, piece.number))
+            if known is None:
+                wanted.append(piece)
+            else:
+                take(piece, known)
+        encoded = self._fetch(layout, [piece.number for piece in wanted])
+        if len(wanted) > 1 and len(wanted) * layout.chunk_bytes > _WORTH_THREADS:
+            pool = self._threads or _threads(os.getpid())
+            for _ in pool.map(place, wanted, encoded):
+                pass
+        else:
+            for piece, data in zip(wanted, encoded, strict=True):
+                place(piece, data)
+
+    def _fetch(self, layout: Layout, numbers: Sequence[int]) -> list[memoryview]:
+        """Compressed chunks, those that lie behind each other in one read."""
+        if not numbers:
+            return []
+        index = self._load_index(layout)
+        places: list[Range] = [(int(offset), int(length)) for offset, length in index[numbers]]
+        ranges: list[Range] = []
+        found: dict[Range, tuple[int, int]] = {}
+        for offset, length in sorted(places):
+            if ranges and sum(ranges[-1]) == offset:
+                ranges[-1] = (ranges[-1][0], ranges[-1][1] + length)
+            else:
+                ranges.append((offset, length))
+            found[offset, length] = len(ranges) - 1, offset - ranges[-1][0]
+        blocks = [memoryview(block) for block in self._read_shard(layout, ranges)]
+        chunks = []
+        for number, place in zip(numbers, places, strict=True):
+            block, begin = found[place]
+            chunk = blocks[block][begin : begin + place[1]]
+            if len(chunk) != place[1]:
+                raise self._damaged(layout, number, f"the file ends before it does, {len(chunk)} of {place[1]} bytes")
+            chunks.append(chunk)
+        return chunks
+
+    def _load_index(self, layout: Layout) -> Array:
+        """`[chunks, 2]`: offset and length of every chunk, each within the shard. Two threads may load it twice."""
+        if self._index is None:
+            nbytes = 16 * layout.chunks + 4
+            size = self._size_of_shard(layout)
+            if size < nbytes:
+                raise Corrupt(f"{self._where} is damaged: its shard of {size} bytes is cut off; restore it from a copy")
+            data = self._read_shard(layout, [(size - nbytes, nbytes)])[0]
+            if len(data) != nbytes or crc32c(data[:-4]) != data[-4:]:
+                raise Corrupt(
+                    f"{self._where} is damaged: the index at the end of its shard does not match its checksum, or the "
+                    "shard is cut off; restore it from a copy"
+                )
+            index = np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
+            self._check_index(layout, index, size - nbytes)
+            self._index = index
+        return self._index
+
+    def _check_index(self, layout: Layout, index: Array, size: int) -> None:
+        missing = np.flatnonzero((index == _MISSING).any(axis=1))
+        if missing.size:
+            raise self._damaged(layout, int(missing[0]), "it is missing")
+        offsets, lengths = index.T
+        outside = np.flatnonzero((offsets > size) | (lengths > size) | (offsets + lengths > size))
+        if outside.size:
+            raise self._damaged(layout, int(outside[0]), "the index says that it lies outside of the shard")
+
+    def _size_of_shard(self, layout: Layout) -> int:
+        if self._shard_size is not None:
+            return self._shard_size
+        try:
+            return self.storage.size(self._shard_path(layout))
+        except FileNotFoundError as error:
+            raise self._absent(self._shard_path(layout)) from error
+
+    def _read_shard(self, layout: Layout, ranges: Sequence[Range]) -> list[bytes]:
+        try:
+            blocks = self.storage.read_ranges(self._shard_path(layout), ranges)
+        except FileNotFoundError as error:
+            raise self._absent(self._shard_path(layout)) from error
+        self.bytes_read += sum(map(len, blocks))
+        return blocks
+
+    def _document(self) -> dict[str, Any]:
+        path = f"{self.path}/zarr.json"
+        try:
+            data = self.storage.read(path)
+        except FileNotFoundError as error:
+            raise self._absent(path) from error
+        try:
+            document = msgspec.json.decode(data, type=dict[str, Any])
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise Corrupt(f"{self._where} is damaged: its zarr.json cannot be read: {error}; restore it") from error
+        if not is_intact(document):
+            raise Corrupt(f"{self._where} is damaged: its zarr.json is not what was written; restore it from a copy")
+        return document
+
+    def _layer_range(self, layers: slice | None) -> tuple[int, int]:
+        count = self.shape[1] if len(self.shape) > 1 else 1
+        if layers is None:
+            return 0, count
+        first, last, step = layers.indices(count)
+        if step != 1 or len(self.shape) < 2:
+            raise SchemaError(f"{self._where} has shape {self.shape}; layers {layers} cannot be read of it, give a run")
+        return first, max(first, last)
+
+    def _shard_path(self, layout: Layout) -> str:
+        return f"{self.path}/{layout.shard_name}"
+
+    @property
+    def _where(self) -> str:
+        return f"array {self.path} in {self.storage.location}"
+
+    def _absent(self, path: str) -> Corrupt:
+        return Corrupt(f"{self._where} is damaged: file {path} is missing; restore it from a copy")
+
+    def _damaged(self, layout: Layout, number: int, why: str) -> Corrupt:
+        rows = layout.chunk_shape[0]
+        first = number // layout.grid[1] * rows
+        last = min(first + rows, layout.shape[0])
+        return Corrupt(
+            f"{self._where} is damaged: chunk {number} of {self._shard_path(layout)} (rows {first} to {last}): {why}; "
+            "restore it from a copy"
+        )
