@@ -5,6 +5,7 @@ overlaps). Which recording wins a row is decided in `fold.py`.
 """
 
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import msgspec
@@ -23,13 +24,14 @@ from trajstore.events import (
     SegmentOpened,
     Tokens,
     TrajectoryClosed,
+    TrajectoryDeleted,
     TrajectoryOpened,
     UnknownEvent,
     WeightVersionSpan,
 )
 from trajstore.routing import Origin
 
-__all__ = ["History", "Recording", "Segment", "TokenSpan", "read_history"]
+__all__ = ["History", "Recording", "Segment", "TokenSpan", "deleted_error", "find_tombstone", "read_history"]
 
 
 class Recording(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,8 +154,11 @@ def read_history(events: Sequence[Event], *, notes: Iterable[Event] = (), until:
         SequenceGap: an id is missing and no later segment starts at or below what was known there.
         SchemaError: an event of unknown type or of a newer schema.
         RoutingError: a recording reaches past its segment's end.
-        NotFound: there is no event `until`.
+        NotFound: there is no event `until`, or the trajectory was deleted.
     """
+    tombstone = find_tombstone(events)
+    if tombstone is not None:
+        raise deleted_error("the trajectory", tombstone)
     if until is not None:
         cut = [event for event in events if event.at <= until]
         if not cut or cut[-1].at != until:
@@ -164,6 +169,21 @@ def read_history(events: Sequence[Event], *, notes: Iterable[Event] = (), until:
     for event in events:
         walk.take(event)
     return walk.result(notes)
+
+
+def find_tombstone(events: Sequence[Event]) -> Event | None:
+    """The event that deleted a trajectory, None if there is none. It is the newest: no writer can go on above it."""
+    return events[-1] if events and isinstance(events[-1].header, TrajectoryDeleted) else None
+
+
+def deleted_error(what: str, tombstone: Event) -> NotFound:
+    """The error of whoever reads a deleted trajectory."""
+    when = datetime.fromtimestamp(tombstone.time, UTC).isoformat(" ", "seconds")
+    reason = tombstone.header.reason if isinstance(tombstone.header, TrajectoryDeleted) else ""
+    return NotFound(
+        f"{what} was deleted at {when} (event {tombstone.id}{', ' if reason else ''}{reason}); what it held is not "
+        "readable any more, and its id is not used again"
+    )
 
 
 class _OpenSegment:

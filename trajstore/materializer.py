@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from trajstore.blob import to_blob
+from trajstore.deletion import removal
 from trajstore.errors import (
     Corrupt,
     NotFound,
@@ -21,7 +22,7 @@ from trajstore.errors import (
     TrajstoreError,
     Unavailable,
 )
-from trajstore.events import CLOSED_STATUSES
+from trajstore.events import CLOSED_STATUSES, TrajectoryDeleted
 from trajstore.fold import Policy
 from trajstore.log.feed import MATERIALIZER, FeedFollower, Hint, worker_name
 from trajstore.ready import ReadyMember, ReadyQueue
@@ -175,8 +176,11 @@ class Materializer:
             log.error("%s cannot be folded and is not published: %s", id, error)
 
     def _publish(self, id: str) -> None:
-        plan = self._store.plan(id, policy=self._policy)
-        history = plan.history
+        try:
+            history = self._store.plan(id, policy=self._policy).history
+        except NotFound:
+            self._withdraw(id)
+            return
         if history.status not in CLOSED_STATUSES:
             return
         group, size = history.opened.group, history.opened.group_size
@@ -188,6 +192,9 @@ class Materializer:
         if len(blob) <= self._blob_bytes:
             self._ready.put_blob(id, history.closes, blob, keep=self._blob_seconds)
         self._on_step("laid")
+        if self._store.tombstone(id) is not None:  # since it was read: whoever deleted it may have missed the blob
+            self._withdraw(id)
+            return
         member = ReadyMember(
             id=id,
             version=history.closes,
@@ -210,6 +217,23 @@ class Materializer:
             self.done.tokens += len(trajectory)
             self.done.nbytes += len(blob)
         self.done.groups += offer.published is not None
+
+    def _withdraw(self, id: str) -> None:
+        """If it was deleted: what it still has in the hot log goes, and its group waits for it no longer."""
+        tombstone = self._store.tombstone(id)
+        if tombstone is None or not isinstance(tombstone.header, TrajectoryDeleted):
+            return
+        self._store.wire.call_all(removal(self._store.keys, id, tombstone.at))
+        published = self._ready.withdraw(
+            id,
+            at=tombstone.id,
+            group=tombstone.header.group,
+            group_size=tombstone.header.group_size,
+            policy=self._policy,
+            keep=self._assembly_seconds,
+            goes_on=self._goes_on,
+        )
+        self.done.groups += published is not None
 
     def _goes_on(self, member: ReadyMember) -> bool:
         """True if a member that was aborted has been resumed since: its group waits until it is closed again."""

@@ -1,6 +1,6 @@
 """The reading half of the facade: what a store and a bare archive have in common."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from trajstore.entries import Event
 from trajstore.errors import SchemaError
@@ -11,12 +11,13 @@ from trajstore.ingest import require_id
 from trajstore.overlaps import Overlap, find_overlaps
 from trajstore.routing import RoutingArray
 from trajstore.summary import Summary
-from trajstore.trajectory import Trajectory
+from trajstore.trajectory import RoutedRows, Trajectory
 from trajstore.view import View
 
-__all__ = ["Archive", "wanted_statuses"]
+__all__ = ["ALL_STATUSES", "Archive", "wanted_statuses"]
 
-_STATUSES = ("open", *CLOSED_STATUSES)
+_THERE: tuple[str, ...] = ("open", *CLOSED_STATUSES)
+ALL_STATUSES = (*_THERE, "deleted")
 
 
 class Archive:
@@ -34,7 +35,7 @@ class Archive:
             until: id of an event, e.g. "3-7": the state when it had just happened.
 
         Raises:
-            NotFound: no such trajectory or event.
+            NotFound: no such trajectory or event, or the trajectory was deleted.
             SequenceGap: the log has a hole; the error's `last_good` loads.
             Corrupt: stored bytes are damaged or gone.
             SchemaError: written by a newer trajstore.
@@ -68,11 +69,35 @@ class Archive:
         self._settle(id)
         return self._view.rows(id, recording)
 
+    def load_routing(
+        self,
+        id: str,
+        *,
+        rows: tuple[int, int] | None = None,
+        layers: Sequence[int] | None = None,
+        policy: Policy = "last_segment_wins",
+        until: str | EventId | None = None,
+    ) -> RoutedRows:
+        """The folded routing of some rows and layers, without the rest of the trajectory.
+
+        What is archived is read in part: the chunks that hold these rows and layers, and no others.
+
+        Args:
+            rows: positions `(start, stop)`; default all.
+            layers: global layer ids, in the order wanted; default all of the routing spec.
+
+        Raises:
+            SchemaError: the trajectory has no routing, or no such rows or layers.
+            NotFound, SequenceGap, Corrupt: as `load`.
+        """
+        self._settle(id)
+        return self._view.routing(id, policy, None if until is None else EventId.parse(until), rows, layers)
+
     def list(self, *, status: str | Collection[str] | None = None, group: str | None = None) -> list[Summary]:
         """Summaries of trajectories, oldest id first.
 
         Args:
-            status: only these: open, completed, truncated, failed, aborted.
+            status: only these: open, completed, truncated, failed, aborted, deleted; default all but deleted.
             group: only members of this group.
         """
         wanted = wanted_statuses(status)
@@ -85,6 +110,11 @@ class Archive:
         ]
         return sorted(found, key=lambda summary: summary.id)
 
+    def tombstone(self, id: str) -> Event | None:
+        """The event that deleted a trajectory, a `TrajectoryDeleted`; None if none did."""
+        self._settle(id)
+        return self._view.tombstone(id)
+
     def _settle(self, id: str | None) -> None:
         """Before anything is read: nothing is ever on its way into a bare archive."""
         if id is not None:
@@ -92,16 +122,16 @@ class Archive:
 
 
 def wanted_statuses(status: str | Collection[str] | None) -> frozenset[str]:
-    """The statuses that a filter means; None for all.
+    """The statuses that a filter means; None for all but deleted.
 
     Raises:
         SchemaError: there is no such status.
     """
     try:
-        wanted = frozenset(_STATUSES if status is None else [status] if isinstance(status, str) else status)
+        wanted = frozenset(_THERE if status is None else [status] if isinstance(status, str) else status)
     except TypeError as error:
         raise SchemaError(f"a status is a string or several, not {status!r}") from error
-    if not wanted <= frozenset(_STATUSES):
-        unknown = ", ".join(sorted(map(str, wanted - frozenset(_STATUSES))))
-        raise SchemaError(f"there is no status {unknown}; statuses are {', '.join(_STATUSES)}")
+    if not wanted <= frozenset(ALL_STATUSES):
+        unknown = ", ".join(sorted(map(str, wanted - frozenset(ALL_STATUSES))))
+        raise SchemaError(f"there is no status {unknown}; statuses are {', '.join(ALL_STATUSES)}")
     return wanted

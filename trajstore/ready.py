@@ -5,7 +5,8 @@ because it can always be folded again. Publishing is keyed by (trajectory, versi
 
 A group is complete when as many members have been closed as it is to have, aborted ones too: whether to train on those
 is the trainer's choice. It is published again, whole and under a higher version, for each change after that: a member
-that was resumed and closed again, or one beyond its size.
+that was resumed and closed again, or one beyond its size. A member that was deleted counts as come and is left out: its
+group waits for it no longer, and is not published again because of it.
 """
 
 import logging
@@ -15,11 +16,14 @@ from typing import Any, NamedTuple
 import msgspec
 import redis
 
-from trajstore.errors import Unavailable
+from trajstore.entries import decode_entry
+from trajstore.errors import Corrupt, SchemaError, Unavailable
 from trajstore.events import EventId
+from trajstore.history import find_tombstone
 from trajstore.log.feed import lowest_needed, parse_stream
 from trajstore.log.keys import Keys
 from trajstore.log.run import TRAINER_GROUP
+from trajstore.log.stream import parse_entries
 from trajstore.log.wire import FULL_AT, Command, Wire, memory_use, translate
 
 __all__ = ["Delivery", "Offer", "ReadyFollower", "ReadyGroup", "ReadyMember", "ReadyQueue"]
@@ -29,6 +33,7 @@ log = logging.getLogger(__name__)
 _ATTEMPTS = 100
 _PUBLISHED = b"\x00published"  # no id begins so
 _SIZE = b"\x00size"
+_DELETED = "deleted"
 
 
 class ReadyMember(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,7 +61,8 @@ class ReadyGroup(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         group: name, None for a trajectory without one.
-        version: sum of the members' versions; rises when a member was closed again or another one came.
+        version: sum of the members' versions, of deleted ones the last offered; rises when a member was closed again or
+            another one came.
         policy: of the fold.
         members: by id.
     """
@@ -126,21 +132,21 @@ class ReadyQueue:
                 published, known_size = int(held.pop(_PUBLISHED, b"0")), int(held.pop(_SIZE, b"0"))
                 members = {found.id: found for found in map(_decode_member, held.values())}
                 before = members.get(member.id)
-                if before is not None and before.version > member.version:
+                if member.status == _DELETED and before is not None:  # no version comes or goes with it
+                    member = msgspec.structs.replace(member, version=before.version)
+                if before is not None and (before.version > member.version or before.status == _DELETED):
                     return Offer(False, None)
                 members[member.id] = member
+                there = tuple(members[one] for one in sorted(members) if members[one].status != _DELETED)
                 size = max(known_size, group_size or 1)
                 commands: list[Command] = [("HSET", key, member.id, _encode(member), _SIZE, size)]
                 version = sum(one.version for one in members.values())
                 others = (one for one in members.values() if one.id != member.id and one.status == "aborted")
                 ready: ReadyGroup | None = None
-                if len(members) >= size and version > published and not any(map(goes_on, others)):
-                    ready = ReadyGroup(
-                        group=group,
-                        version=version,
-                        policy=policy,
-                        members=tuple(members[one] for one in sorted(members)),
-                    )
+                if len(members) >= size and not there:
+                    commands.append(("PEXPIRE", key, int(keep * 1000)))
+                elif len(members) >= size and version > published and not any(map(goes_on, others)):
+                    ready = ReadyGroup(group=group, version=version, policy=policy, members=there)
                     stream = self._keys.ready(self._keys.partition(name))
                     commands.append(("XADD", stream, "*", "g", _encode(ready)))
                     commands.append(("HSET", key, _PUBLISHED, version))
@@ -150,6 +156,31 @@ class ReadyQueue:
                         log.warning("group %s: sizes %d and %s; the larger counts", group, known_size, group_size)
                     return Offer(before is None or before.version < member.version, ready)
         raise Unavailable(f"group {group!r} was changed by others {_ATTEMPTS} times in a row")
+
+    def withdraw(
+        self,
+        id: str,
+        *,
+        at: str,
+        group: str | None,
+        group_size: int | None,
+        policy: str,
+        keep: float,
+        goes_on: Callable[[ReadyMember], bool],
+    ) -> ReadyGroup | None:
+        """Take a deleted trajectory out of its group.
+
+        Args:
+            at: id of its tombstone.
+            group, group_size, policy, keep, goes_on: as for `offer`.
+
+        Returns:
+            The entry of its group, if that waited for this one only; None else.
+        """
+        if group is None or group_size is None:  # nobody waits for it
+            return None
+        gone = ReadyMember(id=id, version=0, status=_DELETED, at=at, tokens=0, nbytes=0)
+        return self.offer(gone, group=group, group_size=group_size, policy=policy, keep=keep, goes_on=goes_on).published
 
     def put_blob(self, id: str, version: int, blob: bytes, *, keep: float) -> None:
         """Lay a fold beside its entry for `keep` seconds, if the server has room for it; else readers fold it."""
@@ -237,6 +268,15 @@ class ReadyFollower:
         """The folds of members, in one round trip; None for one that is gone and must be folded again."""
         return iter(self._wire.call_all([("GET", self._keys.ready_payload(one.id, one.version)) for one in members]))
 
+    def deleted(self, members: Iterable[ReadyMember]) -> set[str]:
+        """Ids of those whose tombstone lies in the hot log: for them a blob may lie there still, and must not be used.
+
+        Once a tombstone is archived and trimmed, the blobs are gone.
+        """
+        ids = sorted({one.id for one in members})
+        replies = self._wire.exchange([("XREVRANGE", self._keys.entries(id), "+", "-", "COUNT", 1) for id in ids])
+        return {id for id, reply in zip(ids, replies, strict=True) if _is_tombstone(reply)}
+
     def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
         """These entries were used. What every group has used is trimmed, and its blobs go."""
         by_partition: dict[int, list[Delivery]] = {}
@@ -284,6 +324,14 @@ def _assembly_name(id: str, group: str | None, group_size: int | None) -> str:
 
 def _deliveries(partition: int, entries: object) -> list[Delivery]:
     return [Delivery(partition, at, _decode_group(fields[b"g"])) for at, fields in parse_stream(entries)]
+
+
+def _is_tombstone(reply: object) -> bool:
+    """What XREVRANGE gave is a tombstone. What is not trajstore's is none; whoever reads the trajectory says so."""
+    try:
+        return any(find_tombstone(decode_entry(at, data)) is not None for at, data in parse_entries(reply))
+    except (Corrupt, SchemaError):
+        return False
 
 
 def _field(flat: Any, name: bytes) -> Any:

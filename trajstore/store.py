@@ -10,22 +10,26 @@ from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from ulid import ULID
 
 from trajstore.archive.of_run import RunArchive
 from trajstore.archive.reader import ArchiveReader
-from trajstore.errors import Conflict, NotFound, SchemaError, TrajstoreError, Unavailable
-from trajstore.events import CLOSED_STATUSES, EventId, TrajectoryOpened
-from trajstore.ingest import check_count, check_finite, check_group, check_id, check_json
+from trajstore.backlog import Backlog, measure_backlog
+from trajstore.deletion import removal, write_tombstone
+from trajstore.errors import Conflict, Fenced, NotFound, SchemaError, StoreFull, TrajstoreError, Unavailable
+from trajstore.events import CLOSED_STATUSES, EventId, TrajectoryDeleted, TrajectoryOpened
+from trajstore.history import deleted_error
+from trajstore.ingest import check_count, check_finite, check_group, check_id, check_json, check_label
 from trajstore.log.flusher import FSYNC_HORIZON, KEPT_BYTES, Flusher
 from trajstore.log.keys import Keys
 from trajstore.log.reader import HotReader
 from trajstore.log.run import RunInfo, read_run, require_fsync
 from trajstore.log.stream import stream_last_id
 from trajstore.log.wire import Wire
-from trajstore.reading import Archive, wanted_statuses
+from trajstore.reading import ALL_STATUSES, Archive, wanted_statuses
 from trajstore.routing import RoutingSpec
 from trajstore.server import Ack, EmbeddedServer
 from trajstore.summary import Summary, encode_summary, summarize
@@ -42,6 +46,7 @@ class Store(Archive):
         run: its name.
         incarnation: ULID of this run's beginning.
         partitions: P.
+        routing_order: of the specs that are recorded, "engine" or "sorted".
         location: what was opened, fit for messages.
     """
 
@@ -62,6 +67,7 @@ class Store(Archive):
         self.run = run
         self.incarnation = info.incarnation
         self.partitions = info.partitions
+        self.routing_order = info.routing_order
         self._archive = archive
         self.timeout = timeout
         self.ack = ack
@@ -110,7 +116,8 @@ class Store(Archive):
             id: 1 to 200 letters, digits or ._:@+=~-; default a fresh ULID. Ids are never reused.
             group: the prompt that it belongs to (GRPO).
             group_size: how many members make the group complete; None: each is published by itself.
-            routing: layers and experts; None: no routing will be recorded.
+            routing: layers and experts; None: no routing will be recorded. In a run whose `routing_order` is "sorted"
+                the recorded spec is sorted, whatever this one says; elsewhere as this one says.
             metadata: plain JSON data, at most 64 KiB.
 
         Raises:
@@ -123,6 +130,8 @@ class Store(Archive):
             raise SchemaError(f"group_size {size} needs to be positive and to have a group")
         if routing is not None and not isinstance(routing, RoutingSpec):
             raise SchemaError(f"routing must be a RoutingSpec, not {type(routing).__name__}")
+        if routing is not None and self.routing_order == "sorted":
+            routing = msgspec.structs.replace(routing, order="sorted")
         opened = TrajectoryOpened(
             group=check_group(group),
             group_size=size,
@@ -139,10 +148,41 @@ class Store(Archive):
         """A handle on an existing trajectory as it stands now, to resume, score, close or annotate it.
 
         Raises:
-            NotFound: no such trajectory.
+            NotFound: no such trajectory, or it was deleted.
         """
         self._settle(id)
         return TrajectoryWriter.resume(self._view.read(id), self._flusher, self._load_tokens)
+
+    def delete(self, id: str | None = None, *, group: str | None = None, reason: str = "") -> int:
+        """Delete a trajectory, or every member of a group that is known now. Waits until that is acknowledged.
+
+        From then on it cannot be read or gone on with, here or from its archive, and its id stays taken. A writer that
+        has it open is not asked, but `Fenced`. The hot log's payloads go at once; what packs hold of it goes with a
+        compaction. To delete again is no error, and removes what a crash has left.
+
+        Args:
+            reason: kept in the tombstone, as is the group's name; at most 1000 characters.
+
+        Returns:
+            How many trajectories this call deleted; those that were deleted before do not count.
+
+        Raises:
+            NotFound: no trajectory of this id. A group without members is none: it gives 0.
+            SchemaError: neither an id nor a group, or both; a bad reason.
+            StoreFull: the server has no room for a tombstone; nothing was changed. An archiver makes room.
+            Unavailable: the server did not answer before the deadline; delete again to know what became of it.
+        """
+        self._require_open()
+        if (id is None) == (group is None):
+            raise SchemaError("delete takes the id of a trajectory or group=, one of them")
+        why = check_label(reason, name="reason")
+        if id is not None:
+            return int(self._delete(id, why))
+        deleted = 0
+        for member in self.list(status=ALL_STATUSES, group=check_group(group)):
+            with contextlib.suppress(NotFound):  # a summary is a hint, it may outlive its trajectory
+                deleted += self._delete(member.id, why)
+        return deleted
 
     def wait(
         self, id: str, *, status: str | Collection[str] = CLOSED_STATUSES, timeout: float | None = None
@@ -153,6 +193,7 @@ class Store(Archive):
             timeout: seconds, default the store's.
 
         Raises:
+            NotFound: it was deleted, and that is not what was waited for.
             Unavailable: it did not come to that before the deadline (also a `TimeoutError`).
         """
         wanted = wanted_statuses(status)
@@ -162,7 +203,7 @@ class Store(Archive):
             self._settle(id)
             newest, seen = "0-0", f"{id} is not there yet"
             try:
-                log = self._view.read(id)
+                log = self._view.read_deleted_too(id)
             except NotFound:
                 log = None
             if log is not None:
@@ -170,6 +211,8 @@ class Store(Archive):
                 summary = summarize(id, log.events)
                 if summary is not None and summary.status in wanted:
                     return summary
+                if log.tombstone is not None:
+                    raise deleted_error(id, log.tombstone)
                 seen = f"{id} is {summary.status if summary else 'empty'}"
             left = deadline - time.monotonic()
             if left <= 0:
@@ -217,7 +260,7 @@ class Store(Archive):
         What became final and was archived and removed has its summary in the archive only.
         """
         with contextlib.suppress(NotFound):
-            summary = summarize(id, self._view.read(id).events)
+            summary = summarize(id, self._view.read_deleted_too(id).events)
             name = self.keys.summaries(self.keys.partition(id))
             stream = self.keys.entries(id)
             with self.wire.watching(stream) as watch:
@@ -226,6 +269,16 @@ class Store(Archive):
                     self.wire.transaction([("HDEL", name, id)], watch=watch)
                 elif summary is not None and EventId.parse(summary.last) >= last:
                     self.wire.transaction([("HSET", name, id, encode_summary(summary))], watch=watch)
+
+    def backlog(self) -> Backlog:
+        """What the hot log holds that is not archived yet, and how full the server is. Only looks; does not flush.
+
+        Raises:
+            Unavailable: the server or the archive did not answer.
+            Corrupt: something cannot be read.
+        """
+        self._require_open()
+        return measure_backlog(self.wire, self.keys, self.hot, self.archive)
 
     def rebuild_summaries(self) -> int:
         """Write all hot trajectories' summaries anew, from the log; returns how many. For a lost summary hash."""
@@ -260,6 +313,40 @@ class Store(Archive):
 
     def __repr__(self) -> str:
         return f"<Store {self.location} run {self.run!r}>"
+
+    def _delete(self, id: str, reason: str) -> bool:
+        """Write a tombstone if there is none, and remove what the hot log holds beside it."""
+        deadline = time.monotonic() + self.timeout
+        while True:
+            self._settle(id)
+            # Some of what the stream took may be lost. Asked before it is read: nobody's tombstone may lie in between.
+            taken = stream_last_id(self.wire.exchange([("XINFO", "STREAM", self.keys.entries(id))])[0])
+            log = self._view.read_deleted_too(id)
+            if log.tombstone is not None:
+                self.wire.call_all(removal(self.keys, id, log.tombstone.at))
+                with contextlib.suppress(StoreFull):  # it is a hint
+                    self.repair_summary(id)
+                return False
+            summary = summarize(id, log.events)
+            try:
+                tombstone = write_tombstone(
+                    self._flusher,
+                    id,
+                    TrajectoryDeleted(
+                        reason=reason,
+                        group=summary.group if summary else None,
+                        group_size=summary.group_size if summary else None,
+                    ),
+                    after=max(log.last_entry, taken or log.last_entry),
+                    in_hot=log.in_hot,
+                    summary=summary,
+                )
+            except Fenced:  # somebody else's turn came first
+                if time.monotonic() > deadline:
+                    raise
+                continue
+            self.wire.call_all(removal(self.keys, id, tombstone))
+            return True
 
     def _load_tokens(self, id: str, until: EventId) -> npt.NDArray[np.int32]:
         return self._view.load(id, "last_segment_wins", until).token_ids

@@ -12,6 +12,7 @@ from trajstore.events import (
     SegmentOpened,
     Tokens,
     TrajectoryClosed,
+    TrajectoryDeleted,
     TrajectoryOpened,
     payload_of,
 )
@@ -24,7 +25,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         id, group, group_size: as given at `create`.
-        status: open, completed, truncated, failed or aborted.
+        status: open, completed, truncated, failed, aborted or deleted; of a deleted one only its id, group, group_size,
+            created, updated and last are kept.
         segments: how many were opened.
         tokens: T, context and sampled, after rewinds.
         rows: routing rows recorded, of all segments' recordings together.
@@ -64,6 +66,16 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 def advance(summary: Summary | None, id: str, at: EventId, time: float, header: Header) -> Summary:
     """The summary after one more event. Notes do not change it: their writers do not know the newest one."""
     now = summary or Summary(id=id, created=time)
+    if isinstance(header, TrajectoryDeleted):
+        return Summary(
+            id=id,
+            group=header.group,
+            group_size=header.group_size,
+            status="deleted",
+            created=now.created,
+            updated=time,
+            last=str(at),
+        )
     payload = payload_of(header)
     nbytes = now.nbytes + (payload.nbytes if payload else 0)
     changes: dict[str, object] = {"updated": time, "last": str(at), "nbytes": nbytes}

@@ -12,15 +12,15 @@ import msgspec
 from trajstore.archive.pack import ReadEntry
 from trajstore.archive.reader import ArchiveReader
 from trajstore.entries import Buffer, Event, check_payload, entry_digest
-from trajstore.errors import Corrupt, NotFound
+from trajstore.errors import Corrupt, NotFound, SchemaError
 from trajstore.events import EventId, TrajectoryOpened
 from trajstore.fold import Plan, Policy, plan
-from trajstore.history import Recording
+from trajstore.history import Recording, deleted_error, find_tombstone
 from trajstore.log.reader import HotEntry, HotReader
 from trajstore.log.stream import nonce_of
-from trajstore.routing import RoutingArray
+from trajstore.routing import RoutingArray, RoutingSpec
 from trajstore.summary import Summary
-from trajstore.trajectory import Trajectory
+from trajstore.trajectory import RoutedRows, Trajectory
 
 __all__ = ["TrajectoryLog", "View"]
 
@@ -33,6 +33,7 @@ class TrajectoryLog(msgspec.Struct, frozen=True, kw_only=True):
         events, notes: by id, each once.
         last_entry, last_nonce: the newest entry, which the next claim must follow.
         in_hot: its stream exists in the hot log.
+        tombstone: the event that deleted it, None while it is there; then it is the only event that is given.
     """
 
     id: str
@@ -41,6 +42,10 @@ class TrajectoryLog(msgspec.Struct, frozen=True, kw_only=True):
     last_entry: EventId
     last_nonce: int
     in_hot: bool
+
+    @property
+    def tombstone(self) -> Event | None:
+        return find_tombstone(self.events)
 
 
 Result = TypeVar("Result")
@@ -66,23 +71,39 @@ class View:
         """Every event of a trajectory.
 
         Raises:
-            NotFound: neither part knows it.
+            NotFound: neither part knows it, or it was deleted.
             Corrupt: both hold an entry of the same id, but not the same entry.
         """
+        log = self.read_deleted_too(id)
+        if log.tombstone is not None:
+            raise deleted_error(id, log.tombstone)
+        return log
+
+    def tombstone(self, id: str) -> Event | None:
+        """The event that deleted a trajectory, None if it was not deleted."""
+        try:
+            return self.read_deleted_too(id).tombstone
+        except NotFound:
+            return None
+
+    def read_deleted_too(self, id: str) -> TrajectoryLog:
+        """As `read`; of a deleted trajectory its tombstone, whatever else is not removed yet."""
         hot, hot_notes = self._hot.read(id) if self._hot is not None else ([], [])
         old: list[ReadEntry] = []
         old_notes: list[ReadEntry] = []
-        archive = self._archive()
+        tombstone = find_tombstone(hot[-1].events()) if hot else None
+        archive = self._archive() if tombstone is None else None
         if archive is not None:  # even if no entry was trimmed: notes may be, and copies must agree
             old, old_notes = archive.read(id)
         if not hot and not old:
             raise NotFound(f"there is no trajectory {id!r} here (is it flushed? is this the right store?)")
         newest = [(entry.at, nonce_of(entry.data)) for entry in hot[-1:]] + [(e.at, e.nonce) for e in old[-1:]]
         last_entry, last_nonce = max(newest)
+        deleted = tombstone or find_tombstone(old[-1].events if old else [])
         return TrajectoryLog(
             id=id,
-            events=_merge(id, hot, old),
-            notes=_merge(id, hot_notes, old_notes, note=True),
+            events=_merge(id, hot, old) if deleted is None else [deleted],
+            notes=_merge(id, hot_notes, old_notes, note=True) if deleted is None else [],
             last_entry=last_entry,
             last_nonce=last_nonce,
             in_hot=bool(hot) or (self._hot is not None and self._hot.exists(id)),
@@ -134,6 +155,36 @@ class View:
 
         return _settled(id, fetch)
 
+    def routing(
+        self, id: str, policy: Policy, until: EventId | None, rows: tuple[int, int] | None, layers: Sequence[int] | None
+    ) -> RoutedRows:
+        """Some rows and layers of a trajectory's folded routing; from the archive only they are read."""
+
+        def fold() -> RoutedRows:
+            decided = self.plan(id, policy, until)
+            spec = decided.history.opened.routing
+            start, stop = (0, decided.history.length) if rows is None else rows
+            if spec is None or layers is None:
+                return decided.routed(start, stop, lambda *wanted: self._routed(id, spec, slice(None), *wanted))
+            columns = _columns(spec, layers)
+            span = slice(min(columns), max(columns) + 1)
+            found = decided.routed(start, stop, lambda *wanted: self._routed(id, spec, span, *wanted))
+            return found.only([column - span.start for column in columns])
+
+        return _settled(id, fold)
+
+    def _routed(
+        self, id: str, spec: RoutingSpec | None, layers: slice, event: Event, first: int, stop: int
+    ) -> RoutingArray:
+        archive = self._archive()
+        if event.stored != "hot" and archive is not None:
+            rows = archive.routed(id, event, first, stop, layers)
+            if rows is None:
+                raise _Gone(event.id)
+            return rows
+        assert spec is not None
+        return spec.from_bytes(next(iter(self._payloads(id, [event]))))[first:stop, layers]
+
     def summaries(self, partition: int) -> Iterable[Summary]:
         """Summaries of a partition's trajectories, hot ones where both parts know one."""
         hot = {summary.id: summary for summary in self._hot.summaries(partition)} if self._hot is not None else {}
@@ -162,6 +213,14 @@ class View:
         if archive is not None:
             return archive.payloads(id, events)
         raise AssertionError("an event came from a part that is not there")
+
+
+def _columns(spec: RoutingSpec, layers: Sequence[int]) -> list[int]:
+    """Places of global layer ids in the layer axis."""
+    missing = [layer for layer in layers if layer not in spec.layer_ids]
+    if missing or not layers:
+        raise SchemaError(f"layers must name routing layers by global id, not {missing}; they are {spec.layer_ids}")
+    return [spec.layer_ids.index(layer) for layer in layers]
 
 
 def _settled(id: str, read: Callable[[], Result]) -> Result:

@@ -28,7 +28,8 @@ class ReadyTrajectories:
         group: name, None for a trajectory without one.
         version: rises when the group is published again because a member was closed again or another one came.
         trajectories: its members, folded, by id.
-        missing: members that cannot be read any more, by id, with the reason. Normally empty.
+        missing: members that cannot be read any more, by id, with the reason: deleted ones, and damaged ones. Normally
+            empty.
         delivery: what `TrajectoryReader.acknowledge` acknowledges.
     """
 
@@ -53,6 +54,10 @@ class TrajectoryReader:
             name that nobody had.
         claim_seconds: how long a consumer may have something before others take it over; more than from one `take` to
             the next, or to `acknowledge`.
+
+    Attributes:
+        deleted: members that were published, and deleted before this reader came to them. A group lacks them; an entry
+            without any other member is skipped and acknowledged.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class TrajectoryReader:
         self._held: list[Delivery] = []
         self._outstanding: set[tuple[int, str]] = set()
         self._next_claim = 0.0
+        self.deleted = 0
 
     def take(self, groups: int = 1, timeout: float = 60.0) -> list[ReadyTrajectories]:
         """Wait for entries that are ready.
@@ -83,19 +89,15 @@ class TrajectoryReader:
                 What was found until then is returned by the next call.
         """
         deadline = time.monotonic() + timeout
-        while len(self._held) < groups:
-            left = deadline - time.monotonic()
-            self._look(groups - len(self._held), block=max(0.0, min(left, self._store.timeout / 2)))
-            if left <= 0:
-                break
-        if not self._held:
-            raise Unavailable(
-                f"nothing was ready for group {self._group!r} of {self._store.location} within {timeout:g} s; is a "
-                "materializer running (`trajstore materialize STORE`), and are trajectories being closed?"
-            )
-        taken = self._held[:groups]
-        ready = self._read(taken)
-        del self._held[: len(taken)]
+        ready: list[ReadyTrajectories] = []
+        while not ready:
+            self._fill(groups, deadline)
+            if not self._held:
+                raise Unavailable(
+                    f"nothing was ready for group {self._group!r} of {self._store.location} within {timeout:g} s; is a "
+                    "materializer running (`trajstore materialize STORE`), and are trajectories being closed?"
+                )
+            ready = self._read_held(groups)
         return ready
 
     def acknowledge(self, ready: Iterable[ReadyTrajectories]) -> None:
@@ -107,6 +109,24 @@ class TrajectoryReader:
         deliveries = [one.delivery for one in ready]
         self._queue.acknowledge(deliveries)
         self._outstanding.difference_update(map(_place, deliveries))
+
+    def _fill(self, groups: int, deadline: float) -> None:
+        """Hold so many entries, or what there is at the deadline."""
+        while len(self._held) < groups:
+            left = deadline - time.monotonic()
+            self._look(groups - len(self._held), block=max(0.0, min(left, self._store.timeout / 2)))
+            if left <= 0:
+                break
+
+    def _read_held(self, groups: int) -> list[ReadyTrajectories]:
+        """Read up to so many entries of those held, but for those all of whose members were deleted."""
+        taken = self._held[:groups]
+        deleted, ready = self._read(taken)
+        gone = [one for one in ready if deleted.issuperset(member.id for member in one.delivery.group.members)]
+        self.acknowledge(gone)
+        del self._held[: len(taken)]
+        self.deleted += sum(member.id in deleted for one in taken for member in one.group.members)
+        return [one for one in ready if one not in gone]
 
     def _look(self, count: int, *, block: float) -> None:
         """Find up to `count` entries: what this consumer once had, what silent ones have, what is new."""
@@ -136,19 +156,25 @@ class TrajectoryReader:
         self._held += found
         self._outstanding.update(map(_place, found))
 
-    def _read(self, deliveries: Sequence[Delivery]) -> list[ReadyTrajectories]:
+    def _read(self, deliveries: Sequence[Delivery]) -> tuple[set[str], list[ReadyTrajectories]]:
+        """Ids of deleted members, and the entries."""
         members = {_version(member): member for delivery in deliveries for member in delivery.group.members}
         blobs = dict(zip(members, self._queue.blobs(list(members.values())), strict=True))
+        deleted = self._queue.deleted(members.values())  # after the blobs: what is not deleted by now was not before
         ready = []
         for delivery in deliveries:
             entry = delivery.group
             trajectories: list[Trajectory] = []
             missing: dict[str, str] = {}
             for member in entry.members:
+                blob = None if member.id in deleted else blobs[_version(member)]
                 try:
-                    trajectories.append(self._fold(member, blobs[_version(member)], cast(Policy, entry.policy)))
+                    trajectories.append(self._fold(member, blob, cast(Policy, entry.policy)))
                 except (NotFound, Corrupt, SequenceGap, RoutingError, SchemaError) as error:
-                    log.error("%s of group %s is ready and cannot be read any more: %s", member.id, entry.group, error)
+                    if isinstance(error, NotFound) and self._store.tombstone(member.id) is not None:
+                        deleted.add(member.id)
+                    else:
+                        log.error("%s of group %s is ready and cannot be read: %s", member.id, entry.group, error)
                     missing[member.id] = str(error)
             ready.append(
                 ReadyTrajectories(
@@ -159,7 +185,7 @@ class TrajectoryReader:
                     delivery=delivery,
                 )
             )
-        return ready
+        return deleted, ready
 
     def _fold(self, member: ReadyMember, blob: bytes | None, policy: Policy) -> Trajectory:
         if blob is not None:

@@ -299,13 +299,13 @@ def test_an_archive_elsewhere_is_found_again_without_being_named(folder, tmp_pat
     with trajstore.open(folder, partitions=1, archive=tmp_path / "cold"):
         pass
     with trajstore.open(folder) as store:
-        assert store.archive.root.path == tmp_path / "cold"
+        assert store.archive.root.location == str(tmp_path / "cold")
     assert not (folder / "archive").exists()
 
 
 def test_a_run_on_a_server_finds_its_archive_again_without_being_told(open_store, tmp_path):
     open_store(archive=tmp_path / "cold")
-    assert open_store().archive.root.path == tmp_path / "cold"
+    assert open_store().archive.root.location == str(tmp_path / "cold")
 
 
 def test_a_second_archive_would_split_the_run_and_is_refused(open_store, tmp_path):
@@ -322,8 +322,8 @@ def test_an_archive_that_is_not_where_it_was_is_not_begun_anew(open_store, tmp_p
     with pytest.raises(trajstore.Conflict, match=r"holds no archive\. Give archive= where"):
         open_store()
     assert not (tmp_path / "cold").exists()
-    assert open_store(archive=tmp_path / "moved").archive.root.path == tmp_path / "moved"
-    assert open_store().archive.root.path == tmp_path / "moved"
+    assert open_store(archive=tmp_path / "moved").archive.root.location == str(tmp_path / "moved")
+    assert open_store().archive.root.location == str(tmp_path / "moved")
 
 
 def test_an_embedded_store_whose_archive_was_removed_is_refused(archived):

@@ -259,7 +259,7 @@ def test_a_folder_reached_through_a_link_is_the_same_store(folder, tmp_path):
 def test_a_relative_folder_works_and_goes_on_working_after_a_chdir(folder, user, child):
     process = child(cwd=folder.parent)
     process.do("store = trajstore.open('store', partitions=1); os.chdir('/')")
-    assert process.ask("str(store.archive.root.path)") == str(folder / "archive")
+    assert process.ask("store.archive.root.location") == str(folder / "archive")
     process.do("store.create(id='a'); store.flush()")
     (server,) = servers_of(folder)
     os.kill(server, signal.SIGKILL)
@@ -276,7 +276,7 @@ def test_a_moved_folder_opens_with_its_archive(folder, tmp_path):
     folder.rename(moved)
     with trajstore.open(moved, create=False) as store:
         assert [found.id for found in store.list()] == ["a"]
-        assert store.archive.root.path == moved / "archive"
+        assert store.archive.root.location == str(moved / "archive")
     assert not folder.exists()
 
 

@@ -19,6 +19,7 @@ from trajstore.events import (
     RoutingObserved,
     SegmentClosed,
     TrajectoryClosed,
+    TrajectoryDeleted,
     payload_of,
 )
 from trajstore.log.keys import Keys
@@ -31,7 +32,7 @@ BATCH_BYTES = 1 << 20
 """A batch takes no further event beyond this. A server executes one large payload per MULTI as fast as a bare SET, but
 MULTIs of several at half the speed or less: they fall out of its caches (benchmarks/append.py)."""
 
-LIFECYCLE = (SegmentClosed, Rewarded, TrajectoryClosed, RoutingObserved, LateRouting)
+LIFECYCLE = (SegmentClosed, Rewarded, TrajectoryClosed, TrajectoryDeleted, RoutingObserved, LateRouting)
 """Events that the feed's followers may have to act upon."""
 
 ENTRY_FIELD = b"e"

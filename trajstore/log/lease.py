@@ -14,6 +14,9 @@ __all__ = ["LEASE_GROUP", "Lease", "lease_setup"]
 LEASE_GROUP = "archiver"
 _ENTRY = "1-0"
 
+_LONG_AGO = 7 * 86400 * 1000
+"""Milliseconds of silence after which any holder's lease is over, however long its own lasts."""
+
 
 def lease_setup(keys: Keys, partition: int) -> list[Command]:
     """Commands that make a partition's lease; repeating them does no harm."""
@@ -55,7 +58,7 @@ class Lease:
         if self.renew(partition):
             self._wire.call(
                 "XCLAIM", self._keys.lease(partition), LEASE_GROUP, self._holder, 0, _ENTRY,
-                "IDLE", int(self._seconds * 1000) + 1, "JUSTID",
+                "IDLE", _LONG_AGO, "JUSTID",
             )  # fmt: skip
 
     def _read(self, partition: int, start: str) -> bool:

@@ -1,4 +1,4 @@
-"""A run's identity in Redis: incarnation and partition count, written once by the first open; and what it sets up."""
+"""A run's identity in Redis: incarnation and what is fixed with it, written once by the first open; what it sets up."""
 
 import time
 
@@ -11,8 +11,9 @@ from trajstore.log.feed import FEED_GROUPS
 from trajstore.log.keys import Keys
 from trajstore.log.lease import lease_setup
 from trajstore.log.wire import Command, Wire, translate
+from trajstore.routing import RoutingOrder
 
-__all__ = ["DEFAULT_PARTITIONS", "TRAINER_GROUP", "RunInfo", "open_run", "require_fsync"]
+__all__ = ["DEFAULT_PARTITIONS", "TRAINER_GROUP", "RunInfo", "begin_run", "open_run", "require_fsync"]
 
 DEFAULT_PARTITIONS = 16
 MAX_PARTITIONS = 4096
@@ -27,12 +28,22 @@ class _Format(msgspec.Struct):
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """The run record."""
+    """The run record.
+
+    Attributes:
+        format: of the record.
+        incarnation: ULID of the run's beginning.
+        partitions: P.
+        created: Unix seconds.
+        routing_order: order of the routing specs that are recorded in it; records from before there was a choice have
+            none.
+    """
 
     format: int
     incarnation: str
     partitions: int
     created: float
+    routing_order: RoutingOrder = "engine"
 
 
 def read_run(wire: Wire, run: str) -> RunInfo | None:
@@ -53,16 +64,19 @@ def read_run(wire: Wire, run: str) -> RunInfo | None:
         raise SchemaError(f"the record of run {run!r} cannot be read: {error}; is it trajstore's?") from error
 
 
-def open_run(wire: Wire, run: str, *, partitions: int | None, create: bool) -> RunInfo:
+def open_run(
+    wire: Wire, run: str, *, partitions: int | None, routing_order: RoutingOrder | None, create: bool
+) -> RunInfo:
     """Find the run, or begin it.
 
     Args:
         partitions: P for a new run, default 16; an existing run must have it, if given.
+        routing_order: of a new run, default "engine"; an existing run must have it, if given.
         create: begin the run if there is none.
 
     Raises:
         NotFound: there is no such run, and `create` is False.
-        Conflict: the run has another number of partitions.
+        Conflict: the run has another number of partitions or another routing order.
     """
     info = read_run(wire, run)
     if info is None:
@@ -71,15 +85,32 @@ def open_run(wire: Wire, run: str, *, partitions: int | None, create: bool) -> R
         wanted = partitions or DEFAULT_PARTITIONS
         if not 1 <= wanted <= MAX_PARTITIONS:
             raise SchemaError(f"partitions must lie in [1, {MAX_PARTITIONS}], not {wanted}")
-        # Groups first: a run whose record exists has them, and a full server would refuse to make them later.
-        _set_up(wire, Keys(run, wanted))
-        fresh = RunInfo(format=_FORMAT, incarnation=str(ULID()), partitions=wanted, created=time.time())
-        wire.call("SET", Keys.run_record(run), msgspec.json.encode(fresh), "NX")
-        info = read_run(wire, run)
-        if info is None:
-            raise Unavailable(f"run {run!r} vanished while it was being opened")
+        info = begin_run(wire, run, incarnation=str(ULID()), partitions=wanted, routing_order=routing_order or "engine")
     if partitions is not None and partitions != info.partitions:
         raise Conflict(f"run {run!r} has {info.partitions} partitions, which are fixed; {partitions} were asked for")
+    if routing_order is not None and routing_order != info.routing_order:
+        raise Conflict(
+            f"run {run!r} records routing in the order {info.routing_order!r}, which is fixed; {routing_order!r} was "
+            "asked for. Leave routing_order out, or begin a new run"
+        )
+    return info
+
+
+def begin_run(wire: Wire, run: str, *, incarnation: str, partitions: int, routing_order: RoutingOrder) -> RunInfo:
+    """Write a run's record, unless somebody else is first; returns what it says then."""
+    # Groups first: a run whose record exists has them, and a full server would refuse to make them later.
+    _set_up(wire, Keys(run, partitions))
+    fresh = RunInfo(
+        format=_FORMAT,
+        incarnation=incarnation,
+        partitions=partitions,
+        created=time.time(),
+        routing_order=routing_order,
+    )
+    wire.call("SET", Keys.run_record(run), msgspec.json.encode(fresh), "NX")
+    info = read_run(wire, run)
+    if info is None:
+        raise Unavailable(f"run {run!r} vanished while it was being opened")
     return info
 
 

@@ -245,7 +245,7 @@ def _exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:
         try:
             replies.append(connection.read_response())
         except redis.ResponseError as error:
-            replies.append(error)
+            replies.append(error.with_traceback(None))  # with it, a reply would keep its caller's variables alive
     return replies
 
 
