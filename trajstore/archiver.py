@@ -16,6 +16,7 @@ from trajstore.archive.manifest import Manifest
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.ripening import Look, Part, first_look, second_look
 from trajstore.archive.trim import trim
+from trajstore.archive.upkeep.idle import IdleCompaction
 from trajstore.archive.writer import PackWriter
 from trajstore.errors import Conflict, Corrupt, Fenced, SchemaError, Unavailable
 from trajstore.log.feed import ARCHIVER, FeedFollower, Hint, worker_name
@@ -48,6 +49,7 @@ class Archived(msgspec.Struct):
         partitions: held now.
         refused: trajectories that cannot be archived; each is logged, and stays in the hot log.
         abandoned: trajectories whose writer was gone, closed as aborted.
+        compactions: packs written anew, in the place of others.
         seconds: spent on reading, writing and trimming.
     """
 
@@ -60,6 +62,7 @@ class Archived(msgspec.Struct):
     partitions: int = 0
     refused: int = 0
     abandoned: int = 0
+    compactions: int = 0
     seconds: float = 0.0
 
 
@@ -73,6 +76,7 @@ class Archiver:
         lease_seconds: how long this archiver may be silent before another takes its partitions.
         abandon_seconds: an open segment without progress for so long is closed as aborted, its writer fenced.
         grace_seconds: how long the emptied keys of a final trajectory stay.
+        compact: merge small packs and remove deleted data while there is nothing to archive; not with `once`.
         on_step: hears the steps of each publish: staged, synced, moved, recorded, trimmed.
 
     Raises:
@@ -88,6 +92,7 @@ class Archiver:
         lease_seconds: float = 15.0,
         abandon_seconds: float = 86400.0,
         grace_seconds: float = 3600.0,
+        compact: bool = True,
         on_step: Callable[[str], None] = lambda _: None,
     ) -> None:
         if store.archive is None:
@@ -106,7 +111,16 @@ class Archiver:
         self._feed = FeedFollower(store.wire, store.keys, ARCHIVER, self.name)
         self._horizon = FSYNC_HORIZON
         self._waiting: dict[int, dict[str, Look]] = {}
-        self._next_lease = self._next_sweep = 0.0
+        self._idle = IdleCompaction(
+            self._archive,
+            writer=self.name,
+            pack_bytes=pack_bytes,
+            renew=self._lease.renew,
+            every=lease_seconds / 3,
+            on_step=on_step,
+        )
+        self._compacts = compact
+        self._next_lease = self._next_sweep = self._next_compaction = 0.0
 
     def run(
         self,
@@ -124,7 +138,7 @@ class Archiver:
             Unavailable: with `once`, when the server does not answer or a pack cannot be written (a full disk); else it
                 keeps trying.
         """
-        self._archive.root.clear_staging(older_than=_STAGING_SECONDS)
+        self._archive.root.storage.clear_staging(older_than=_STAGING_SECONDS)
         try:
             self._work(stop or threading.Event(), once=once, on_progress=on_progress)
         finally:
@@ -167,8 +181,10 @@ class Archiver:
         if not roomy:
             stopped.wait(0.2)
         self._notice(hints)
+        idle = not hints
         for partition in list(self._waiting):
             ripe = self._ripe(partition, at_once=once)
+            idle &= not ripe
             if ripe and not stopped.is_set():
                 begun = time.perf_counter()
                 self._archive_ripe(partition, ripe)
@@ -176,6 +192,12 @@ class Archiver:
         if now >= self._next_sweep:
             self._next_sweep = now + min(self._abandon_seconds / 4, 3600.0)
             self.done.abandoned += close_abandoned(self._store, self._waiting, after=self._abandon_seconds)
+        if self._compacts and idle and not once and now >= self._next_compaction and not stopped.is_set():
+            step = self._idle.step(list(self._waiting))
+            self.done.compactions += step.compactions
+            self._next_compaction = now if step.more else now + self._lease_seconds / 3
+            if step.lost is not None:
+                self._drop(step.lost)
         return bool(hints)
 
     # Leases
@@ -285,7 +307,7 @@ class Archiver:
             spec = next((part.spec for part in together if part.spec is not None), None)
             writer = PackWriter(self._archive.root, self._archive.info, partition, spec)
             for part in together:
-                writer.add(part.id, part.staged, summary=part.summary)
+                writer.add(part.id, part.staged, summary=part.summary, known=part.known)
             try:
                 record = writer.publish(manifest, newest + 1, writer=self.name, on_step=self._on_step)
             except Fenced as error:

@@ -16,7 +16,8 @@ from trajstore.entries import Buffer, Event
 from trajstore.errors import Corrupt, SchemaError
 from trajstore.events import EventId, SegmentOpened, Tokens
 from trajstore.history import History, Recording, Segment, read_history
-from trajstore.trajectory import Trajectory
+from trajstore.routing import RoutingArray
+from trajstore.trajectory import RoutedRows, Trajectory
 
 __all__ = ["POLICIES", "Candidate", "Fetch", "Placement", "Plan", "Policy", "input_digest", "plan"]
 
@@ -25,6 +26,10 @@ POLICIES: tuple[str, ...] = get_args(Policy)
 
 Fetch: TypeAlias = Callable[[Sequence[Event]], Iterable[Buffer]]
 """Payload bytes of events, in the order asked for; a generator keeps one at a time in memory."""
+
+
+ReadRows: TypeAlias = Callable[[Event, int, int], RoutingArray]
+"""Rows `[first, last)` of an event's payload."""
 
 
 class Placement(NamedTuple):
@@ -134,6 +139,39 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             nonfinite_logprobs=nonfinite,
             version=history.closes,
         )
+
+    def routed(self, start: int, stop: int, read: ReadRows) -> RoutedRows:
+        """The routing of rows `[start, stop)` alone; nothing else is fetched.
+
+        Args:
+            read: gives rows `[first, last)` of a recording's payload, `[last - first, layers, K]`, all with the same
+                layers.
+
+        Raises:
+            SchemaError: the trajectory has no routing, or no such rows.
+        """
+        spec, length = self.history.opened.routing, self.history.length
+        if spec is None:
+            raise SchemaError("the trajectory was created without a routing spec and has no routing")
+        if not 0 <= start <= stop <= length:
+            raise SchemaError(f"rows [{start}, {stop}) do not lie in the trajectory's [0, {length})")
+        mask = np.zeros(stop - start, np.bool_)
+        source = np.full(stop - start, -1, np.int16)
+        found: list[tuple[int, RoutingArray]] = []
+        for placement in self.placements:
+            low, high = max(placement.start, start), min(placement.stop, stop)
+            if low >= high:
+                continue
+            recording = placement.recording
+            event = self.history.carriers[recording.event]
+            found.append((low - start, read(event, low - recording.start, high - recording.start)))
+            mask[low - start : high - start] = True
+            source[low - start : high - start] = recording.segment
+        layers = found[0][1].shape[1] if found else spec.num_layers
+        routed = np.zeros((stop - start, layers, spec.top_k), spec.dtype)
+        for at, rows in found:
+            routed[at : at + len(rows)] = rows
+        return RoutedRows(start=start, routed_experts=routed, routing_mask=mask, routing_source=source)
 
     def why(self, row: int) -> list[Candidate]:
         """Every recording of row `row` (a token position), newest segment first, and what became of it.

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -10,12 +11,14 @@ import msgspec
 
 from trajstore.archive.of_run import open_archived_run
 from trajstore.archive.reader import ArchiveReader
-from trajstore.archive.root import ArchiveRoot, write_new
+from trajstore.archive.root import ArchiveRoot
+from trajstore.archive.storage.durable import write_new
 from trajstore.errors import Conflict, NotFound, SchemaError, TrajstoreError, Unavailable
-from trajstore.ingest import check_count, check_id
+from trajstore.ingest import check_choice, check_count, check_id
 from trajstore.log.run import MAX_PARTITIONS, require_fsync
 from trajstore.log.wire import Wire, describe_url, split_run
 from trajstore.reading import Archive
+from trajstore.routing import ORDERS, RoutingOrder
 from trajstore.server import Ack, EmbeddedServer, find_server
 from trajstore.store import Store
 from trajstore.view import View
@@ -38,8 +41,10 @@ def open(  # `trajstore.open`, as one says `gzip.open`
     location: Location,
     *,
     archive: Location | None = None,
+    archive_options: Mapping[str, str] | None = None,
     ack: Ack = "memory",
     partitions: int | None = None,
+    routing_order: RoutingOrder | None = None,
     create: bool = True,
     timeout: float = 30.0,
     buffer_bytes: int = 256 << 20,
@@ -49,10 +54,14 @@ def open(  # `trajstore.open`, as one says `gzip.open`
     Args:
         location: a folder (new, empty, or an embedded store) for a private server and an archive on disk; or a Redis
             URL that names the run: `redis://host:6379/0?run=exp1`, also `rediss://` and `unix://`.
-        archive: folder of the run's archive; default what the run was opened with before, or `archive/` in the folder.
+        archive: folder or URL (`s3://bucket/exp1`) of the run's archive; default what the run was opened with before,
+            or `archive/` in the folder.
+        archive_options: of an object store, endpoint, region, access_key_id, secret_access_key, ...
         ack: when a write counts as acknowledged. "memory": the server has it (a crash of the server may lose about 2
             seconds, a crash of any other process nothing). "fsync": it is on the server's disk.
         partitions: P of a new run, default 16; fixed from then on.
+        routing_order: of a new run: "engine" (default) keeps expert ids as they come, "sorted" stores them ascending
+            per token and layer, which halves the archive and loses the engine's order; fixed from then on.
         create: False refuses to begin a new run.
         timeout: seconds that any call may wait for the server.
         buffer_bytes: what may wait to be written; beyond it, writing blocks.
@@ -71,8 +80,10 @@ def open(  # `trajstore.open`, as one says `gzip.open`
         raise SchemaError(f"timeout must be positive and finite, in seconds, not {timeout!r}")
     if partitions is not None and not 1 <= check_count(partitions, name="partitions") <= MAX_PARTITIONS:
         raise SchemaError(f"partitions must lie in [1, {MAX_PARTITIONS}], not {partitions}")
+    if routing_order is not None:
+        check_choice(routing_order, ORDERS, name="routing order")
     if archive is not None:
-        ArchiveRoot.at(archive)  # refused before anything is begun
+        ArchiveRoot.at(archive, archive_options)  # refused before anything is begun
     text = _text(location)
     if not text:
         raise SchemaError("the location is empty; give a folder or a Redis URL")
@@ -93,7 +104,16 @@ def open(  # `trajstore.open`, as one says `gzip.open`
         wire.wait_while_loading()
         if ack == "fsync":
             require_fsync(wire)
-        info, run_archive = open_archived_run(wire, run, archive, home=folder, partitions=partitions, create=create)
+        info, run_archive = open_archived_run(
+            wire,
+            run,
+            archive,
+            options=archive_options,
+            home=folder,
+            partitions=partitions,
+            routing_order=routing_order,
+            create=create,
+        )
         return Store(
             location=shown,
             wire=wire,
@@ -113,18 +133,32 @@ def open(  # `trajstore.open`, as one says `gzip.open`
         raise
 
 
-def open_archive(location: Location) -> Archive:
+def open_archive(location: Location, *, options: Mapping[str, str] | None = None) -> Archive:
     """Read an archive without Redis: `load`, `events`, `list`, `overlaps`.
 
+    Args:
+        location: its folder or URL; the folder of an embedded store will do, its archive is found.
+        options: of an object store, as `archive_options` of `open`.
+
     Raises:
-        NotFound: there is no archive (a folder of an embedded store will do, its archive is found).
+        NotFound: there is no archive.
     """
-    root = ArchiveRoot(ArchiveRoot.at(_text(location)).path.absolute())
-    if root.info() is None and (inner := ArchiveRoot(root.path / "archive")).info() is not None:
-        root = inner
-    info = root.require()
-    reader = ArchiveReader(root, info)
-    return Archive(View(None, lambda: reader), info.partitions)
+    reader = read_archive(location, options)
+    return Archive(View(None, lambda: reader), reader.info.partitions)
+
+
+def read_archive(location: Location, options: Mapping[str, str] | None = None) -> ArchiveReader:
+    """The archive at a folder or URL, or inside an embedded store's folder.
+
+    Raises:
+        NotFound: there is none.
+    """
+    text = _text(location)
+    root = ArchiveRoot.at(text, options)
+    if root.is_local and root.info() is None:
+        inner = ArchiveRoot.at(Path(root.location) / "archive")
+        root = root if inner.info() is None else inner
+    return ArchiveReader(root, root.require())
 
 
 def _text(location: Location) -> str:

@@ -1,7 +1,7 @@
 """A folded trajectory: what `store.load` returns and a trainer consumes. Data only; `fold.py` fills it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,29 @@ import numpy.typing as npt
 from trajstore.history import Segment
 from trajstore.routing import RoutingArray, RoutingSpec
 
-__all__ = ["Trajectory"]
+__all__ = ["RoutedRows", "Trajectory"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoutedRows:
+    """The routing of some rows and layers of a trajectory.
+
+    Attributes:
+        start: position of the first row.
+        routed_experts: uint8 or uint16 `[rows, layers, K]`; 0 where `routing_mask` is False.
+        routing_mask: bool `[rows]`: False where no recording counts.
+        routing_source: int16 `[rows]`: index of the segment whose recording it is, -1 for none.
+    """
+
+    start: int
+    routed_experts: RoutingArray
+    routing_mask: npt.NDArray[np.bool_]
+    routing_source: npt.NDArray[np.int16]
+
+    def only(self, layers: Sequence[int]) -> "RoutedRows":
+        """The same rows with these layers of the layer axis, in this order."""
+        routed = np.ascontiguousarray(self.routed_experts[:, list(layers)])
+        return replace(self, routed_experts=routed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

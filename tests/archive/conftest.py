@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import trajstore
+from tests.s3 import S3Server
 from trajstore.archiver import Archived, Archiver
 
 Archive = Callable[..., Archived]
@@ -34,3 +35,11 @@ def archive(durable: trajstore.Store) -> Archive:
         return Archiver(durable, **options).run(once=True)
 
     return archive_
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """A server of the S3 protocol for the whole session; a test keeps apart by its prefix, `s3.url(name)`."""
+    server = S3Server()
+    yield server
+    server.stop()

@@ -13,7 +13,7 @@ from tests.builders import SPEC, record_seed_case, rows, seed_rows
 from trajstore.archiver import Archiver
 from trajstore.blob import to_blob
 from trajstore.entries import Entry, encode_entry
-from trajstore.events import TrajectoryClosed
+from trajstore.events import SCHEMA_VERSION, TrajectoryClosed
 from trajstore.log.lease import Lease
 
 POLICIES = ("last_segment_wins", "as_sampled")
@@ -190,7 +190,7 @@ def test_entry_that_differs_between_hot_log_and_archive_is_corrupt_and_both_are_
 def test_event_of_unknown_type_is_not_archived_and_stops_nobody_else(durable, archive):
     strange, plain = record_seed_case(durable), record_seed_case(durable)
     durable.flush()
-    for epoch, version in ((4, 2), (5, 1)):
+    for epoch, version in ((4, SCHEMA_VERSION + 1), (5, 1)):
         entry = encode_entry(Entry(version, 7, 0.0, [TrajectoryClosed(status="completed")]))
         durable.wire.call("XADD", durable.keys.entries(strange.id), f"{epoch}-0", "e", entry)
     durable.wire.call("XADD", durable.keys.feed(0), "*", "t", strange.id, "k", "TrajectoryClosed", "e", "5-0")
@@ -266,6 +266,7 @@ def test_enough_payload_bytes_make_a_pack_without_waiting(durable):
 def test_failed_publish_leaves_no_half_pack_behind(durable, archive, folder):
     record_seed_case(durable)
     packs = folder / "archive" / "packs" / "00"
+    packs.parent.mkdir()
     packs.write_text("in the way")
     with pytest.raises(trajstore.Unavailable, match="stays in the hot log"):
         archive()
@@ -286,6 +287,7 @@ def test_what_killed_archivers_staged_is_removed_after_an_hour(durable, archive,
 
 def test_archiver_that_fails_gives_its_leases_back(durable, archive, folder):
     record_seed_case(durable)
+    (folder / "archive" / "packs").mkdir()
     (folder / "archive" / "packs" / "00").write_text("in the way")
     with pytest.raises(trajstore.Unavailable):
         archive()
@@ -371,7 +373,7 @@ def test_zombie_whose_lease_went_to_another_cannot_publish(durable, folder):
     assert len(records) == 1, "one record, so nothing is doubled"
     assert len(list((folder / "archive" / "packs" / "00").iterdir())) == 1, "the refused pack is gone"
     assert (everything(durable, first.id), everything(durable, second.id)) == before
-    assert len(json.loads(records[0].read_bytes())["trajectories"]) == 2
+    assert json.loads(records[0].read_bytes())["counts"]["trajectories"] == 2
 
 
 def test_archiver_leaves_a_partition_alone_that_another_holds(durable):

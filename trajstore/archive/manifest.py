@@ -1,107 +1,131 @@
 """The manifest of a partition: numbered records, each written once. The truth about which packs exist.
 
 Record *n + 1* can be created by one archiver only, so the number is also the fence: a zombie's record is refused. A
-reader that has seen *n* records asks for *n + 1* and never lists a folder.
+reader that has seen *n* records asks for *n + 1* and never lists a folder. Where a trajectory lies is looked up in the
+tables of `index.py`, so that what a process holds does not grow with the run.
 """
 
+import logging
 import threading
-from collections.abc import Sequence
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-import msgspec
-
-from trajstore.archive.root import ARCHIVE_FORMAT, ArchiveRoot, write_new
-from trajstore.errors import Corrupt, Fenced, SchemaError
+from trajstore.archive.index import (
+    FAN_OUT,
+    Hit,
+    Line,
+    Table,
+    decode_table,
+    encode_table,
+    make_table,
+    merge_tables,
+    spans,
+)
+from trajstore.archive.pack import PackedTrajectory, decode_trajectory, encode_trajectory
+from trajstore.archive.pack_arrays import PackArrays
+from trajstore.archive.record import Record, decode_record, encode_record, record_path
+from trajstore.archive.storage.protocol import Storage
+from trajstore.errors import Corrupt, Fenced
 from trajstore.events import EventId
 from trajstore.summary import Summary
 
-__all__ = ["FileDigest", "Manifest", "PackedTrajectory", "Record"]
+__all__ = ["Archived", "Manifest"]
+
+log = logging.getLogger(__name__)
+
+_RECORDS = 1024
 
 
-class FileDigest(msgspec.Struct, frozen=True):
-    """Size in bytes and SHA-256 (hex) of one file of a pack."""
-
-    size: int
-    sha256: str
-
-
-class PackedTrajectory(msgspec.Struct, frozen=True, kw_only=True):
-    """What a pack holds of one trajectory. The same lines stand in the pack's array `trajectories`.
+class Archived(NamedTuple):
+    """What the archive holds of one trajectory.
 
     Attributes:
-        id: of the trajectory.
-        first, last: ids of its first and last entry in this pack; "" where it holds notes only.
-        last_note: number of its newest note in this pack, 0 for none.
-        offset, length: its bytes in the pack's array `events`.
-        summary: of the trajectory as of `last`.
+        parts: (record, line) of each pack that it lies in, by the record's number.
+        dropped: retention has removed a part of it, and with that the whole.
     """
 
-    id: str
-    first: str = ""
-    last: str = ""
-    last_note: int = 0
-    offset: int = 0
-    length: int = 0
-    summary: Summary | None = None
+    parts: list[tuple[Record, PackedTrajectory]]
+    dropped: bool
 
+    @property
+    def last(self) -> EventId | None:
+        """Newest archived entry."""
+        return max((EventId.parse(line.last) for _, line in self.parts if line.last), default=None)
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """One step of a partition's archive.
+    @property
+    def last_note(self) -> int:
+        """Number of its newest archived note, 0 for none."""
+        return max((line.last_note for _, line in self.parts), default=0)
 
-    Attributes:
-        format: of the archive.
-        number: 1, 2, 3, ... without gap.
-        partition: whose.
-        pack: name of the pack that this step adds.
-        created: Unix seconds.
-        writer: which archiver.
-        files: every file of the pack by its path in it.
-        trajectories: what is in it.
-    """
-
-    format: int
-    number: int
-    partition: int
-    pack: str
-    created: float
-    writer: str
-    files: dict[str, FileDigest]
-    trajectories: Sequence[PackedTrajectory]
+    @property
+    def summary(self) -> Summary | None:
+        """As of the newest archived entry."""
+        newest = [line for _, line in self.parts if line.summary is not None]
+        return max(newest, key=lambda line: EventId.parse(line.last)).summary if newest else None
 
 
 class Manifest:
-    """The records of one partition, read incrementally and kept. Thread-safe."""
+    """The records of one partition, read incrementally. Thread-safe."""
 
-    def __init__(self, root: ArchiveRoot, partition: int) -> None:
-        self._folder = root.manifest_folder(partition)
-        self._lock = threading.Lock()
+    def __init__(self, storage: Storage, partition: int, packs: PackArrays) -> None:
+        self._storage = storage
+        self._partition = partition
+        self._packs = packs
+        self._lock = threading.RLock()
         self._newest = 0
-        self._packs: dict[str, list[tuple[str, PackedTrajectory]]] = {}
-        self._files: dict[str, dict[str, FileDigest]] = {}
+        self._is_whole = False
+        self._tables: list[Table] = []
+        self._records: OrderedDict[int, Record] = OrderedDict()
+        self._replaced: frozenset[int] = frozenset()
+        self._dropped: frozenset[int] = frozenset()
 
     def refresh(self) -> int:
-        """Read records written since; returns the number of the newest.
+        """Notice records written since; returns the number of the newest.
 
         Raises:
-            Corrupt: a record cannot be read.
+            Corrupt: a record, or the list of trajectories of its pack, cannot be read.
             SchemaError: a record of a newer format.
         """
         with self._lock:
+            before = self._newest
             while (record := self._load(self._newest + 1)) is not None:
-                self._take(record)
+                table = self._stored_table(self._newest)
+                if table is None:
+                    lines = [Line(*place) for place in self._lines_of(record)]
+                    table = make_table(record.number, lines, replaced=record.replaces, dropped=record.drops)
+                self._take(table)
+            if self._newest > before:
+                self._consolidate(write=False)
+            if not self._is_whole:
+                self._require_whole()
             return self._newest
 
-    def append(self, record: Record) -> None:
-        """Publish a record durably.
+    def _require_whole(self) -> None:
+        """Once: is the newest record really that? One that is gone would hide all later ones."""
+        number = self._newest + 1
+        later = self._load(number + 1) is not None or self._open_table(number, number) is not None
+        if later and self._load(number) is None:  # in this order: all may be written meanwhile
+            raise Corrupt(
+                f"the manifest record {self._where(number)} is missing, though what is written after it is there; "
+                "`trajstore rebuild` makes it anew"
+            )
+        self._is_whole = True
+
+    def append(self, record: Record, packed: Sequence[PackedTrajectory]) -> None:
+        """Publish a record durably, then the lookup tables that it completes.
 
         Its number is one above the newest that the archiver knew when it decided what to archive: a record written
         since by another makes that decision stale, and has taken the number.
+
+        Args:
+            packed: the lines of its pack's `trajectories`.
 
         Raises:
             Fenced: another archiver has written this number.
         """
         try:
-            write_new(self._path(record.number), msgspec.json.format(msgspec.json.encode(record)))
+            self._storage.create(self._path(record.number), encode_record(record))
         except FileExistsError as error:
             raise Fenced(
                 f"record {record.number} of partition {record.partition} was written by another archiver; this one's "
@@ -109,56 +133,185 @@ class Manifest:
             ) from error
         with self._lock:
             if record.number == self._newest + 1:  # a reader of this process may have read it meanwhile
-                self._take(record)
+                self._remember(record)
+                lines, offset = [], 0
+                for line in packed:
+                    length = len(encode_trajectory(line))
+                    lines.append(Line(line.id, offset, length))
+                    offset += length
+                table = make_table(record.number, lines, replaced=record.replaces, dropped=record.drops)
+                self._take(table)
+                self._write_table(table)
+            self._consolidate(write=True)
 
-    def packs_of(self, id: str) -> list[tuple[str, PackedTrajectory]]:
-        """(pack name, what it holds) of a trajectory, oldest first, as of the last refresh."""
+    def find(self, id: str) -> Archived:
+        """What is archived of a trajectory, as of the last refresh.
+
+        Raises:
+            Corrupt: a record or a pack's list of trajectories cannot be read.
+        """
         with self._lock:
-            return list(self._packs.get(id, ()))
+            hits = [hit for table in self._tables for hit in table.find(id)]
+            replaced, dropped = self._replaced, self._dropped
+        parts: list[tuple[Record, PackedTrajectory]] = []
+        gone = False
+        for hit in hits:
+            if hit.number in replaced:
+                continue
+            record = self.record(hit.number)
+            try:
+                line = self._line(record, hit)
+            except Corrupt as error:
+                if hit.number in dropped:  # its list of trajectories was to stay, but is not needed to say so
+                    gone = True
+                    continue
+                raise Corrupt(f"trajectory {id}: {error}") from error
+            if line.id != id:
+                continue
+            gone |= hit.number in dropped
+            parts.append((record, line))
+        return Archived([] if gone else parts, gone)
 
-    def last_entry(self, id: str) -> EventId | None:
-        """Newest archived entry of a trajectory, as of the last refresh."""
-        found = [packed.last for _, packed in self.packs_of(id) if packed.last]
-        return EventId.parse(found[-1]) if found else None
+    def record(self, number: int) -> Record:
+        """A record by its number.
 
-    def last_note(self, id: str) -> int:
-        """Number of its newest archived note, 0 for none, as of the last refresh."""
-        return max((packed.last_note for _, packed in self.packs_of(id)), default=0)
-
-    def summary(self, id: str) -> Summary | None:
-        """The newest archived summary of a trajectory, as of the last refresh."""
-        return next((packed.summary for _, packed in reversed(self.packs_of(id)) if packed.summary is not None), None)
-
-    def summaries(self) -> list[Summary]:
-        """The newest archived summary of every trajectory, as of the last refresh."""
-        with self._lock:
-            ids = list(self._packs)
-        return [summary for summary in map(self.summary, ids) if summary is not None]
-
-    def packs(self) -> dict[str, dict[str, FileDigest]]:
-        """Files of every pack by the pack's name, as of the last refresh."""
-        with self._lock:
-            return dict(self._files)
-
-    def _take(self, record: Record) -> None:
-        self._newest = record.number
-        self._files[record.pack] = record.files
-        for packed in record.trajectories:
-            self._packs.setdefault(packed.id, []).append((record.pack, packed))
-
-    def _load(self, number: int) -> Record | None:
-        path = self._path(number)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        try:
-            record = msgspec.json.decode(data, type=Record)
-        except msgspec.MsgspecError as error:
-            raise Corrupt(f"the manifest record {path} cannot be read: {error}") from error
-        if record.format > ARCHIVE_FORMAT:
-            raise SchemaError(f"the manifest record {path} has format {record.format}; upgrade trajstore to read it")
+        Raises:
+            Corrupt: it is gone or cannot be read.
+        """
+        record = self._load(number)
+        if record is None:
+            raise Corrupt(f"the manifest record {self._where(number)} is missing; `trajstore rebuild` makes it anew")
         return record
 
-    def _path(self, number: int) -> Path:
-        return self._folder / f"{number:08}.json"
+    def is_live(self, number: int) -> bool:
+        """False if a later record replaced or dropped this one's pack, as of the last refresh."""
+        with self._lock:
+            return number not in self._replaced and number not in self._dropped
+
+    def records(self) -> Iterator[Record]:
+        """Every record up to the last refresh, oldest first."""
+        return (self.record(number) for number in range(1, self._newest + 1))
+
+    def live(self) -> Iterator[Record]:
+        """Records whose packs count, oldest first."""
+        return (record for record in self.records() if record.pack and self.is_live(record.number))
+
+    def lines(self, record: Record) -> Iterator[PackedTrajectory]:
+        """What a record's pack holds of each trajectory.
+
+        Raises:
+            Corrupt: the list cannot be read.
+        """
+        data = self._packs.whole(record.pack, "trajectories")
+        return (decode_trajectory(line, pack=record.pack) for line in data.splitlines())
+
+    def summaries(self) -> list[Summary]:
+        """The newest archived summary of every trajectory, as of the last refresh. Holds them all."""
+        newest: dict[str, Summary] = {}
+        for record in self.live():
+            for line in self.lines(record):
+                found, known = line.summary, newest.get(line.id)
+                if found is not None and (known is None or EventId.parse(known.last) < EventId.parse(found.last)):
+                    newest[line.id] = found
+        if self._dropped:
+            return [summary for id, summary in newest.items() if not self.find(id).dropped]
+        return list(newest.values())
+
+    def _line(self, record: Record, hit: Hit) -> PackedTrajectory:
+        data = self._packs.text(record.pack, "trajectories", hit.offset, hit.offset + hit.length)
+        return decode_trajectory(data, pack=record.pack)
+
+    def _lines_of(self, record: Record) -> Iterator[Line]:
+        if not record.pack:
+            return
+        offset = 0
+        for text in self._packs.whole(record.pack, "trajectories").splitlines(keepends=True):
+            yield Line(decode_trajectory(text, pack=record.pack).id, offset, len(text))
+            offset += len(text)
+
+    def _take(self, table: Table) -> None:
+        self._tables.append(table)
+        self._newest = table.last
+        self._replaced |= table.replaced
+        self._dropped |= table.dropped
+
+    def _consolidate(self, *, write: bool) -> None:
+        """Put one table in the place of those that it merges, where it exists; or make it."""
+        size = FAN_OUT
+        while size <= self._newest:
+            small = {(table.first - 1) // size * size for table in self._tables if table.last - table.first + 1 < size}
+            for before in sorted(small):
+                first, last = before + 1, before + size
+                if last > self._newest:
+                    continue
+                covered = [table for table in self._tables if first <= table.first and table.last <= last]
+                merged = self._open_table(first, last)
+                if merged is None and write:
+                    self._write_table(merge_tables(covered))
+                    merged = self._open_table(first, last)
+                if merged is not None:
+                    where = self._tables.index(covered[0])
+                    self._tables[where : where + len(covered)] = [merged]
+                    if write:
+                        self._remove_tables(covered)
+            size *= FAN_OUT
+
+    def _write_table(self, table: Table) -> None:
+        try:
+            self._storage.create(self._table_path(table.first, table.last), encode_table(table))
+        except FileExistsError:
+            pass  # a damaged one, or another archiver's a moment ago
+        except OSError as error:
+            log.warning("a lookup table of partition %d could not be written: %s", self._partition, error)
+
+    def _remove_tables(self, tables: Sequence[Table]) -> None:
+        """Others in whose place a larger one stands; whoever has them open keeps them."""
+        try:
+            self._storage.remove(self._table_path(table.first, table.last) for table in tables)
+        except OSError as error:
+            log.warning("lookup tables of partition %d could not be removed: %s", self._partition, error)
+
+    def _stored_table(self, position: int) -> Table | None:
+        """The largest table that begins after record `position`, if there is one."""
+        found = (self._open_table(first, last) for first, last in spans(position))
+        return next((table for table in found if table is not None), None)
+
+    def _open_table(self, first: int, last: int) -> Table | None:
+        path = self._table_path(first, last)
+        try:
+            table = decode_table(self._storage.open_map(path), path=path)
+        except FileNotFoundError:
+            return None
+        except Corrupt as error:
+            log.warning("%s; what it says is read from the packs. Remove it, and an archiver writes it anew", error)
+            return None
+        return table if (table.first, table.last) == (first, last) else None
+
+    def _remember(self, record: Record) -> None:
+        self._records[record.number] = record
+        if len(self._records) > _RECORDS:
+            self._records.popitem(last=False)
+
+    def _load(self, number: int) -> Record | None:
+        with self._lock:
+            known = self._records.get(number)
+            if known is not None:
+                self._records.move_to_end(number)
+                return known
+        try:
+            data = self._storage.read(self._path(number))
+        except FileNotFoundError:
+            return None
+        record = decode_record(data, partition=self._partition, number=number, where=self._where(number))
+        with self._lock:
+            self._remember(record)
+        return record
+
+    def _where(self, number: int) -> str:
+        return f"{self._path(number)} in {self._storage.location}"
+
+    def _path(self, number: int) -> str:
+        return record_path(self._partition, number)
+
+    def _table_path(self, first: int, last: int) -> str:
+        return f"index/{self._partition:02}/{first:08}-{last:08}.safetensors"

@@ -1,6 +1,7 @@
 """Where a run is archived: given when it is opened, recorded beside it, found by stores that were opened before."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from trajstore.archive.reader import ArchiveReader
@@ -11,6 +12,7 @@ from trajstore.events import EventId
 from trajstore.log.keys import Keys
 from trajstore.log.run import RunInfo, open_run, read_run
 from trajstore.log.wire import Wire
+from trajstore.routing import RoutingOrder
 
 __all__ = ["RunArchive", "open_archived_run"]
 
@@ -21,14 +23,25 @@ class RunArchive:
     Args:
         wire, run, info: of the run.
         home: folder of an embedded store, to which a recorded path is relative.
+        options: of an object store.
         reader: of the archive, None if the run has none yet.
     """
 
-    def __init__(self, wire: Wire, run: str, info: RunInfo, *, home: Path | None, reader: ArchiveReader | None) -> None:
+    def __init__(
+        self,
+        wire: Wire,
+        run: str,
+        info: RunInfo,
+        *,
+        home: Path | None,
+        options: Mapping[str, str] | None,
+        reader: ArchiveReader | None,
+    ) -> None:
         self._wire = wire
         self._run = run
         self._about = _about(run, info)
         self._home = home
+        self._options = options
         self._reader = reader
 
     def reader(self) -> ArchiveReader | None:
@@ -38,7 +51,7 @@ class RunArchive:
             Conflict: the archive does not lie, as seen from here, where the run has it; or is another run's.
         """
         if self._reader is None:
-            root = _recorded(self._wire, self._run, self._home)
+            root = _recorded(self._wire, self._run, self._home, self._options)
             if root is not None:
                 if root.info() is None:
                     raise _not_here(self._run, root, root)
@@ -49,7 +62,10 @@ class RunArchive:
     def knows(self, id: str) -> bool:
         """Something of the trajectory is archived."""
         reader = self.reader()
-        return reader is not None and reader.last_entry(id) is not None
+        if reader is None:
+            return False
+        archived = reader.find(id)
+        return archived.dropped or bool(archived.parts)
 
     def entry(self, id: str, at: EventId) -> EntryStamp | None:
         """What an archived entry was written as, None if it is not archived."""
@@ -72,40 +88,43 @@ def open_archived_run(
     run: str,
     archive: str | os.PathLike[str] | None,
     *,
+    options: Mapping[str, str] | None,
     home: Path | None,
     partitions: int | None,
+    routing_order: RoutingOrder | None,
     create: bool,
 ) -> tuple[RunInfo, RunArchive]:
     """The run's record and its archive, both of one incarnation.
 
     Args:
-        archive: as given to `trajstore.open`.
+        archive, options, partitions, routing_order: as given to `trajstore.open`.
         home: folder of an embedded store, which has its archive in `archive/` unless told otherwise.
 
     Raises:
         NotFound, Conflict: see `trajstore.open`.
     """
     known = read_run(wire, run)
-    recorded = _recorded(wire, run, home)
-    root = recorded if home is None or recorded is not None else ArchiveRoot(home / "archive")
+    recorded = _recorded(wire, run, home, options)
+    root = recorded if home is None or recorded is not None else ArchiveRoot.at(home / "archive")
     if archive is not None:
-        root = ArchiveRoot(ArchiveRoot.at(archive).path.absolute())
+        root = ArchiveRoot.at(archive, options)
     found = None if root is None else root.info()
     if known is None and found is not None and root is not None:
         raise Conflict(
-            f"the server knows no run {run!r}, but {root.path} archives incarnation {found.incarnation} of run "
-            f"{found.run!r}: the hot log was lost, or this is another server. "
-            f"trajstore.open_archive({str(root.path)!r}) reads the archive; begin a new run with a new folder"
+            f"the server knows no run {run!r}, but {root.location} archives incarnation {found.incarnation} of run "
+            f"{found.run!r}: the hot log was lost, or this is another server. `trajstore rebuild` continues the run "
+            f"from its archive, trajstore.open_archive({root.location!r}) reads it; or begin a run in a new folder"
         )
     if recorded is not None and found is None and root is not None:
         raise _not_here(run, recorded, root)
-    info = open_run(wire, run, partitions=partitions, create=create)
+    info = open_run(wire, run, partitions=partitions, routing_order=routing_order, create=create)
     if root is None:
-        return info, RunArchive(wire, run, info, home=home, reader=None)
+        return info, RunArchive(wire, run, info, home=home, options=options, reader=None)
     root.claim(_about(run, info))
-    if recorded is None or recorded.path.resolve() != root.path.resolve():  # a full server takes no SET
-        _record(wire, run, root, home, moved=found is not None)
-    return info, RunArchive(wire, run, info, home=home, reader=ArchiveReader(root, _about(run, info)))
+    if recorded is None or not recorded.is_at(root):  # a full server takes no SET
+        _record(wire, run, root, home, options, moved=found is not None)
+    reader = ArchiveReader(root, _about(run, info))
+    return info, RunArchive(wire, run, info, home=home, options=options, reader=reader)
 
 
 def _about(run: str, info: RunInfo) -> ArchiveInfo:
@@ -114,23 +133,28 @@ def _about(run: str, info: RunInfo) -> ArchiveInfo:
 
 def _not_here(run: str, recorded: ArchiveRoot, root: ArchiveRoot) -> Conflict:
     return Conflict(
-        f"run {run!r} is archived in {recorded.path}, but {root.path} holds no archive. Give archive= where the "
-        "archive lies as seen from here (on another host it wants to be mounted); a second one would split the run"
+        f"run {run!r} is archived in {recorded.location}, but {root.location} holds no archive. Give archive= where "
+        "the archive lies as seen from here (on another host it wants to be mounted); a second one would split the run"
     )
 
 
-def _recorded(wire: Wire, run: str, home: Path | None) -> ArchiveRoot | None:
+def _recorded(wire: Wire, run: str, home: Path | None, options: Mapping[str, str] | None) -> ArchiveRoot | None:
     """Where the run was archived when it was opened before; a relative path is below an embedded store's folder."""
     recorded = wire.call("GET", Keys.archive_location(run))
-    return None if recorded is None else ArchiveRoot((home or Path()) / os.fsdecode(recorded))
+    if recorded is None:
+        return None
+    text = os.fsdecode(recorded)
+    return ArchiveRoot.at(text if "://" in text else (home or Path()) / text, options)
 
 
-def _record(wire: Wire, run: str, root: ArchiveRoot, home: Path | None, *, moved: bool) -> None:
+def _record(
+    wire: Wire, run: str, root: ArchiveRoot, home: Path | None, options: Mapping[str, str] | None, *, moved: bool
+) -> None:
     """Let later opens find the archive, also after the embedded store's folder was moved with its archive."""
-    path = root.path.resolve()
-    if home is not None and path.is_relative_to(home.resolve()):
-        path = path.relative_to(home.resolve())
-    wire.call("SET", Keys.archive_location(run), os.fsencode(path), *([] if moved else ["NX"]))
-    recorded = _recorded(wire, run, home)
-    if not moved and recorded is not None and recorded.path.resolve() != root.path.resolve():
-        raise Conflict(f"somebody else has just begun to archive run {run!r} in {recorded.path}; open it with that")
+    location = os.path.realpath(root.location) if root.is_local else root.location
+    if home is not None and root.is_local and Path(location).is_relative_to(home.resolve()):
+        location = str(Path(location).relative_to(home.resolve()))
+    wire.call("SET", Keys.archive_location(run), os.fsencode(location), *([] if moved else ["NX"]))
+    recorded = _recorded(wire, run, home, options)
+    if not moved and recorded is not None and not recorded.is_at(root):
+        raise Conflict(f"somebody else has just begun to archive run {run!r} in {recorded.location}; open it with that")

@@ -1,30 +1,62 @@
-"""The inside of a pack: one Zarr v3 group with the events of many trajectories.
+"""The lines of a pack: one for each entry, one for each trajectory; and the names of its arrays.
 
     tokens        int32  [N]         ids of every tokens payload, one after the other
     logprobs      float32 [N]        beside them; NaN where none were recorded
-    routed        uint8|uint16 [R, L, K]   rows of every recording
+    routed        uint8|uint16 [R, L, K]   rows of every recording, equal ones once
     events        uint8  [B]         JSON lines, one per entry: headers, and where their payloads lie (`extents`)
     trajectories  uint8  [C]         JSON lines: which bytes of `events` belong to which trajectory
 
-Every array is one shard file. The layout is documented in `docs/format.md`; this module is its code.
+The layout is documented in `docs/format.md`. How an array becomes a file is in `arrays/`.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import msgspec
-import numpy as np
-import zarr
-from zarr.codecs import ZstdCodec
 
 from trajstore.entries import Event, header_from
 from trajstore.errors import Corrupt
 from trajstore.events import EventId, Header, LateRouting, Routing, RoutingObserved, SegmentOpened, Tokens, payload_of
+from trajstore.summary import Summary
 
-__all__ = ["CHUNK_BYTES", "PackedEntry", "decode_entries", "encode_entries", "payload_array", "write_array"]
+__all__ = [
+    "ARRAYS",
+    "PackedEntry",
+    "PackedTrajectory",
+    "Piece",
+    "ReadEntry",
+    "decode_entries",
+    "decode_trajectory",
+    "encode_entries",
+    "encode_trajectory",
+    "payload_array",
+]
 
-CHUNK_BYTES = 3 << 19
-"""About 1.5 MB before compression: what one read of a part decodes."""
+ARRAYS = ("tokens", "logprobs", "routed", "events", "trajectories")
+
+Piece: TypeAlias = tuple[int, int] | tuple[str, int, int]
+"""A piece of a payload. `(row, count)`: these rows of the pack's arrays. `(event, first, count)`: rows
+`[first, first + count)` of the payload of another event of the trajectory, in whichever pack that lies."""
+
+
+class PackedTrajectory(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of `trajectories`: what a pack holds of one trajectory.
+
+    Attributes:
+        id: of the trajectory.
+        first, last: ids of its first and last entry in this pack; "" where it holds notes only.
+        last_note: number of its newest note in this pack, 0 for none.
+        offset, length: its bytes in the pack's array `events`.
+        summary: of the trajectory as of `last`.
+    """
+
+    id: str
+    first: str = ""
+    last: str = ""
+    last_note: int = 0
+    offset: int = 0
+    length: int = 0
+    summary: Summary | None = None
 
 
 class PackedEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -37,7 +69,7 @@ class PackedEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         digest: BLAKE2b-128 (hex) of the entry as the hot log held it.
         time: Unix seconds, for show.
         events: the headers; payload bytes left out.
-        extents: per event the pieces `[row, count]` of its payload in `tokens` and `logprobs`, or in `routed`.
+        extents: per event the pieces of its payload, see `Piece`.
         note: it belongs to the notes stream.
     """
 
@@ -47,7 +79,7 @@ class PackedEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     digest: str
     time: float
     events: Sequence[Header]
-    extents: Sequence[Sequence[tuple[int, int]]]
+    extents: Sequence[Sequence[Piece]]
     note: bool = False
 
 
@@ -58,18 +90,37 @@ class _RawPackedEntry(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     time: float
     events: list[msgspec.Raw]
-    extents: list[list[tuple[int, int]]]
+    extents: list[list[tuple[int | str, ...]]]
     note: bool = False
 
 
 class ReadEntry(NamedTuple):
-    """An archived entry, decoded."""
+    """An archived entry, decoded; `pieces` per event as they stand in the pack."""
 
     at: EventId
     nonce: int
     digest: str
     note: bool
+    time: float
     events: list[Event]
+    pieces: list[tuple[Piece, ...]]
+
+
+def encode_trajectory(packed: PackedTrajectory) -> bytes:
+    """A line of the array `trajectories`."""
+    return _encode(packed) + b"\n"
+
+
+def decode_trajectory(line: bytes, *, pack: str) -> PackedTrajectory:
+    """A line of the array `trajectories`.
+
+    Raises:
+        Corrupt: it is none.
+    """
+    try:
+        return _decode_trajectory(line)
+    except msgspec.MsgspecError as error:
+        raise Corrupt(f"pack {pack} is damaged: a line of its trajectories cannot be read: {error}") from error
 
 
 def encode_entries(entries: Sequence[PackedEntry]) -> bytes:
@@ -78,7 +129,7 @@ def encode_entries(entries: Sequence[PackedEntry]) -> bytes:
 
 
 def decode_entries(lines: bytes, *, pack: str, id: str) -> list[ReadEntry]:
-    """Entries of one trajectory from its part of `events`.
+    """Entries of one trajectory from its part of `events`. Their events know the pack, but not yet their extents.
 
     Raises:
         Corrupt: the bytes are no such lines.
@@ -89,6 +140,8 @@ def decode_entries(lines: bytes, *, pack: str, id: str) -> list[ReadEntry]:
             raw = _decode(line)
         except msgspec.MsgspecError as error:
             raise Corrupt(f"pack {pack} is damaged: an entry of trajectory {id} cannot be read: {error}") from error
+        if len(raw.events) != len(raw.extents):
+            raise Corrupt(f"pack {pack} is damaged: entry {raw.id} of trajectory {id} has not one extent per event")
         at, nonce = EventId.parse(raw.id), int(raw.nonce, 16)
         events = [
             Event(
@@ -98,11 +151,11 @@ def decode_entries(lines: bytes, *, pack: str, id: str) -> list[ReadEntry]:
                 time=raw.time,
                 note=raw.note,
                 stored=pack,
-                extents=tuple(extents),
             )
-            for i, (body, extents) in enumerate(zip(raw.events, raw.extents, strict=True))
+            for i, body in enumerate(raw.events)
         ]
-        found.append(ReadEntry(at, nonce, raw.digest, raw.note, events))
+        pieces = [tuple(_piece(piece, pack, id) for piece in some) for some in raw.extents]
+        found.append(ReadEntry(at, nonce, raw.digest, raw.note, raw.time, events, pieces))
     return found
 
 
@@ -113,27 +166,13 @@ def payload_array(header: Header) -> str | None:
     return "routed" if isinstance(header, Routing | RoutingObserved | LateRouting) else None
 
 
-def write_array(group: zarr.Group, name: str, data: np.ndarray[Any, Any]) -> None:
-    """Write an array whole, as one shard of independent chunks.
-
-    Chunks compress with zstd level 3 and a checksum: without one, a flipped byte would be silent. Bitshuffle in front
-    of it makes real uint8 routing larger, not smaller.
-    """
-    row_bytes = data.dtype.itemsize * int(np.prod(data.shape[1:], dtype=np.int64))
-    rows = max(1, min(len(data), CHUNK_BYTES // row_bytes))
-    shard = max(1, -(-len(data) // rows)) * rows
-    array = group.create_array(
-        name,
-        shape=data.shape,
-        dtype=data.dtype,
-        chunks=(rows, *data.shape[1:]),
-        shards=(shard, *data.shape[1:]),
-        compressors=ZstdCodec(level=3, checksum=True),
-        fill_value=0,
-        config={"write_empty_chunks": True},  # an absent chunk would read as zeros: absence must mean damage
-    )
-    if len(data):
-        array[...] = data
+def _piece(piece: tuple[int | str, ...], pack: str, id: str) -> Piece:
+    match piece:
+        case (int(row), int(count)) if row >= 0 and count >= 0:
+            return row, count
+        case (str(event), int(first), int(count)) if first >= 0 and count >= 0:
+            return event, first, count
+    raise Corrupt(f"pack {pack} is damaged: {list(piece)} of trajectory {id} is no piece of a payload")
 
 
 def _without_inline(entry: PackedEntry) -> PackedEntry:
@@ -149,3 +188,4 @@ def _without_inline(entry: PackedEntry) -> PackedEntry:
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(_RawPackedEntry).decode
+_decode_trajectory = msgspec.json.Decoder(PackedTrajectory).decode

@@ -1,62 +1,101 @@
 """Reading an archive: entries and payloads of a trajectory, from the packs that its manifest names."""
 
-import threading
-from collections import OrderedDict
+import os
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
+import msgspec
 import numpy as np
-import zarr
 
-from trajstore.archive.manifest import Manifest
-from trajstore.archive.pack import ReadEntry, decode_entries, payload_array
+from trajstore.archive.manifest import Archived, Manifest
+from trajstore.archive.pack import Piece, ReadEntry, decode_entries, payload_array
+from trajstore.archive.pack_arrays import PackArrays
 from trajstore.archive.root import ArchiveInfo, ArchiveRoot
-from trajstore.entries import EntryStamp, Event, partition_of
-from trajstore.errors import Corrupt
+from trajstore.entries import Buffer, EntryStamp, Event, Extent, partition_of
+from trajstore.errors import Corrupt, NotFound
 from trajstore.events import EventId, Tokens, UnknownEvent
+from trajstore.routing import RoutingArray
 from trajstore.summary import Summary
 
-__all__ = ["ArchiveReader"]
+__all__ = ["ArchiveReader", "cut_extents", "resolve"]
 
-_OPEN_ARRAYS = 256
 _READ_BYTES = 16 << 20
 
 Place: TypeAlias = tuple[str, str]
 """(pack, array)."""
 
-Extent: TypeAlias = tuple[int, int]
-"""`[row, count]` in an array."""
-
 
 class ArchiveReader:
-    """Everything that was published, found through the manifests. Thread-safe."""
+    """Everything that was published, found through the manifests. Thread-safe.
+
+    Attributes:
+        root, info: of the archive.
+        packs: its packs' arrays.
+    """
 
     def __init__(self, root: ArchiveRoot, info: ArchiveInfo) -> None:
         self.root = root
         self.info = info
-        self._manifests = [Manifest(root, partition) for partition in range(info.partitions)]
-        self._open: OrderedDict[Place, zarr.Array[Any]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._begin()
+        _readers.add(self)
+
+    def _begin(self) -> None:
+        self.packs = PackArrays(self.root.storage)
+        self._manifests = [
+            Manifest(self.root.storage, partition, self.packs) for partition in range(self.info.partitions)
+        ]
 
     def manifest(self, partition: int) -> Manifest:
         """A partition's manifest, as last refreshed."""
         return self._manifests[partition]
 
+    def find(self, id: str) -> Archived:
+        """What the archive holds of a trajectory, from a fresh manifest."""
+        return self._fresh(id).find(id)
+
     def read(self, id: str) -> tuple[list[ReadEntry], list[ReadEntry]]:
         """Entries and notes of a trajectory by id, from a fresh manifest; both empty if it was never archived.
 
         Raises:
+            NotFound: retention has dropped it.
             Corrupt: a pack that the manifest names cannot be read.
         """
-        found: list[ReadEntry] = []
-        for pack, packed in self._fresh(id).packs_of(id):
-            found += self._entries(pack, packed.offset, packed.length, id)
+        manifest = self._fresh(id)
+        while True:
+            archived = manifest.find(id)
+            if archived.dropped:
+                raise NotFound(f"trajectory {id!r} was in the archive and has been dropped by retention")
+            try:
+                found = self.read_parts(id, archived)
+                break
+            except Corrupt:
+                manifest.refresh()
+                if all(manifest.is_live(record.number) for record, _ in archived.parts):
+                    raise  # else a compaction has just written it anew elsewhere
         entries = {entry.at: entry for entry in found if not entry.note}
         notes = {entry.at: entry for entry in found if entry.note}
         return [entries[at] for at in sorted(entries)], [notes[at] for at in sorted(notes)]
 
-    def payloads(self, id: str, events: Sequence[Event]) -> Iterator[bytes]:
-        """Payload bytes of archived events, in order; what lies together is read together.
+    def read_parts(self, id: str, archived: Archived) -> list[ReadEntry]:
+        """Entries and notes of these parts, as they stand in the packs; every event with its extents.
+
+        Raises:
+            Corrupt: a pack cannot be read.
+        """
+        found: list[ReadEntry] = []
+        for record, line in archived.parts:
+            try:
+                lines = self.packs.text(record.pack, "events", line.offset, line.offset + line.length)
+            except Corrupt as error:
+                raise Corrupt(f"trajectory {id}: {error}") from error
+            found += decode_entries(lines, pack=record.pack, id=id)
+        return resolve(found)
+
+    def payloads(self, id: str, events: Sequence[Event]) -> Iterator[Buffer | None]:
+        """Payload bytes of archived events, in order; what lies together is read together, and not copied again.
+
+        None where a compaction has moved them: read the trajectory again.
 
         Raises:
             Corrupt: naming the pack and the trajectory.
@@ -71,6 +110,26 @@ class ArchiveReader:
                 page, nbytes = [], 0
         yield from self._read_page(id, page)
 
+    def routed(self, id: str, event: Event, first: int, stop: int, layers: slice | None = None) -> RoutingArray | None:
+        """Rows `[first, stop)` of an archived recording, `[stop - first, layers, K]`, and no others.
+
+        None where a compaction has moved them.
+
+        Raises:
+            Corrupt: naming the pack and the trajectory.
+        """
+        extents = cut_extents(event.extents, first, stop - first)
+        try:
+            pieces = [
+                self.packs.rows(extent.pack, "routed", extent.row, extent.row + extent.rows, layers)
+                for extent in _require_there(event, extents)
+            ]
+        except Corrupt as error:
+            if self._moved(id, extents):
+                return None
+            raise Corrupt(f"trajectory {id}: {error}") from error
+        return np.concatenate(pieces) if len(pieces) != 1 else pieces[0]
+
     def summaries(self, partition: int) -> list[Summary]:
         """The newest archived summary of every trajectory of a partition."""
         manifest = self._manifests[partition]
@@ -81,24 +140,22 @@ class ArchiveReader:
 
     def entry(self, id: str, at: EventId) -> EntryStamp | None:
         """What an archived entry was written as, None if it is not archived."""
-        return self._find(id, at, note=False)
+        last = self.find(id).last
+        return self._stamp(id, at, note=False) if last is not None and at <= last else None
 
     def note(self, id: str, at: EventId) -> EntryStamp | None:
         """Likewise for a note."""
-        return self._find(id, at, note=True)
+        return self._stamp(id, at, note=True) if at.epoch <= self.last_note(id) else None
 
     def last_note(self, id: str) -> int:
         """Number of the newest archived note, 0 for none."""
-        return self._fresh(id).last_note(id)
+        return self.find(id).last_note
 
     def last_entry(self, id: str) -> EventId | None:
         """Id of the newest archived entry."""
-        return self._fresh(id).last_entry(id)
+        return self.find(id).last
 
-    def _find(self, id: str, at: EventId, *, note: bool) -> EntryStamp | None:
-        last = EventId(self.last_note(id), 0) if note else self.last_entry(id)
-        if last is None or at > last:
-            return None
+    def _stamp(self, id: str, at: EventId, *, note: bool) -> EntryStamp | None:
         entries = self.read(id)[note]
         return next((EntryStamp(entry.nonce, entry.digest) for entry in entries if entry.at == at), None)
 
@@ -107,70 +164,128 @@ class ArchiveReader:
         manifest.refresh()
         return manifest
 
-    def _entries(self, pack: str, offset: int, length: int, id: str) -> list[ReadEntry]:
-        lines = self._slice(pack, "events", offset, offset + length, id).tobytes()
-        if len(lines) != length:
-            raise Corrupt(f"pack {pack} holds {len(lines)} of {length} event bytes of trajectory {id}")
-        return decode_entries(lines, pack=pack, id=id)
-
-    def _read_page(self, id: str, events: Sequence[Event]) -> Iterator[bytes]:
+    def _read_page(self, id: str, events: Sequence[Event]) -> Iterator[Buffer | None]:
         wanted: dict[Place, list[Extent]] = {}
+        try:
+            for event in events:
+                extents = _require_there(event, event.extents)
+                for array in _arrays_of(event):
+                    for extent in extents:
+                        wanted.setdefault((extent.pack, array), []).append(extent)
+            read = {place: self._read_extents(place, extents) for place, extents in wanted.items()}
+        except Corrupt as error:
+            if self._moved(id, [extent for event in events for extent in event.extents]):
+                yield from (None for _ in events)
+                return
+            raise Corrupt(f"trajectory {id}: {error}") from error
         for event in events:
-            for array in _arrays_of(event, id):
-                wanted.setdefault((event.stored, array), []).extend(event.extents)
-        read = {place: self._read_extents(place, extents, id) for place, extents in wanted.items()}
-        for event in events:
-            yield b"".join(
-                read[event.stored, array][extent] for array in _arrays_of(event, id) for extent in event.extents
-            )
+            parts = [read[extent.pack, array][extent] for array in _arrays_of(event) for extent in event.extents]
+            yield parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _read_extents(self, place: Place, extents: Sequence[Extent], id: str) -> dict[Extent, bytes]:
+    def _read_extents(self, place: Place, extents: Sequence[Extent]) -> dict[Extent, Buffer]:
         """Bytes of each extent of one array."""
-        found: dict[Extent, bytes] = {}
-        for run in adjacent_runs(extents):
-            first = run[0][0]
-            rows = self._slice(*place, first, run[-1][0] + run[-1][1], id)
-            for row, count in run:
-                found[row, count] = rows[row - first : row - first + count].tobytes()
+        found: dict[Extent, Buffer] = {}
+        for run in neighbours(extents, within=self.packs.chunk_rows(*place)):
+            first = run[0].row
+            rows = self.packs.rows(*place, first, max(extent.row + extent.rows for extent in run))
+            for extent in run:
+                part = rows[extent.row - first : extent.row - first + extent.rows]
+                found[extent] = part.data.cast("B") if part.size else b""
         return found
 
-    def _slice(self, pack: str, array: str, start: int, stop: int, id: str) -> np.ndarray[Any, Any]:
-        try:
-            return np.asarray(self._array(pack, array)[start:stop])
-        except (OSError, KeyError, ValueError, RuntimeError) as error:  # what zarr raises for damage
-            raise Corrupt(
-                f"pack {pack} is damaged: {array}[{start}:{stop}] of trajectory {id} cannot be read: {error}"
-            ) from error
-
-    def _array(self, pack: str, name: str) -> "zarr.Array[Any]":
-        with self._lock:
-            array = self._open.get((pack, name))
-            if array is None:
-                array = zarr.open_array(self.root.pack_path(pack) / name, mode="r", zarr_format=3)
-                self._open[pack, name] = array
-                if len(self._open) > _OPEN_ARRAYS:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end((pack, name))
-            return array
+    def _moved(self, id: str, extents: Iterable[Extent]) -> bool:
+        """True if a pack that these lie in has been replaced or dropped since."""
+        manifest = self._fresh(id)
+        numbers = {int(extent.pack.partition("/")[2].partition("-")[0]) for extent in extents if extent.pack}
+        return not all(manifest.is_live(number) for number in numbers)
 
 
-def adjacent_runs(extents: Iterable[Extent]) -> list[list[Extent]]:
-    """Extents by row, those that follow each other without a gap together."""
+_readers: weakref.WeakSet[ArchiveReader] = weakref.WeakSet()
+
+
+def _begin_anew() -> None:
+    """In a forked child: another thread may have held any lock at the fork."""
+    for reader in list(_readers):
+        reader._begin()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+
+
+def resolve(entries: Sequence[ReadEntry]) -> list[ReadEntry]:
+    """Give every event its extents: pieces that refer to another event of the trajectory are looked up in it.
+
+    What refers to an event that is not there gets an extent in no pack, an error only for whoever reads it.
+    """
+    pieces = {
+        event.id: (event.stored, some)
+        for entry in entries
+        for event, some in zip(entry.events, entry.pieces, strict=True)
+    }
+    known: dict[str, tuple[Extent, ...]] = {}
+
+    def extents_of(event: str) -> tuple[Extent, ...]:
+        if event not in known:
+            known[event] = ()  # while it is looked up: a circle finds nothing
+            pack, some = pieces.get(event, ("", ()))
+            known[event] = tuple(extent for piece in some for extent in extents_at(pack, piece))
+        return known[event]
+
+    def extents_at(pack: str, piece: Piece) -> Iterable[Extent]:
+        if len(piece) == 2:
+            return (Extent(pack, piece[0], piece[1]),)
+        event, first, count = piece
+        found = cut_extents(extents_of(event), first, count)
+        missing = count - sum(extent.rows for extent in found)
+        return found if not missing else (*found, Extent("", 0, missing))
+
+    return [
+        entry._replace(
+            events=[msgspec.structs.replace(event, extents=extents_of(event.id)) for event in entry.events]
+            if any(entry.pieces)
+            else entry.events
+        )
+        for entry in entries
+    ]
+
+
+def cut_extents(extents: Iterable[Extent], first: int, count: int) -> list[Extent]:
+    """The extents of rows `[first, first + count)` of what these extents make up."""
+    found = []
+    for extent in extents:
+        skip = min(first, extent.rows)
+        take = min(extent.rows - skip, count)
+        if take > 0:
+            found.append(Extent(extent.pack, extent.row + skip, take))
+        first, count = first - skip, count - take
+    return found
+
+
+def neighbours(extents: Iterable[Extent], *, within: int) -> list[list[Extent]]:
+    """Extents by row, together where a gap is so short that reading over it decodes no further chunk."""
     runs: list[list[Extent]] = []
-    for row, count in sorted(set(extents)):
-        if runs and sum(runs[-1][-1]) == row:
-            runs[-1].append((row, count))
+    end = 0
+    for extent in sorted(set(extents)):
+        if runs and extent.row - end <= within:
+            runs[-1].append(extent)
         else:
-            runs.append([(row, count)])
+            runs.append([extent])
+            end = 0
+        end = max(end, extent.row + extent.rows)
     return runs
 
 
-def _arrays_of(event: Event, id: str) -> tuple[str, ...]:
+def _require_there(event: Event, extents: Sequence[Extent]) -> Sequence[Extent]:
+    if any(not extent.pack for extent in extents):
+        raise Corrupt(f"the payload of event {event.id} repeats rows of an event that is not in the archive")
+    return extents
+
+
+def _arrays_of(event: Event) -> tuple[str, ...]:
     """Arrays whose pieces make up an event's payload, in order."""
     header = event.header
     if isinstance(header, UnknownEvent):
-        raise Corrupt(f"{id}: event {event.id} of pack {event.stored} is of unknown type and has no payload")
+        raise Corrupt(f"event {event.id} of pack {event.stored} is of unknown type and has no payload")
     array = payload_array(header)
     if event.payload is None or array is None:
         return ()

@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trajstore.archive.manifest import Manifest
+from trajstore.archive.pack import ReadEntry
+from trajstore.archive.pieces import Known
 from trajstore.archive.reader import ArchiveReader
+from trajstore.archive.repeats import known_rows
 from trajstore.archive.writer import StagedEntry
 from trajstore.entries import Event, check_payload, entry_digest
 from trajstore.errors import Corrupt, SchemaError
@@ -17,9 +20,11 @@ from trajstore.events import (
     Rewarded,
     SegmentClosed,
     TrajectoryClosed,
+    TrajectoryDeleted,
     TrajectoryOpened,
     UnknownEvent,
 )
+from trajstore.history import find_tombstone
 from trajstore.log.feed import Hint
 from trajstore.log.reader import HotEntry, HotReader
 from trajstore.routing import RoutingSpec
@@ -65,6 +70,7 @@ class Part:
         staged: entries to archive, then notes; may be empty.
         spec: its routing.
         summary: as of the last staged entry.
+        known: rows that the archive holds and the staged recordings may repeat.
         entries, notes: everything that the hot log holds of it.
     """
 
@@ -73,6 +79,7 @@ class Part:
     staged: list[StagedEntry]
     spec: RoutingSpec | None
     summary: Summary | None
+    known: Known | None
     entries: list[HotEntry]
     notes: list[HotEntry]
 
@@ -97,8 +104,9 @@ def first_look(
         SchemaError, Corrupt: what the hot log holds is not trajstore's, or damaged.
     """
     entries, notes = hot.read(id)
-    archived, last_note = manifest.last_entry(id), manifest.last_note(id)
-    new = [event for entry in entries if archived is None or entry.at > archived for event in entry.events()]
+    archived = manifest.find(id)
+    last, last_note = archived.last, archived.last_note
+    new = [event for entry in entries if last is None or entry.at > last for event in entry.events()]
     new += [event for note in notes if note.at.epoch > last_note for event in note.events(note=True)]
     return Look(
         hints=list(hints),
@@ -118,28 +126,43 @@ def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: 
         Corrupt: a payload is missing, or the archive holds another entry of the same id.
     """
     entries, notes = hot.read(id)
-    archived, last_note = manifest.last_entry(id), manifest.last_note(id)
-    ripe = set(ripe_prefix([(e.at, entry_digest(e.data)) for e in entries], look.entries, archived))
+    archived = manifest.find(id)
+    last, last_note = archived.last, archived.last_note
+    ripe = set(ripe_prefix([(e.at, entry_digest(e.data)) for e in entries], look.entries, last))
     decoded = [(entry, entry.events()) for entry in entries if entry.at in ripe]
     decoded = decoded[: finished_entries([(entry.at, events) for entry, events in decoded])]
+    tombstone = find_tombstone(entries[-1].events()) if entries else None
+    if tombstone is not None:  # what came before it may be half removed, and is not wanted
+        decoded = [(entry, events) for entry, events in decoded if entry.at == tombstone.at]
     ripe_notes = ripe_prefix(
         [(e.at, entry_digest(e.data)) for e in notes], look.notes, EventId(last_note, 0) if last_note else None
     )
     decoded_notes = [(note, note.events(note=True)) for note in notes if note.at in ripe_notes]
-    summary = manifest.summary(id)
+    summary = archived.summary
+    if tombstone is not None or (summary is not None and summary.status == "deleted"):
+        decoded_notes = []
     for _, events in decoded:
         for event in events:
             if isinstance(event.header, UnknownEvent):
                 raise SchemaError(f"event {event.id} is a {event.type} that this version does not know; upgrade it")
             summary = advance(summary, id, event.at, event.time, event.header)
-    staged = [_stage(hot, id, entry, events, note=False) for entry, events in decoded]
-    staged += [_stage(hot, id, entry, events, note=True) for entry, events in decoded_notes]
+    try:
+        staged = [_stage(hot, id, entry, events, note=False) for entry, events in decoded]
+        staged += [_stage(hot, id, entry, events, note=True) for entry, events in decoded_notes]
+    except Corrupt:
+        now, _ = hot.read(id)
+        if tombstone is not None or not now or find_tombstone(now[-1].events()) is None:
+            raise
+        return second_look(hot, archive, manifest, id, look)  # it was deleted since it was read
+    old = archive.read_parts(id, archived) if staged else []
+    spec = _spec(decoded, old) if staged else None
     return Part(
         id=id,
         look=look,
         staged=staged,
-        spec=_spec(archive, id, decoded) if staged else None,
+        spec=spec,
         summary=summary,
+        known=None if spec is None else known_rows(archive, id, old, staged, spec.row_bytes),
         entries=entries,
         notes=notes,
     )
@@ -173,7 +196,7 @@ def finished_entries(entries: Sequence[tuple[EventId, Sequence[Event]]]) -> int:
     if not entries:
         return 0
     newest = entries[-1][0].epoch
-    closing = (TrajectoryOpened, SegmentClosed, Rewarded, TrajectoryClosed)
+    closing = (TrajectoryOpened, SegmentClosed, Rewarded, TrajectoryClosed, TrajectoryDeleted)
     if any(isinstance(event.header, closing) for at, events in entries if at.epoch == newest for event in events):
         return len(entries)
     return sum(at.epoch < newest for at, _ in entries)
@@ -187,14 +210,12 @@ def _stage(hot: HotReader, id: str, entry: HotEntry, events: Sequence[Event], *,
         if event.payload is not None:
             check_payload(data, event.payload, what=f"the payload of event {event.id}")
         payloads.append(data)
-    return StagedEntry(entry.at, note, entry.data, entry.decoded(), payloads)
+    return StagedEntry.from_hot(entry.at, entry.data, payloads, note=note)
 
 
-def _spec(archive: ArchiveReader, id: str, decoded: Sequence[tuple[HotEntry, Sequence[Event]]]) -> RoutingSpec | None:
-    first = decoded[0][1][0].header if decoded else None
-    if not isinstance(first, TrajectoryOpened):
-        entries, _ = archive.read(id)
-        if not entries:
-            raise Corrupt("its first events are neither in the hot log nor in the archive")
-        first = entries[0].events[0].header
+def _spec(decoded: Sequence[tuple[HotEntry, Sequence[Event]]], old: Sequence[ReadEntry]) -> RoutingSpec | None:
+    opened = next((entry.events[0].header for entry in old if entry.at == (1, 0) and not entry.note), None)
+    first = opened or (decoded[0][1][0].header if decoded else None)
+    if not isinstance(first, TrajectoryOpened | TrajectoryDeleted):
+        raise Corrupt("its first events are neither in the hot log nor in the archive")
     return first.routing if isinstance(first, TrajectoryOpened) else None

@@ -1,30 +1,29 @@
-"""The folder of an archive: its identity, its paths, and the few file operations whose durability matters.
+"""An archive's identity: `archive.json`, and who may call a place its archive. Its files are `storage/`'s.
 
 archive.json                       which run this is
 manifest/07/00000012.json          numbered records of partition 7; a pack exists once its record does
+index/07/00000001-00000016.safetensors   lookup tables
 packs/07/00000012-01ABC.../        a pack: one Zarr v3 group
-staging/01ABC.../                  packs being written
+staging/01ABC.../                  packs being written to a local disk
 """
 
-import contextlib
 import os
-import shutil
-import threading
-import time
-from pathlib import Path
+from collections.abc import Mapping
 
 import msgspec
-from ulid import ULID
 
-from trajstore.errors import Conflict, Corrupt, NotFound, SchemaError, Unavailable
+from trajstore.archive.sealed import seal, unseal
+from trajstore.archive.storage.local import LocalStorage, open_storage
+from trajstore.archive.storage.protocol import Storage
+from trajstore.errors import Conflict, Corrupt, NotFound
 
-__all__ = ["ARCHIVE_FORMAT", "ArchiveInfo", "ArchiveRoot", "write_new"]
+__all__ = ["ARCHIVE_FORMAT", "ArchiveInfo", "ArchiveRoot"]
 
-ARCHIVE_FORMAT = 1
-"""Version of everything below an archive's root; see `docs/format.md`."""
+ARCHIVE_FORMAT = 2
+"""Version of the archives that this version begins; it reads older ones. See `docs/format.md`."""
 
-
-_FOLDERS = ("manifest", "packs", "staging")
+_INFO = "archive.json"
+_FOLDERS = ("manifest", "index", "packs", "staging")
 
 
 class ArchiveInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,22 +36,36 @@ class ArchiveInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ArchiveRoot:
-    """Paths and durable file operations of one local archive."""
+    """One archive.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Attributes:
+        storage: its files.
+        location: folder or URL, fit for messages and for the run's record: no secrets.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.location = storage.location
 
     @classmethod
-    def at(cls, location: str | os.PathLike[str]) -> "ArchiveRoot":
-        """The root at a folder, which need not exist.
+    def at(cls, location: str | os.PathLike[str], options: Mapping[str, str] | None = None) -> "ArchiveRoot":
+        """The root at a folder or URL, which need not hold anything yet.
 
         Raises:
-            SchemaError: a URL of a kind that this version cannot archive to.
+            SchemaError: it cannot name an archive.
         """
-        text = os.fspath(location)
-        if "://" in text and not text.startswith("file://"):
-            raise SchemaError(f"{text}: this version archives to a folder; give a path")
-        return cls(Path(text.removeprefix("file://")))
+        return cls(open_storage(location, options))
+
+    @property
+    def is_local(self) -> bool:
+        """It is a folder of this machine."""
+        return isinstance(self.storage, LocalStorage)
+
+    def is_at(self, other: "ArchiveRoot") -> bool:
+        """Both are the same place, also where one way to it leads over a symbolic link."""
+        if self.is_local and other.is_local:
+            return os.path.realpath(self.location) == os.path.realpath(other.location)
+        return self.location == other.location
 
     def info(self) -> ArchiveInfo | None:
         """Whose archive this is; None if there is none.
@@ -62,18 +75,13 @@ class ArchiveRoot:
             SchemaError: a newer format.
         """
         try:
-            data = (self.path / "archive.json").read_bytes()
+            data = self.storage.read(_INFO)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
-            info = msgspec.json.decode(data, type=ArchiveInfo)
-        except msgspec.MsgspecError as error:
-            raise Corrupt(f"{self.path / 'archive.json'} cannot be read: {error}") from error
-        if info.format > ARCHIVE_FORMAT:
-            raise SchemaError(
-                f"{self.path} is an archive of format {info.format}; this trajstore reads up to {ARCHIVE_FORMAT}, "
-                "upgrade it"
-            )
+            info = msgspec.convert(unseal(data, newest=ARCHIVE_FORMAT, what=f"{_INFO} in {self.location}"), ArchiveInfo)
+        except (Corrupt, msgspec.MsgspecError) as error:
+            raise Corrupt(f"{error}; `trajstore rebuild {self.location}` makes it anew from the packs") from error
         return info
 
     def require(self) -> ArchiveInfo:
@@ -84,7 +92,7 @@ class ArchiveRoot:
         """
         info = self.info()
         if info is None:
-            raise NotFound(f"there is no archive in {self.path} (no archive.json)")
+            raise NotFound(f"there is no archive in {self.location} (no archive.json)")
         return info
 
     def claim(self, info: ArchiveInfo) -> None:
@@ -94,101 +102,31 @@ class ArchiveRoot:
             Conflict: it belongs to another run or incarnation, or the folder holds something else.
             Unavailable: the folder cannot be used.
         """
-        try:
-            self._claim(info)
-        except OSError as error:
-            raise Unavailable(f"{self.path} cannot be used as an archive: {error}") from error
-
-    def _claim(self, info: ArchiveInfo) -> None:
         found = self.info()
         if found is None:
-            if self.path.exists() and any(not _is_ours(path.name) for path in self.path.iterdir()):
-                raise Conflict(f"{self.path} is not empty and no archive; archive into a new or an empty folder")
-            for folder in _FOLDERS:
-                (self.path / folder).mkdir(parents=True, exist_ok=True)
+            foreign = next((file.path for file in self.storage.list("") if not _is_ours(file.path)), None)
+            if foreign is not None:
+                raise Conflict(
+                    f"{self.location} is not empty and no archive (it holds {foreign}); archive into a new or an empty "
+                    "folder"
+                )
             try:
-                write_new(self.path / "archive.json", msgspec.json.format(msgspec.json.encode(info)))
+                self.storage.create(_INFO, seal(info))
                 return
             except FileExistsError:
                 found = self.require()
         if (found.incarnation, found.run) != (info.incarnation, info.run):
             raise Conflict(
-                f"{self.path} archives incarnation {found.incarnation} of run {found.run!r}, but the hot log holds "
+                f"{self.location} archives incarnation {found.incarnation} of run {found.run!r}, but the hot log holds "
                 f"incarnation {info.incarnation} of run {info.run!r}. One of them is of another run, or was lost and "
                 "begun anew; give the matching archive, or a new folder"
             )
 
-    def manifest_folder(self, partition: int) -> Path:
-        """Folder of a partition's records."""
-        return self.path / "manifest" / f"{partition:02}"
-
-    def pack_path(self, name: str) -> Path:
-        """Where a published pack lies; names read `07/00000012-01ABC...`."""
-        return self.path / "packs" / name
-
-    def stage(self, name: str) -> Path:
-        """A new folder to write a pack into."""
-        path = self.path / "staging" / name
-        path.mkdir(parents=True)
-        return path
-
-    def clear_staging(self, *, older_than: float) -> None:
-        """Remove what has lain in staging for more than `older_than` seconds: its archiver was killed."""
-        for path in (self.path / "staging").glob("*"):
-            with contextlib.suppress(ValueError):  # not ours
-                if time.time() - ULID.from_str(path.name).timestamp > older_than:
-                    shutil.rmtree(path, ignore_errors=True)
-
-    def publish(self, staged: Path, name: str) -> None:
-        """Move a staged and fsynced pack to its place, durably. Nobody knows it until its record is written."""
-        target = self.pack_path(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged.rename(target)
-        sync_folder(target.parent)
-        sync_folder(target.parent.parent)
+    def __repr__(self) -> str:
+        return f"<ArchiveRoot {self.location}>"
 
 
-def _is_ours(name: str) -> bool:
+def _is_ours(path: str) -> bool:
     """What somebody makes who claims the archive at this moment, or left half made in a crash."""
-    return name in (*_FOLDERS, "archive.json") or name.startswith(".archive.json.")
-
-
-def write_new(path: Path, data: bytes) -> None:
-    """Create a file with its content in one durable step.
-
-    Raises:
-        FileExistsError: somebody else was first; nothing changed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        os.link(temporary, path)  # unlike a rename, it refuses to replace
-    finally:
-        temporary.unlink()
-    sync_folder(path.parent)
-    sync_folder(path.parent.parent)
-
-
-def sync_tree(folder: Path) -> None:
-    """Fsync every file and folder below, and the folder itself."""
-    for current, _, files in os.walk(folder, topdown=False):
-        for name in files:
-            descriptor = os.open(os.path.join(current, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_folder(Path(current))
-
-
-def sync_folder(folder: Path) -> None:
-    """Fsync a folder, so that the names in it survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    top = path.partition("/")[0]
+    return top in (*_FOLDERS, _INFO) or top.startswith(f".{_INFO}.")

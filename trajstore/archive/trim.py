@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from trajstore.archive.manifest import Manifest
 from trajstore.archive.ripening import Part
+from trajstore.deletion import removal
 from trajstore.events import FINAL_STATUSES
 from trajstore.log.batch import payload_field
 from trajstore.log.keys import Keys
@@ -44,20 +45,23 @@ def _unmoved(wire: Wire, keys: Keys, manifest: Manifest, parts: Sequence[Part]) 
     found = []
     for part in parts:
         entry, note = stream_last_id(next(infos)), stream_last_id(next(infos))
-        archived, archived_note = manifest.last_entry(part.id), manifest.last_note(part.id)
-        if (entry is None or entry == archived) and (note is None or note.epoch == archived_note):
+        archived = manifest.find(part.id)
+        if (entry is None or entry == archived.last) and (note is None or note.epoch == archived.last_note):
             found.append(part)
     return found
 
 
 def _drop_archived(keys: Keys, manifest: Manifest, part: Part) -> Iterator[Command]:
-    last, last_note = manifest.last_entry(part.id), manifest.last_note(part.id)
+    archived = manifest.find(part.id)
+    last, last_note = archived.last, archived.last_note
     fields: list[str] = []
     if last is not None:
         fields += _payload_fields((entry for entry in part.entries if entry.at <= last), note=False)
     fields += _payload_fields((note for note in part.notes if note.at.epoch <= last_note), note=True)
     if fields:
         yield "HDEL", keys.payloads(part.id), *fields
+    if last is not None and archived.summary is not None and archived.summary.status == "deleted":
+        yield from removal(keys, part.id, last)
     if last is not None:
         yield "XTRIM", keys.entries(part.id), "MINID", f"{last.epoch}-{last.seq + 1}"
     if last_note:
@@ -66,10 +70,12 @@ def _drop_archived(keys: Keys, manifest: Manifest, part: Part) -> Iterator[Comma
 
 def _is_over(manifest: Manifest, part: Part) -> bool:
     """The trajectory is final, and all that the hot log had of it is archived."""
-    last, last_note, summary = manifest.last_entry(part.id), manifest.last_note(part.id), manifest.summary(part.id)
+    archived = manifest.find(part.id)
+    last, last_note, summary = archived.last, archived.last_note, archived.summary
     left = any(last is None or entry.at > last for entry in part.entries)
-    left |= any(note.at.epoch > last_note for note in part.notes)
-    return summary is not None and summary.status in FINAL_STATUSES and not left
+    if summary is None or summary.status != "deleted":  # of a deleted one no note is archived
+        left |= any(note.at.epoch > last_note for note in part.notes)
+    return summary is not None and summary.status in (*FINAL_STATUSES, "deleted") and not left
 
 
 def _keys_of(keys: Keys, part: Part) -> tuple[str, str, str]:

@@ -1,47 +1,80 @@
-"""Writing a pack: collect entries, write the Zarr group into staging, publish it with a manifest record."""
+"""Writing a pack: collect entries, lay out their payloads, publish the Zarr group with a manifest record."""
 
 import hashlib
-import shutil
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
-import zarr
+import numpy.typing as npt
 from ulid import ULID
 
-from trajstore.archive.manifest import FileDigest, Manifest, PackedTrajectory, Record
-from trajstore.archive.pack import PackedEntry, encode_entries, payload_array, write_array
-from trajstore.archive.root import ARCHIVE_FORMAT, ArchiveInfo, ArchiveRoot, sync_tree
-from trajstore.entries import Buffer, Entry, check_payload, entry_digest
-from trajstore.errors import Corrupt, Fenced, Unavailable
-from trajstore.events import EventId, Header, Tokens, payload_of
+from trajstore.archive.arrays.shard import CHUNK_BYTES, encode_array, layer_chunks_for
+from trajstore.archive.manifest import Manifest
+from trajstore.archive.pack import (
+    PackedEntry,
+    PackedTrajectory,
+    Piece,
+    encode_entries,
+    encode_trajectory,
+    payload_array,
+)
+from trajstore.archive.pieces import Known, SharedRows, joined, row_view
+from trajstore.archive.record import RECORD_FORMAT, FileDigest, PackCounts, Record
+from trajstore.archive.root import ArchiveInfo, ArchiveRoot
+from trajstore.entries import Buffer, check_payload, decode_known, entry_digest
+from trajstore.errors import Corrupt, Fenced
+from trajstore.events import (
+    SCHEMA_VERSION,
+    EventId,
+    Header,
+    LateRouting,
+    Routing,
+    RoutingObserved,
+    SegmentOpened,
+    Tokens,
+    payload_of,
+)
 from trajstore.routing import RoutingSpec
 from trajstore.summary import Summary
 
-__all__ = ["PackWriter", "PublishStep", "StagedEntry"]
+__all__ = ["PACK_FORMAT", "PackWriter", "PublishStep", "StagedEntry"]
 
-PublishStep = str
+PACK_FORMAT = 2
+"""Of the packs that this version writes."""
+
+_SMALL_CHUNK_BYTES = 64 << 10
+"""For all arrays but `routed`: of them a trajectory has little, and a read decodes whole chunks."""
+
+PublishStep: TypeAlias = str
 """Names the steps of a publish, as `on_step` hears them: staged, synced, moved, recorded."""
 
 
 class StagedEntry(NamedTuple):
-    """An entry to archive, as read from the hot log just now.
+    """An entry to archive.
 
     Attributes:
         at, note: its id, and whether it is a note.
-        data: its bytes.
-        entry: the same, decoded; every event known.
+        nonce, digest, time: as the hot log held it.
+        events: its headers, every one known.
         payloads: per event its bytes, b"" for none.
     """
 
     at: EventId
     note: bool
-    data: bytes
-    entry: Entry
+    nonce: int
+    digest: str
+    time: float
+    events: Sequence[Header]
     payloads: Sequence[Buffer]
+
+    @classmethod
+    def from_hot(cls, at: EventId, data: bytes, payloads: Sequence[Buffer], *, note: bool = False) -> "StagedEntry":
+        """From the bytes of a hot entry, every event of which is known."""
+        entry = decode_known(data)
+        return cls(at, note, entry.nonce, entry_digest(data), entry.time, entry.events, payloads)
 
 
 class PackWriter:
@@ -54,26 +87,35 @@ class PackWriter:
     """
 
     def __init__(self, root: ArchiveRoot, info: ArchiveInfo, partition: int, spec: RoutingSpec | None) -> None:
-        self._root = root
+        self._storage = root.storage
         self._info = info
         self._partition = partition
         self._spec = spec
         self._tokens: list[Buffer] = []
         self._logprobs: list[Buffer] = []
         self._routed: list[Buffer] = []
-        self._token_count = 0
-        self._row_count = 0
+        self._counts = dict.fromkeys(PackCounts.__struct_fields__, 0)
+        self._newest = 0.0
         self._events: list[bytes] = []
         self._event_bytes = 0
         self._trajectories: list[PackedTrajectory] = []
+        self._contexts: dict[bytes, tuple[int, int]] = {}
+        self._prompts: dict[str, SharedRows] = {}
 
-    def add(self, id: str, entries: Sequence[StagedEntry], *, summary: Summary | None) -> None:
+    def add(
+        self, id: str, entries: Sequence[StagedEntry], *, summary: Summary | None, known: Known | None = None
+    ) -> None:
         """Take entries of one trajectory, oldest first, notes last.
+
+        Args:
+            summary: as of the last entry; its group says whose prompt rows may be shared.
+            known: recorded rows that the archive holds of it already.
 
         Raises:
             Corrupt: a payload does not match its header.
         """
-        packed = [self._pack(id, staged) for staged in entries]
+        rows = known or (None if self._spec is None else Known(self._spec.row_bytes))
+        packed = [self._pack(id, staged, rows, summary.group if summary else None) for staged in entries]
         lines = encode_entries(packed)
         ids = [staged.at for staged in entries if not staged.note]
         self._trajectories.append(
@@ -89,117 +131,168 @@ class PackWriter:
         )
         self._events.append(lines)
         self._event_bytes += len(lines)
+        self._newest = max([self._newest, *(staged.time for staged in entries)])
+        self._counts["trajectories"] += 1
+        self._counts["entries"] += len(ids)
+        self._counts["notes"] += len(entries) - len(ids)
 
     def publish(
-        self, manifest: Manifest, number: int, *, writer: str, on_step: Callable[[PublishStep], None]
+        self,
+        manifest: Manifest,
+        number: int,
+        *,
+        writer: str,
+        on_step: Callable[[PublishStep], None] = lambda _: None,
+        replaces: Sequence[int] = (),
     ) -> Record:
-        """Write, fsync, move into place, then write the record: only with it does the pack exist.
+        """Write the pack's files durably, then the record: only with it does the pack exist.
 
         Args:
             number: of the record, one above the newest that was known when this pack's content was decided.
+            replaces: records whose packs this one holds instead.
 
         Raises:
             Fenced: another archiver has written the record of this number.
-            Unavailable: the folder cannot be written, a full disk say.
+            Unavailable: the archive cannot be written, a full disk say.
         """
-        name = str(ULID())
-        pack = f"{self._partition:02}/{number:08}-{name}"
-        staged = self._root.stage(name)
-        try:
-            files = self._stage(staged / "pack", on_step)
-            self._root.publish(staged / "pack", pack)
-        except OSError as error:
-            raise Unavailable(
-                f"a pack cannot be written to {self._root.path}: {error}. Nothing is lost, it stays in the hot log; "
-                "free space or mend the folder"
-            ) from error
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)  # empty by now, or half a pack on a full disk
-        on_step("moved")
+        pack = f"{self._partition:02}/{number:08}-{ULID()}"
         record = Record(
-            format=ARCHIVE_FORMAT,
+            format=RECORD_FORMAT,
             number=number,
             partition=self._partition,
-            pack=pack,
             created=time.time(),
             writer=writer,
-            files=files,
-            trajectories=self._trajectories,
+            pack=pack,
+            counts=PackCounts(**self._counts),
+            newest=self._newest,
+            replaces=replaces,
         )
+        files, codecs = self._files(record)
+        with ThreadPoolExecutor(1) as aside:  # a digest takes as long as a disk
+            digests = aside.submit(_digests, files)
+            self._storage.publish(f"packs/{pack}", files, on_step)
+        record = msgspec.structs.replace(record, codecs=codecs, files=digests.result())
         try:
-            manifest.append(record)
+            manifest.append(record, self._trajectories)
         except Fenced:
-            shutil.rmtree(self._root.pack_path(pack))  # no record names it, and none ever will
+            self._storage.remove(f"packs/{pack}/{name}" for name in files)  # no record names it, and none ever will
             raise
         on_step("recorded")
         return record
 
-    def _stage(self, path: Path, on_step: Callable[[PublishStep], None]) -> dict[str, FileDigest]:
-        """Write the pack's files durably; returns them by their path in it."""
-        self._write(path)
-        on_step("staged")
-        files = {str(file.relative_to(path)): _digest(file) for file in sorted(path.rglob("*")) if file.is_file()}
-        sync_tree(path.parent)
-        on_step("synced")
-        return files
-
-    def _pack(self, id: str, staged: StagedEntry) -> PackedEntry:
-        extents = [
-            self._place(id, header, data) for header, data in zip(staged.entry.events, staged.payloads, strict=True)
-        ]
+    def _pack(self, id: str, staged: StagedEntry, known: Known | None, group: str | None) -> PackedEntry:
+        extents: list[Sequence[Piece]] = []
+        for i, (header, data) in enumerate(zip(staged.events, staged.payloads, strict=True)):
+            payload, array = payload_of(header), payload_array(header)
+            if payload is None or array is None:
+                extents.append(())
+                continue
+            at = EventId(staged.at.epoch, staged.at.seq + i)
+            event = f"note {at}" if staged.note else str(at)
+            check_payload(data, payload, what=f"{id}: the payload of {type(header).__name__} {event}")
+            if array == "tokens":
+                extents.append(self._place_tokens(header, data))
+            else:
+                extents.append(self._place_rows(id, event, header, data, known, group))
+            if isinstance(header, SegmentOpened) and group is not None and self._spec is not None:
+                self._prompts.setdefault(group, SharedRows(self._spec.row_bytes, header.base + header.context))
         return PackedEntry(
             id=str(staged.at),
-            v=staged.entry.v,
-            nonce=f"{staged.entry.nonce:016x}",
-            digest=entry_digest(staged.data),
-            time=staged.entry.time,
-            events=staged.entry.events,
+            v=SCHEMA_VERSION,
+            nonce=f"{staged.nonce:016x}",
+            digest=staged.digest,
+            time=staged.time,
+            events=staged.events,
             extents=extents,
             note=staged.note,
         )
 
-    def _place(self, id: str, header: Header, data: Buffer) -> list[tuple[int, int]]:
-        payload, array = payload_of(header), payload_array(header)
-        if payload is None or array is None:
-            return []
-        check_payload(data, payload, what=f"{id}: the payload of a {type(header).__name__}")
-        if array == "routed":
-            if self._spec is None:
-                raise Corrupt(f"{id}: a recording of a trajectory without a routing spec")
-            rows = len(data) // self._spec.row_bytes
-            self._routed.append(data)
-            self._row_count += rows
-            return [(self._row_count - rows, rows)]
+    def _place_tokens(self, header: Header, data: Buffer) -> list[Piece]:
         with_logprobs = isinstance(header, Tokens) and header.logprobs
         count = len(data) // (8 if with_logprobs else 4)
+        if isinstance(header, SegmentOpened):  # a group's prompts are the same tokens
+            digest = hashlib.blake2b(data, digest_size=16).digest()
+            place = self._contexts.setdefault(digest, (self._counts["tokens"], count))
+            if place[0] != self._counts["tokens"]:
+                return [place]
         view = memoryview(data)
         self._tokens.append(view[: 4 * count])
         self._logprobs.append(view[4 * count :] if with_logprobs else _nans(count))
-        self._token_count += count
-        return [(self._token_count - count, count)]
+        self._counts["tokens"] += count
+        return [(self._counts["tokens"] - count, count)]
 
-    def _write(self, path: Path) -> None:
-        spec = self._spec
-        about: dict[str, Any] = {
-            "format": ARCHIVE_FORMAT,
+    def _place_rows(
+        self, id: str, event: str, header: Header, data: Buffer, known: Known | None, group: str | None
+    ) -> list[Piece]:
+        if self._spec is None or known is None or not isinstance(header, Routing | LateRouting | RoutingObserved):
+            raise Corrupt(f"{id}: a recording of a trajectory without a routing spec")
+        rows = row_view(data, self._spec.row_bytes)
+        self._counts["recorded_rows"] += len(rows)
+        prompt = self._prompts.get(group) if group is not None else None
+        pieces: list[Piece] = []
+        for a, b, reference in known.place(event, header.start, rows):
+            if reference is not None:
+                pieces.append(reference)
+                continue
+            shared = [(a, b, None)] if prompt is None else prompt.place(header.start + a, rows[a:b])
+            for first, last, place in _shifted(shared, 0 if prompt is None else a):
+                if place is not None:
+                    pieces.append(place)
+                    continue
+                row = self._counts["rows"]
+                self._routed.append(memoryview(data)[first * self._spec.row_bytes : last * self._spec.row_bytes])
+                self._counts["rows"] += last - first
+                pieces.append((row, last - first))
+                if prompt is not None:
+                    prompt.learn(header.start + first, rows[first:last], row)
+        return joined(pieces)
+
+    def _files(self, record: Record) -> tuple[dict[str, bytes], dict[str, str]]:
+        """The pack's files by their path in it, and each array's codec."""
+        about = {
+            "format": PACK_FORMAT,
             "run": self._info.run,
             "incarnation": self._info.incarnation,
-            "partition": self._partition,
+            "partitions": self._info.partitions,
+            "partition": record.partition,
+            "number": record.number,
+            "created": record.created,
+            "writer": record.writer,
+            "newest": record.newest,
+            "counts": record.counts,
+            "replaces": record.replaces,
         }
-        group = zarr.create_group(store=path, zarr_format=3, attributes={"trajstore": about})
-        write_array(group, "tokens", np.frombuffer(b"".join(self._tokens), "<i4"))
-        write_array(group, "logprobs", np.frombuffer(b"".join(self._logprobs), "<f4"))
-        if spec is not None:
-            write_array(group, "routed", spec.from_bytes(b"".join(self._routed)))
-        write_array(group, "events", np.frombuffer(b"".join(self._events), "u1"))
-        index = b"".join(msgspec.json.encode(packed) + b"\n" for packed in self._trajectories)
-        write_array(group, "trajectories", np.frombuffer(index, "u1"))
+        group = {"zarr_format": 3, "node_type": "group", "attributes": {"trajstore": about}}
+        lines = [encode_trajectory(line) for line in self._trajectories]
+        arrays = {
+            "tokens": encode_array(_parts(self._tokens, "<i4"), chunk_bytes=_SMALL_CHUNK_BYTES, codec="shuffle"),
+            "logprobs": encode_array(_parts(self._logprobs, "<f4"), chunk_bytes=_SMALL_CHUNK_BYTES, codec="shuffle"),
+            "events": encode_array(_parts(self._events, "u1"), chunk_bytes=_SMALL_CHUNK_BYTES),
+            "trajectories": encode_array(_parts(lines, "u1"), chunk_bytes=_SMALL_CHUNK_BYTES),
+        }
+        if self._spec is not None:
+            routed = [self._spec.from_bytes(part) for part in self._routed or [b""]]
+            layer_chunks = layer_chunks_for(self._spec.num_layers)
+            arrays["routed"] = encode_array(routed, chunk_bytes=CHUNK_BYTES, layer_chunks=layer_chunks)
+        files: dict[str, bytes] = {"zarr.json": msgspec.json.format(msgspec.json.encode(group))}
+        for name, array in arrays.items():
+            files |= {f"{name}/{path}": data for path, data in array.files.items()}
+        return files, {name: array.codec for name, array in arrays.items()}
+
+
+def _shifted(
+    runs: "Sequence[tuple[int, int, Piece | None]] | Iterator[tuple[int, int, Piece | None]]", by: int
+) -> Iterator[tuple[int, int, Piece | None]]:
+    return ((a + by, b + by, piece) for a, b, piece in runs)
+
+
+def _parts(buffers: Sequence[Buffer], dtype: str) -> list[npt.NDArray[np.generic]]:
+    return [np.frombuffer(buffer, dtype) for buffer in buffers or [b""]]
 
 
 def _nans(count: int) -> bytes:
     return np.full(count, np.nan, "<f4").tobytes()
 
 
-def _digest(path: Path) -> FileDigest:
-    with path.open("rb") as file:
-        return FileDigest(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+def _digests(files: Mapping[str, bytes]) -> dict[str, FileDigest]:
+    return {name: FileDigest(len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(files.items())}

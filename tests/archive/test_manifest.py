@@ -1,0 +1,149 @@
+"""Records and lookup tables: what a fresh reader finds, at any number of records, with any table missing or damaged."""
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import trajstore
+from trajstore.archive.arrays.shard import encode_array
+from trajstore.archive.index import Line, decode_table, encode_table, make_table, merge_tables, spans
+from trajstore.archive.manifest import Manifest
+from trajstore.archive.pack import PackedTrajectory, encode_trajectory
+from trajstore.archive.pack_arrays import PackArrays
+from trajstore.archive.record import PackCounts, Record
+from trajstore.archive.storage.local import LocalStorage
+
+
+def manifest_of(storage):
+    return Manifest(storage, 3, PackArrays(storage))
+
+
+def append(storage, manifest, number, ids, **changes):
+    """A record over a pack that has nothing but its list of trajectories."""
+    pack = f"03/{number:08}-X"
+    lines = [PackedTrajectory(id=id, first=f"{number}-0", last=f"{number}-0") for id in ids]
+    data = np.frombuffer(b"".join(map(encode_trajectory, lines)), "u1")
+    files = {f"trajectories/{name}": body for name, body in encode_array(data, chunk_bytes=1 << 16).files.items()}
+    storage.publish(f"packs/{pack}", files, lambda _: None)
+    record = Record(format=2, number=number, partition=3, created=0.0, writer="t", pack=pack, counts=PackCounts())
+    manifest.append(msgspec.structs.replace(record, **changes), lines)
+
+
+def test_trajectories_are_found_at_any_number_of_records(tmp_path):
+    storage = LocalStorage(tmp_path)
+    writer = manifest_of(storage)
+    follower = manifest_of(storage)
+    for number in range(1, 301):
+        append(storage, writer, number, [f"t{number}", f"u{number % 7}"])
+        if number % 13 == 0:
+            assert follower.refresh() == number
+    fresh = manifest_of(storage)
+    assert fresh.refresh() == follower.refresh() == 300
+    for reader in (writer, follower, fresh):
+        assert [record.number for record, _ in reader.find("t299").parts] == [299]
+        assert [record.number for record, _ in reader.find("u3").parts] == [
+            number for number in range(1, 301) if number % 7 == 3
+        ]
+        assert reader.find("nobody").parts == []
+    tables = {path.name for path in (tmp_path / "index" / "03").iterdir()}
+    assert "00000001-00000256.safetensors" in tables
+    assert "00000273-00000288.safetensors" in tables
+    assert len(tables) == 1 + 2 + 12, "a larger one takes the place of those it covers"
+
+
+@pytest.mark.parametrize("harm", ["remove", "flip", "truncate", "foreign"])
+def test_missing_or_damaged_tables_are_made_up_for(tmp_path, harm, caplog):
+    storage = LocalStorage(tmp_path)
+    writer = manifest_of(storage)
+    for number in range(1, 20):
+        append(storage, writer, number, [f"t{number}"])
+    table = tmp_path / "index" / "03" / "00000001-00000016.safetensors"
+    data = bytearray(table.read_bytes())
+    if harm == "remove":
+        table.unlink()
+    elif harm == "flip":
+        data[-5] ^= 1
+        table.write_bytes(data)
+    elif harm == "truncate":
+        table.write_bytes(data[:40])
+    else:
+        table.write_bytes(b"hello")
+    fresh = manifest_of(storage)
+    fresh.refresh()
+    assert [record.number for record, _ in fresh.find("t7").parts] == [7]
+    assert (harm == "remove") or "damaged" in caplog.text
+
+
+def test_next_archiver_writes_the_tables_that_a_killed_one_did_not(tmp_path):
+    storage = LocalStorage(tmp_path)
+    writer = manifest_of(storage)
+    for number in range(1, 17):
+        append(storage, writer, number, [f"t{number}"])
+    table = tmp_path / "index" / "03" / "00000001-00000016.safetensors"
+    table.unlink()
+    successor = manifest_of(storage)
+    successor.refresh()
+    append(storage, successor, 17, ["t17"])
+    assert table.exists()
+
+
+def test_replaced_packs_are_left_out_and_dropped_ones_are_known_as_gone(tmp_path):
+    storage = LocalStorage(tmp_path)
+    writer = manifest_of(storage)
+    append(storage, writer, 1, ["a", "b"])
+    append(storage, writer, 2, ["c"])
+    append(storage, writer, 3, ["a"], replaces=[1])
+    append(storage, writer, 4, ["d"], drops=[2])
+    for reader in (writer, manifest_of(storage)):
+        reader.refresh()
+        assert [record.number for record, _ in reader.find("a").parts] == [3]
+        assert reader.find("b").parts == []
+        assert reader.find("c").dropped
+        assert not reader.find("d").dropped
+        assert [record.number for record in reader.live()] == [3, 4]
+
+
+def test_number_that_another_has_taken_is_fenced(tmp_path):
+    storage = LocalStorage(tmp_path)
+    one, other = manifest_of(storage), manifest_of(storage)
+    append(storage, one, 1, ["a"])
+    with pytest.raises(trajstore.Fenced):
+        other.append(Record(format=2, number=1, partition=3, created=0.0, writer="z", pack="03/00000001-Z"), [])
+
+
+def test_record_that_was_renamed_is_corrupt(tmp_path):
+    storage = LocalStorage(tmp_path)
+    append(storage, manifest_of(storage), 1, ["a"])
+    folder = tmp_path / "manifest" / "03"
+    (folder / "00000002.json").write_bytes((folder / "00000001.json").read_bytes())
+    with pytest.raises(trajstore.Corrupt, match="renamed"):
+        manifest_of(storage).refresh()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 30), max_size=8), min_size=1, max_size=8))
+def test_merged_table_finds_what_the_single_ones_find(names):
+    tables = [
+        make_table(i + 1, [Line(f"t{name}", at, 5) for at, name in enumerate(some)]) for i, some in enumerate(names)
+    ]
+    merged = decode_table(memoryview(encode_table(merge_tables(tables))), path="x")
+    for name in range(31):
+        assert merged.find(f"t{name}") == [hit for table in tables for hit in sorted(table.find(f"t{name}"))]
+
+
+def test_spans_begin_where_tables_of_a_level_begin():
+    assert spans(16) == [(17, 32), (17, 17)]
+    assert spans(256)[0] == (257, 512)
+    assert spans(3) == [(4, 4)]
+
+
+def test_lost_newest_record_is_noticed_by_its_table(tmp_path):
+    storage = LocalStorage(tmp_path)
+    writer = manifest_of(storage)
+    for number in range(1, 4):
+        append(storage, writer, number, [f"t{number}"])
+    (tmp_path / "manifest" / "03" / "00000003.json").unlink()
+    with pytest.raises(trajstore.Corrupt, match="00000003"):
+        manifest_of(storage).refresh()

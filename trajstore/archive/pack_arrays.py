@@ -1,0 +1,98 @@
+"""Open arrays of packs: the few that were used last, for all who read an archive in this process."""
+
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import numpy.typing as npt
+
+from trajstore.archive.arrays.chunk_cache import ChunkCache
+from trajstore.archive.arrays.shard import ShardReader
+from trajstore.archive.storage.protocol import Storage
+from trajstore.errors import Corrupt
+
+__all__ = ["PackArrays"]
+
+_OPEN = 512
+
+_CACHED_BYTES = 32 << 20
+"""Of decoded chunks: trajectories that are read one after the other share those at their borders."""
+
+
+class PackArrays:
+    """Reads rows of packs' arrays. Thread-safe."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._open: OrderedDict[tuple[str, str], ShardReader] = OrderedDict()
+        self._chunks = ChunkCache(_CACHED_BYTES)
+        self._lock = threading.Lock()
+
+    def rows(self, pack: str, array: str, start: int, stop: int, layers: slice | None = None) -> npt.NDArray[Any]:
+        """Rows `[start, stop)` of an array, of `routed` only some `layers`.
+
+        Raises:
+            Corrupt: the pack is damaged or gone; says where.
+        """
+        try:
+            reader = self._reader(pack, array)
+            if stop > reader.shape[0]:
+                raise Corrupt(f"it ends at {reader.shape[0]}")
+            return reader.read(start, stop, layers)
+        except Corrupt as error:
+            raise Corrupt(f"pack {pack} is damaged: {array}[{start}:{stop}] cannot be read: {error}") from error
+
+    def text(self, pack: str, array: str, start: int, stop: int) -> bytes:
+        """Bytes `[start, stop)` of `events` or `trajectories`."""
+        return self.rows(pack, array, start, stop).tobytes()
+
+    def whole(self, pack: str, array: str) -> bytes:
+        """All bytes of `events` or `trajectories`."""
+        return self.rows(pack, array, 0, self.length(pack, array)).tobytes()
+
+    def length(self, pack: str, array: str) -> int:
+        """Rows of an array.
+
+        Raises:
+            Corrupt: the pack is damaged or gone.
+        """
+        return self._about(pack, array).shape[0]
+
+    def chunk_rows(self, pack: str, array: str) -> int:
+        """Rows of one chunk of an array: what is decoded together.
+
+        Raises:
+            Corrupt: the pack is damaged or gone.
+        """
+        return self._about(pack, array).chunk_shape[0]
+
+    def bytes_read(self, array: str) -> int:
+        """Compressed bytes fetched so far of arrays of this name, of the packs that are open."""
+        with self._lock:
+            return sum(reader.bytes_read for (_, name), reader in self._open.items() if name == array)
+
+    def forget(self, pack: str) -> None:
+        """Close the arrays of a pack that is no longer there."""
+        with self._lock:
+            for key in [key for key in self._open if key[0] == pack]:
+                del self._open[key]
+
+    def _about(self, pack: str, array: str) -> ShardReader:
+        try:
+            return self._reader(pack, array)
+        except Corrupt as error:
+            raise Corrupt(f"pack {pack} is damaged: {array} cannot be read: {error}") from error
+
+    def _reader(self, pack: str, array: str) -> ShardReader:
+        key = pack, array
+        with self._lock:
+            reader = self._open.get(key)
+            if reader is not None:
+                self._open.move_to_end(key)
+                return reader
+        reader = ShardReader(self._storage, f"packs/{pack}/{array}", cache=self._chunks)
+        with self._lock:
+            self._open[key] = reader
+            if len(self._open) > _OPEN:
+                self._open.popitem(last=False)
+        return reader

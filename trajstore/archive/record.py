@@ -1,0 +1,100 @@
+"""A manifest record: one numbered step of a partition's archive, and how it is written."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from trajstore.archive.sealed import seal, unseal
+from trajstore.errors import Corrupt
+
+__all__ = ["RECORD_FORMAT", "FileDigest", "PackCounts", "Record", "decode_record", "encode_record", "record_path"]
+
+RECORD_FORMAT = 2
+"""Of the records that this version writes; it reads older ones."""
+
+
+class FileDigest(msgspec.Struct, frozen=True):
+    """Size in bytes and SHA-256 (hex) of one file of a pack."""
+
+    size: int
+    sha256: str
+
+
+class PackCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What is in a pack.
+
+    Attributes:
+        trajectories, entries, notes: parts of trajectories, and lines of `events`.
+        tokens: rows of `tokens`.
+        rows: rows of `routed`, stored once.
+        recorded_rows: routing rows of all recordings, repeated ones too.
+    """
+
+    trajectories: int = 0
+    entries: int = 0
+    notes: int = 0
+    tokens: int = 0
+    rows: int = 0
+    recorded_rows: int = 0
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One step of a partition's archive.
+
+    Attributes:
+        format: of the record.
+        number: 1, 2, 3, ... without gap.
+        partition: whose.
+        created: Unix seconds.
+        writer: which archiver.
+        pack: name of the pack that this step adds, "" for none.
+        files: every file of the pack by its path in it.
+        counts: what is in it.
+        newest: wall clock of its newest entry, Unix seconds, by which retention counts its age.
+        codecs: how the chunks of each array are compressed, see `docs/format.md`.
+        replaces: numbers of records whose packs this one's pack holds instead (a compaction).
+        drops: numbers of records whose packs, with all their trajectories, are gone for good (retention).
+    """
+
+    format: int
+    number: int
+    partition: int
+    created: float
+    writer: str
+    pack: str = ""
+    files: dict[str, FileDigest] = {}
+    counts: PackCounts = PackCounts()
+    newest: float = 0.0
+    codecs: dict[str, str] = {}
+    replaces: Sequence[int] = ()
+    drops: Sequence[int] = ()
+
+
+def encode_record(record: Record) -> bytes:
+    """A record as it is written."""
+    return seal(record)
+
+
+def decode_record(data: bytes, *, partition: int, number: int, where: str) -> Record:
+    """A record as it was read from the place of record `number`.
+
+    Raises:
+        Corrupt: it is damaged, or another one.
+        SchemaError: of a newer format.
+    """
+    fields = unseal(data, newest=RECORD_FORMAT, what=f"the manifest record {where}")
+    try:
+        record = msgspec.convert(fields, Record)
+    except msgspec.MsgspecError as error:
+        raise Corrupt(f"the manifest record {where} cannot be read: {error}") from error
+    if (record.number, record.partition) != (number, partition):
+        raise Corrupt(
+            f"the manifest record {where} says that it is number {record.number} of partition {record.partition}: "
+            "somebody has copied or renamed it"
+        )
+    return record
+
+
+def record_path(partition: int, number: int) -> str:
+    """Where a record lies below the archive's root."""
+    return f"manifest/{partition:02}/{number:08}.json"
