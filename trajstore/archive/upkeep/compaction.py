@@ -1,0 +1,210 @@
+"""Compaction: packs of a partition written anew as one, without what was deleted or dropped. Which: `candidates.py`.
+
+The new pack's record says which ones it replaces. Like every record it is refused if another was written meanwhile, so
+nothing is lost in a race, and the work is done again. The old files stay for readers at work until `garbage.py` finds
+them.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from trajstore.archive.manifest import Archived, Manifest
+from trajstore.archive.pack import PackedTrajectory, ReadEntry
+from trajstore.archive.reader import ArchiveReader
+from trajstore.archive.record import RECORD_FORMAT, Record
+from trajstore.archive.repeats import known_rows
+from trajstore.archive.writer import PackWriter, PublishStep, StagedEntry
+from trajstore.errors import Conflict, Corrupt, Fenced, SchemaError
+from trajstore.events import EventId, Header, TrajectoryDeleted, TrajectoryOpened
+from trajstore.routing import RoutingSpec
+from trajstore.summary import Summary
+
+__all__ = ["compact"]
+
+
+def compact(
+    reader: ArchiveReader,
+    partition: int,
+    records: Sequence[Record],
+    *,
+    writer: str,
+    on_step: Callable[[PublishStep], None] = lambda _: None,
+    on_trajectory: Callable[[], None] = lambda: None,
+) -> Record:
+    """Write the packs of these live records anew as one. Entries and notes of a trajectory come to lie together.
+
+    Of a deleted trajectory only the tombstone is kept, of a dropped one nothing. Holds one pack's content in memory.
+
+    Args:
+        records: of one partition; all recordings in their packs have one L, K and dtype.
+        writer: who does it, for the record.
+        on_step: hears the steps of the publish: staged, synced, moved, recorded.
+        on_trajectory: called before each trajectory, to keep a lease say; what it raises ends the compaction.
+
+    Returns:
+        The new record; without a pack where nothing was left.
+
+    Raises:
+        Fenced: a record was written meanwhile; nothing is changed, try again.
+        Conflict: the packs' recordings have different shapes.
+        SchemaError: an event that this version does not know, so cannot write as it was.
+        Corrupt: a pack cannot be read; nothing is changed.
+    """
+    manifest = reader.manifest(partition)
+    number = manifest.refresh() + 1
+    _require_live(manifest, partition, records)
+    packs = frozenset(record.pack for record in records)
+    try:
+        summaries = _summaries(manifest, records)
+        spec = _first_spec(reader, manifest, records, summaries)
+        pack = PackWriter(reader.root, reader.info, partition, spec)
+        added = False
+        for id, summary in summaries.items():
+            on_trajectory()
+            added |= _add(pack, reader, manifest.find(id), id, summary, packs=packs, spec=spec)
+    except Corrupt as error:
+        manifest.refresh()
+        _require_live(manifest, partition, records, error)
+        raise
+    replaces = sorted(record.number for record in records)
+    if added:
+        return pack.publish(manifest, number, writer=writer, on_step=on_step, replaces=replaces)
+    record = Record(
+        format=RECORD_FORMAT,
+        number=number,
+        partition=partition,
+        created=time.time(),
+        writer=writer,
+        replaces=replaces,
+    )
+    manifest.append(record, [])
+    on_step("recorded")
+    return record
+
+
+def _require_live(manifest: Manifest, partition: int, records: Sequence[Record], cause: Corrupt | None = None) -> None:
+    ended = [record.number for record in records if not manifest.is_live(record.number)]
+    if ended:
+        raise Fenced(
+            f"the packs of records {ended} of partition {partition} have been replaced or dropped meanwhile; look "
+            "again at what wants compaction"
+        ) from cause
+
+
+def _summaries(manifest: Manifest, records: Sequence[Record]) -> dict[str, Summary | None]:
+    """By trajectory in these packs: its summary as of its newest entry in them; None where they hold notes only."""
+    newest: dict[str, PackedTrajectory] = {}
+    for record in records:
+        for line in manifest.lines(record):
+            known = newest.get(line.id)
+            if known is None or not known.last or (line.last and EventId.parse(line.last) > EventId.parse(known.last)):
+                newest[line.id] = line
+    return {id: line.summary for id, line in newest.items()}
+
+
+def _first_spec(
+    reader: ArchiveReader, manifest: Manifest, records: Sequence[Record], ids: Iterable[str]
+) -> RoutingSpec | None:
+    """The spec of any trajectory in these packs that has routing: L, K and dtype are the same for all."""
+    if not any("routed/zarr.json" in record.files for record in records):
+        return None
+    specs = (_spec(_read(reader, manifest.find(id), id)) for id in ids)
+    return next((spec for spec in specs if spec is not None), None)
+
+
+def _add(
+    pack: PackWriter,
+    reader: ArchiveReader,
+    archived: Archived,
+    id: str,
+    summary: Summary | None,
+    *,
+    packs: frozenset[str],
+    spec: RoutingSpec | None,
+) -> bool:
+    """Take what the new pack holds of a trajectory; False for nothing."""
+    entries = _read(reader, archived, id)
+    moved = {(entry.note, entry.at): entry for entry in entries if _pack_of(entry) in packs}
+    if not moved:
+        return False
+    own = _spec(entries)
+    if own is not None and spec is not None and _shape(own) != _shape(spec):
+        raise Conflict(
+            f"trajectory {id} has rows of shape {_shape(own)}, others in these packs of shape {_shape(spec)}; one pack "
+            "holds one shape, compact them apart"
+        )
+    staged = _stage(reader, id, [moved[key] for key in sorted(moved)])
+    old = _independent([entry for entry in entries if _pack_of(entry) not in packs], moved.values())
+    known = known_rows(reader, id, old, staged, spec.row_bytes) if spec is not None and old else None
+    pack.add(id, staged, summary=summary, known=known)
+    return True
+
+
+def _read(reader: ArchiveReader, archived: Archived, id: str) -> list[ReadEntry]:
+    """What is kept of a trajectory, from all packs that it lies in."""
+    summary = archived.summary
+    if summary is None or summary.status != "deleted":
+        return reader.read_parts(id, archived)
+    last = str(archived.last)
+    newest = [(record, line) for record, line in archived.parts if line.last == last]
+    entries = reader.read_parts(id, Archived(newest, archived.dropped))
+    return [entry for entry in entries if isinstance(entry.events[-1].header, TrajectoryDeleted)]
+
+
+def _stage(reader: ArchiveReader, id: str, entries: Sequence[ReadEntry]) -> list[StagedEntry]:
+    """Entries as the hot log held them, with their payloads; reads them in pages."""
+    headers = [_known_headers(id, entry) for entry in entries]
+    payloads = reader.payloads(id, [event for entry in entries for event in entry.events])
+    staged = []
+    for entry, known in zip(entries, headers, strict=True):
+        found = []
+        for event in entry.events:
+            data = next(payloads)
+            if data is None:
+                raise Corrupt(f"trajectory {id}: the payload of event {event.id} was moved while it was read")
+            found.append(data)
+        staged.append(StagedEntry(entry.at, entry.note, entry.nonce, entry.digest, entry.time, known, found))
+    return staged
+
+
+def _known_headers(id: str, entry: ReadEntry) -> list[Header]:
+    headers: list[Header] = []
+    for event in entry.events:
+        if not isinstance(event.header, Header):
+            raise SchemaError(
+                f"{id}: event {event.id} of pack {event.stored} is a {event.type} that this version does not know and "
+                "cannot write anew; upgrade trajstore"
+            )
+        headers.append(event.header)
+    return headers
+
+
+def _independent(stays: Sequence[ReadEntry], moved: Iterable[ReadEntry]) -> list[ReadEntry]:
+    """Entries that stay where they are and repeat no row of those that are written anew, not even by way of others.
+
+    Only to their rows may the new pack refer: else two events could come to lead to each other.
+    """
+    leads: dict[str, set[int | str]] = {
+        event.id: {piece[0] for piece in pieces if len(piece) == 3}
+        for entry in stays
+        for event, pieces in zip(entry.events, entry.pieces, strict=True)
+    }
+    bound = {event.id for entry in moved for event in entry.events}
+    more = bound
+    while more:
+        more = {id for id, targets in leads.items() if id not in bound and targets & bound}
+        bound |= more
+    return [entry for entry in stays if not any(event.id in bound for event in entry.events)]
+
+
+def _spec(entries: Iterable[ReadEntry]) -> RoutingSpec | None:
+    opened = next((entry.events[0].header for entry in entries if entry.at == (1, 0) and not entry.note), None)
+    return opened.routing if isinstance(opened, TrajectoryOpened) else None
+
+
+def _shape(spec: RoutingSpec) -> tuple[int, int, str]:
+    return spec.num_layers, spec.top_k, spec.dtype.str
+
+
+def _pack_of(entry: ReadEntry) -> str:
+    return entry.events[0].stored

@@ -1,0 +1,166 @@
+"""Files of an archive that nothing needs any more, found and removed; and those that are not ours, found and left.
+
+Manifest records and lookup tables stay for good. So does of each ended pack its list of trajectories: a reader that
+makes its lookup tables anew reads it, and by the list of a dropped pack ids are known to be taken.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from trajstore.archive.manifest import Manifest
+from trajstore.archive.reader import ArchiveReader
+from trajstore.archive.record import Record
+from trajstore.archive.storage.protocol import StoredFile, staged_since
+
+__all__ = ["ORPHAN_SECONDS", "Garbage", "find_foreign", "find_garbage", "remove_garbage"]
+
+ORPHAN_SECONDS = 3600.0
+"""What a crash left behind is not touched for so long."""
+
+_STAYS = ("zarr.json", "trajectories/")
+
+_ULID = r"[0-7][0-9A-HJKMNP-TV-Z]{25}"
+_PACK = re.compile(rf"packs/([0-9]{{2,}})/([0-9]{{8,}})-{_ULID}")
+_RECORD = re.compile(r"manifest/([0-9]{2,})/([0-9]{8,})\.json")
+_TABLE = re.compile(r"index/([0-9]{2,})/[0-9]{8,}-[0-9]{8,}\.safetensors")
+_TEMPORARY = re.compile(r"(manifest/[0-9]{2,}/|index/[0-9]{2,}/)?\.[0-9a-z.-]+\.[0-9]+-[0-9]+")
+"""Of older versions; this one writes into staging first."""
+
+
+class Garbage(NamedTuple):
+    """Files that can go together.
+
+    Attributes:
+        path: their folder, or the one file.
+        reason: why nothing needs them.
+        files: their paths.
+        nbytes: of all files.
+    """
+
+    path: str
+    reason: str
+    files: tuple[str, ...]
+    nbytes: int
+
+
+def find_garbage(
+    reader: ArchiveReader, *, now: float, grace: float, dropping: Iterable[Record] = ()
+) -> Iterator[Garbage]:
+    """Files that nothing needs. Never one that a live record names.
+
+    Args:
+        now: Unix seconds.
+        grace: seconds since a pack was replaced or dropped, during which readers that found it before go on.
+        dropping: records that count as dropped at this moment.
+
+    Raises:
+        Corrupt: a record cannot be read; what it needs is not known.
+    """
+    ending = {(record.partition, record.number) for record in dropping}
+    for partition in range(reader.info.partitions):
+        listed = _by_folder(reader.root.storage.list(f"packs/{partition:02}"), depth=3)
+        manifest = reader.manifest(partition)
+        newest = manifest.refresh()  # after the listing: a pack that was listed before its record was there has it now
+        ended = _ended(manifest)
+        ended |= {number: now for part, number in ending if part == partition}
+        for folder, files in sorted(listed.items()):
+            found = _garbage_of(manifest, folder, files, ended, newest, now=now, grace=grace)
+            if found is not None:
+                yield found
+    yield from _left_over(reader, now)
+
+
+def find_foreign(reader: ArchiveReader) -> Iterator[StoredFile]:
+    """Files that are no part of an archive. They are nobody's garbage."""
+    newest = [reader.manifest(partition).refresh() for partition in range(reader.info.partitions)]
+    for file in reader.root.storage.list(""):
+        if not _is_ours(reader, file.path, newest):
+            yield file
+
+
+def remove_garbage(reader: ArchiveReader, found: Sequence[Garbage]) -> None:
+    """Remove files; those that are gone already do no harm."""
+    reader.root.storage.remove(path for garbage in found for path in garbage.files)
+    for garbage in found:
+        if garbage.path.startswith("packs/"):
+            reader.packs.forget(garbage.path.removeprefix("packs/"))
+
+
+def _ended(manifest: Manifest) -> dict[int, float]:
+    """By record: when its pack was replaced or dropped."""
+    return {number: record.created for record in manifest.records() for number in (*record.replaces, *record.drops)}
+
+
+def _garbage_of(
+    manifest: Manifest,
+    folder: str,
+    files: Sequence[StoredFile],
+    ended: Mapping[int, float],
+    newest: int,
+    *,
+    now: float,
+    grace: float,
+) -> Garbage | None:
+    match = _PACK.fullmatch(folder)
+    if match is None:
+        return None
+    number = int(match[2])
+    if not 1 <= number <= newest:
+        return None  # its record may still be written
+    record = manifest.record(number)
+    if f"packs/{record.pack}" != folder:
+        recent = max(file.modified for file in files) > now - ORPHAN_SECONDS
+        return None if recent else _garbage(folder, f"record {number} is another pack's", files)
+    if number not in ended or ended[number] > now - grace:
+        return None
+    names = {f"{folder}/{name}" for name in record.files if not name.startswith(_STAYS)}
+    going = [file for file in files if file.path in names]
+    return _garbage(folder, "replaced or dropped", going) if going else None
+
+
+def _left_over(reader: ArchiveReader, now: float) -> Iterator[Garbage]:
+    """What killed processes left: staged packs, and temporary files."""
+    storage = reader.root.storage
+    for folder, files in sorted(_by_folder(storage.list("staging"), depth=2).items()):
+        since = staged_since(folder.removeprefix("staging/"))
+        newest = max([since or now, *(file.modified for file in files)])
+        if since is not None and newest < now - ORPHAN_SECONDS:
+            yield _garbage(folder, "staged and never published", files)
+    for top in ("manifest", "index"):
+        for file in storage.list(top):
+            if _TEMPORARY.fullmatch(file.path) and file.modified < now - ORPHAN_SECONDS:
+                yield _garbage(file.path, "a temporary file", [file])
+
+
+def _is_ours(reader: ArchiveReader, path: str, newest: Sequence[int]) -> bool:
+    if path == "archive.json" or _TEMPORARY.fullmatch(path):
+        return True
+    parts = path.split("/")
+    if parts[0] == "staging":
+        return len(parts) > 1 and staged_since(parts[1]) is not None
+    folder = "/".join(parts[:3])
+    match = _RECORD.fullmatch(path) or _TABLE.fullmatch(path) or _PACK.fullmatch(folder)
+    if match is None or match[1] != f"{int(match[1]):02}" or int(match[1]) >= len(newest):
+        return False
+    partition = int(match[1])
+    if parts[0] == "index":
+        return True
+    if parts[0] == "manifest":
+        return int(match[2]) > 0 and parts[2] == f"{int(match[2]):08}.json"
+    number = int(match[2])
+    if number > newest[partition]:
+        return True
+    record = reader.manifest(partition).record(number)
+    return f"packs/{record.pack}" != folder or "/".join(parts[3:]) in record.files
+
+
+def _by_folder(files: Iterable[StoredFile], *, depth: int) -> dict[str, list[StoredFile]]:
+    found: dict[str, list[StoredFile]] = {}
+    for file in files:
+        found.setdefault("/".join(file.path.split("/")[:depth]), []).append(file)
+    return found
+
+
+def _garbage(path: str, reason: str, files: Sequence[StoredFile]) -> Garbage:
+    return Garbage(path, reason, tuple(sorted(file.path for file in files)), sum(file.size for file in files))
