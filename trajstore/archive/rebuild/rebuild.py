@@ -1,0 +1,147 @@
+"""What is derived from the packs, made anew from them: `archive.json`, manifest records, lookup tables.
+
+Nothing is deleted but wrong lookup tables: a damaged file gets another name. Whatever is there and sound stays. It may
+be interrupted at any moment and run again.
+"""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import NamedTuple
+
+from trajstore.archive.pack_arrays import PackArrays
+from trajstore.archive.rebuild.found_packs import lines_of, pack_names, read_about
+from trajstore.archive.rebuild.records import Rebuilt, rebuild_records, set_aside
+from trajstore.archive.rebuild.tables import rebuild_tables
+from trajstore.archive.root import ARCHIVE_FORMAT, ArchiveInfo, ArchiveRoot
+from trajstore.archive.sealed import seal
+from trajstore.archive.storage.protocol import Storage
+from trajstore.archive.verify.place_check import check_identity
+from trajstore.entries import partition_of
+from trajstore.errors import Conflict, Corrupt, NotFound
+from trajstore.log.run import MAX_PARTITIONS
+
+__all__ = ["Rebuilt", "rebuild_archive"]
+
+_INFO = "archive.json"
+
+
+def rebuild_archive(
+    root: ArchiveRoot,
+    *,
+    digests: bool = False,
+    without: Collection[str] = (),
+    partitions: int | None = None,
+    on_partition: Callable[[int, int], None] = lambda done, total: None,
+) -> Rebuilt:
+    """Make anew what is missing or damaged. No archiver may work on the archive meanwhile.
+
+    Args:
+        digests: compare the content of every pack with its record, too: finds a record whose digest is wrong.
+        without: packs that cannot be read and are to be given up: "07/00000012-01M8...".
+        partitions: P, needed only where neither `archive.json` nor a pack tells.
+        on_partition: hears how many partitions of how many are done.
+
+    Raises:
+        NotFound: nothing here is an archive's.
+        Conflict: packs of several runs, and no `archive.json` to tell whose archive this is; `partitions` is needed; an
+            archiver is at work.
+        SchemaError: written by a newer trajstore.
+    """
+    done = Rebuilt()
+    info = _sound_identity(root)
+    said = _Said.by_packs(root.storage, info)
+    if info is not None and said.runs:
+        info = None
+    found = info or said.identity(root, partitions)
+    for partition in range(found.partitions):
+        tables = rebuild_records(root.storage, found, partition, done, digests=digests, without=without)
+        done.tables += rebuild_tables(root.storage, partition, tables)
+        on_partition(partition + 1, found.partitions)
+    if info is None:  # last: until then a lost manifest is not taken for a whole one
+        with contextlib.suppress(FileNotFoundError):
+            set_aside(root.storage, _INFO, done)
+        try:
+            root.storage.create(_INFO, seal(found))
+        except FileExistsError as error:
+            raise Conflict(f"somebody else has written {root.location}/{_INFO} meanwhile; rebuild again") from error
+        done.identity = True
+    return done
+
+
+def _sound_identity(root: ArchiveRoot) -> ArchiveInfo | None:
+    """`archive.json`, None if it is missing or damaged."""
+    try:
+        info = root.info()
+    except Corrupt:
+        return None
+    if info is None or any(finding.severity == "error" for finding in check_identity(root)):
+        return None
+    return info
+
+
+class _Said(NamedTuple):
+    """What the packs say about whose archive this is.
+
+    Attributes:
+        runs: (run, incarnation).
+        partitions: P by their word; packs of version 1 do not tell.
+        samples: a pack of each partition.
+    """
+
+    runs: set[tuple[str, str]]
+    partitions: set[int]
+    samples: dict[int, str]
+
+    @classmethod
+    def by_packs(cls, storage: Storage, info: ArchiveInfo | None) -> "_Said":
+        """What all packs say; nothing, if one of them agrees with `archive.json`."""
+        said = cls(set(), set(), {})
+        for pack in pack_names(storage):
+            about = read_about(storage, pack)
+            if about is None:
+                continue
+            if (
+                info is not None
+                and (about.run, about.incarnation) == (info.run, info.incarnation)
+                and about.partitions in (0, info.partitions)
+            ):
+                return cls(set(), set(), {})
+            said.runs.add((about.run, about.incarnation))
+            said.partitions.update({about.partitions} - {0})
+            said.samples[int(pack.partition("/")[0])] = pack
+        return said
+
+    def identity(self, root: ArchiveRoot, partitions: int | None) -> ArchiveInfo:
+        """`archive.json` by their word.
+
+        Raises:
+            NotFound: there are none.
+            Conflict: they contradict each other, or P cannot be known.
+        """
+        if not self.runs:
+            raise NotFound(
+                f"there is no archive in {root.location}: neither archive.json nor packs that say whose they are"
+            )
+        if len(self.runs) > 1 or len(self.partitions) > 1:
+            raise Conflict(
+                f"{root.location} holds packs of several runs or incarnations: {sorted(self.runs)}; restore "
+                "archive.json from a copy, or move away the packs that do not belong here"
+            )
+        given = set() if partitions is None else {partitions}
+        known = self.partitions or given or set(_possible(root.storage, self.samples))
+        if len(known) != 1:
+            raise Conflict(
+                f"the packs in {root.location} are of version 1 and do not tell the run's number of partitions; give "
+                f"it, --partitions: it may be {', '.join(map(str, sorted(known)[:8]))}"
+            )
+        ((run, incarnation),) = self.runs
+        return ArchiveInfo(format=ARCHIVE_FORMAT, run=run, incarnation=incarnation, partitions=min(known))
+
+
+def _possible(storage: Storage, samples: Mapping[int, str]) -> Iterator[int]:
+    """Numbers of partitions by which the trajectories of these packs lie where they lie."""
+    packs = PackArrays(storage)
+    places = [(line.id, partition) for partition, pack in samples.items() for _, line in lines_of(packs, pack)]
+    for count in range(max(samples) + 1, MAX_PARTITIONS + 1):
+        if all(partition_of(id, count) == partition for id, partition in places):
+            yield count
