@@ -12,12 +12,14 @@ import msgspec
 
 from trajstore.errors import Corrupt, SchemaError
 from trajstore.events import SCHEMA_VERSION, EventId, Header, PayloadInfo, UnknownEvent, payload_of
+from trajstore.upcast import upcast
 
 __all__ = [
     "Buffer",
     "Entry",
     "EntryStamp",
     "Event",
+    "Extent",
     "check_payload",
     "decode_entry",
     "decode_known",
@@ -61,6 +63,14 @@ class _RawEntry(msgspec.Struct, frozen=True):
     events: list[msgspec.Raw]
 
 
+class Extent(NamedTuple):
+    """Rows `[row, row + rows)` of a pack's arrays."""
+
+    pack: str
+    row: int
+    rows: int
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """One event as read back.
 
@@ -70,7 +80,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         nonce, time: of its entry.
         note: True for the notes stream.
         stored: "hot", or the name of the pack that holds it.
-        extents: `[(row, count), ...]` of its payload in the pack's arrays; empty for hot events.
+        extents: where its payload lies in packs; empty for hot events.
     """
 
     at: EventId
@@ -79,7 +89,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     time: float
     note: bool = False
     stored: str = "hot"
-    extents: tuple[tuple[int, int], ...] = ()
+    extents: tuple[Extent, ...] = ()
 
     @property
     def id(self) -> str:
@@ -98,7 +108,6 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_known = msgspec.msgpack.Decoder(Entry).decode
 _decode_raw = msgspec.msgpack.Decoder(_RawEntry).decode
 
 
@@ -108,7 +117,7 @@ def encode_entry(entry: Entry) -> bytes:
 
 
 def decode_entry(at: EventId, data: bytes, *, note: bool = False) -> list[Event]:
-    """Events of a hot entry. Unknown types and newer schema versions become `UnknownEvent`.
+    """Events of a hot entry. Older headers are upcast; unknown types and schema versions become `UnknownEvent`.
 
     Raises:
         SchemaError: the bytes are no entry at all.
@@ -130,32 +139,58 @@ def decode_entry(at: EventId, data: bytes, *, note: bool = False) -> list[Event]
 
 
 def decode_known(data: bytes) -> Entry:
-    """A hot entry all of whose events are known, to be written elsewhere as it is."""
-    return _decode_known(data)
+    """A hot entry all of whose events are known, to be written elsewhere: its headers, and `v`, are today's.
+
+    Raises:
+        SchemaError: an event of a type, or an entry of a schema version, that is not known here.
+    """
+    try:
+        raw = _decode_raw(data)
+        if not _knows(raw.v):
+            raise SchemaError(f"an entry has schema version {raw.v}, this trajstore knows 1 to {SCHEMA_VERSION}")
+        return Entry(SCHEMA_VERSION, raw.nonce, raw.time, [_decode(bytes(body), raw.v) for body in raw.events])
+    except msgspec.MsgspecError as error:
+        raise SchemaError(f"an entry holds something that this trajstore does not know: {error}; upgrade it") from error
 
 
 def header_from(body: bytes, version: int, *, at: EventId, json: bool = False) -> Header | UnknownEvent:
-    """One header from its msgpack (or JSON) bytes; `UnknownEvent` for types and schema versions not known here.
+    """One header from its msgpack (or JSON) bytes, upcast; `UnknownEvent` for types and versions not known here.
 
     Raises:
         SchemaError: a known event with a bad field.
     """
-    decode_header, decode_any = _HEADER_DECODERS[json]
     problem: msgspec.ValidationError | None = None
-    if version <= SCHEMA_VERSION:
+    if _knows(version):
         try:
-            return decode_header(body)
+            return _decode(body, version, json=json)
         except msgspec.ValidationError as error:
             problem = error
-    fields = decode_any(body)
+    fields = _DECODERS[json].fields(body)
     if not isinstance(fields, dict) or (problem is not None and fields.get("type") in _HEADER_TYPES):
         raise SchemaError(f"the event at {at} has a bad field: {problem or 'it is no map'}")
     return UnknownEvent(type=str(fields.pop("type", "?")), version=version, fields=fields)
 
 
-_HEADER_DECODERS: dict[bool, tuple[Callable[[bytes], Header], Callable[[bytes], Any]]] = {
-    False: (msgspec.msgpack.Decoder(Header).decode, msgspec.msgpack.decode),
-    True: (msgspec.json.Decoder(Header).decode, msgspec.json.decode),
+def _knows(version: int) -> bool:
+    return 1 <= version <= SCHEMA_VERSION
+
+
+def _decode(body: bytes, version: int, *, json: bool = False) -> Header:
+    if version == SCHEMA_VERSION:
+        return _DECODERS[json].header(body)
+    fields = _DECODERS[json].fields(body)
+    found: Header = msgspec.convert(upcast(fields, version) if isinstance(fields, dict) else fields, Header)
+    return found
+
+
+class _Decoders(NamedTuple):
+    header: Callable[[bytes], Header]
+    fields: Callable[[bytes], Any]
+
+
+_DECODERS = {
+    False: _Decoders(msgspec.msgpack.Decoder(Header).decode, msgspec.msgpack.decode),
+    True: _Decoders(msgspec.json.Decoder(Header).decode, msgspec.json.decode),
 }
 _HEADER_TYPES = frozenset(t.__name__ for t in get_args(Header))
 

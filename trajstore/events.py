@@ -31,14 +31,16 @@ __all__ = [
     "SegmentOpened",
     "Tokens",
     "TrajectoryClosed",
+    "TrajectoryDeleted",
     "TrajectoryOpened",
     "UnknownEvent",
     "WeightVersionSpan",
     "payload_of",
 ]
 
-SCHEMA_VERSION = 1
-"""Version of the headers. A reader refuses entries of a newer one."""
+SCHEMA_VERSION = 2
+"""Version of the headers as they are written. Older ones are brought up to it when read (`upcast.py`), newer ones are
+shown and not folded."""
 
 INLINE_LIMIT = 512
 """Payloads below this many bytes ride in their header: one field less to write and one round trip less to read."""
@@ -176,6 +178,17 @@ class TrajectoryClosed(_Header, frozen=True):
     status: Status
 
 
+class TrajectoryDeleted(_Header, frozen=True):
+    """The tombstone, always the newest event: nothing of the trajectory is read any more, and its data is removed.
+
+    It repeats the group, for it may be the only event that is left.
+    """
+
+    reason: str = ""
+    group: str | None = None
+    group_size: int | None = None
+
+
 class RoutingObserved(_Header, frozen=True):
     """Note: another party's routing of the same tokens (a trainer's). Never enters a fold."""
 
@@ -214,6 +227,7 @@ Header: TypeAlias = (
     | SegmentClosed
     | Rewarded
     | TrajectoryClosed
+    | TrajectoryDeleted
     | RoutingObserved
     | LateRouting
 )

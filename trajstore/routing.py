@@ -5,8 +5,9 @@ layers by K experts per token. After ingest, rows are trusted: ids in range, dis
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import pairwise
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import msgspec
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from trajstore.errors import RoutingError, SchemaError
 
-__all__ = ["ORIGINS", "Origin", "RoutingArray", "RoutingSpec"]
+__all__ = ["ORDERS", "ORIGINS", "Origin", "RoutingArray", "RoutingOrder", "RoutingSpec"]
 
 RoutingArray: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
 """Expert ids `[rows, L, K]`, uint8 or uint16 as `RoutingSpec.dtype` says."""
@@ -24,8 +25,16 @@ ORIGINS: tuple[Origin, ...] = ("computed", "cached", "recomputed", "unknown")
 """What the rows of a recording are: by this segment's own forward, from a prefix cache (an older computation), re-run
 after a retraction or preemption (not what sampled the tokens), or not known."""
 
+RoutingOrder = Literal["engine", "sorted"]
+ORDERS: tuple[RoutingOrder, ...] = get_args(RoutingOrder)
+"""How the ids of one layer and row are stored: as they came, usually by falling weight; or ascending, which takes half
+the space. A router that is replayed computes the weights again, so the order rarely matters."""
+
 _BLOCK = 1 << 14
-"""(row, layer) cells that are checked at a time."""
+"""(row, layer) cells that are checked or sorted at a time."""
+
+_NETWORK_LIMIT = 64
+"""Above this many experts a sorting network gets long, and `np.sort` is used."""
 
 
 class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -36,12 +45,14 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         top_k: experts per token, K.
         num_experts: routed experts per layer; ids lie in `[0, num_experts)`.
         num_hidden_layers: all decoder layers of the model, dense ones too. Engines deliver rows over all of them.
+        order: "engine" stores the ids of a layer and row in the order in which they came, "sorted" ascending.
     """
 
     layer_ids: tuple[int, ...]
     top_k: int
     num_experts: int
     num_hidden_layers: int
+    order: RoutingOrder = "engine"
 
     def __post_init__(self) -> None:
         for name in ("top_k", "num_experts", "num_hidden_layers"):
@@ -65,6 +76,8 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
             )
         if self.top_k > self.num_experts:
             raise SchemaError(f"RoutingSpec: top_k {self.top_k} exceeds num_experts {self.num_experts}")
+        if self.order not in ORDERS:
+            raise SchemaError(f"RoutingSpec.order must be one of {', '.join(ORDERS)}, not {self.order!r}")
 
     @property
     def num_layers(self) -> int:
@@ -97,7 +110,7 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
             start: absolute position of the first row, for the error's sake.
 
         Returns:
-            `[rows, L, K]`, C order, `self.dtype`.
+            `[rows, L, K]`, C order, `self.dtype`; within each layer and row as `order` says.
 
         Raises:
             RoutingError: wrong shape or dtype; an id out of `[0, num_experts)`; an expert repeated within a layer
@@ -129,7 +142,10 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
                 row=start + row,
             )
         narrowed = np.array(given, self.dtype, order="C", copy=True)
-        self._require_distinct(narrowed, start)
+        if self.order == "sorted":
+            self._sort_distinct(narrowed, start)
+        else:
+            self._require_distinct(narrowed, start)
         return narrowed
 
     def _require_distinct(self, rows: RoutingArray, start: int) -> None:
@@ -148,6 +164,27 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
                 if hits.any():
                     self._name_repeated(rows, first, start)
 
+    def _sort_distinct(self, rows: RoutingArray, start: int) -> None:
+        """Sort the ids of each cell in place; then repeats are neighbours."""
+        cells = rows.reshape(-1, self.top_k)
+        spare = np.empty((self.top_k + 1, min(len(cells), _BLOCK)), rows.dtype)
+        for first in range(0, len(cells), _BLOCK):
+            block = cells[first : first + _BLOCK]
+            planes = list(spare[:, : len(block)])
+            if self.top_k <= _NETWORK_LIMIT:
+                np.copyto(spare[:-1, : len(block)], block.T)
+                # Exchanging contiguous planes vectorizes, np.sort over an axis of 8 bytes does not.
+                for low, high in _sorting_network(self.top_k):
+                    np.minimum(planes[low], planes[high], out=planes[-1])
+                    np.maximum(planes[low], planes[high], out=planes[high])
+                    planes[low], planes[-1] = planes[-1], planes[low]
+            else:
+                np.copyto(spare[:-1, : len(block)], np.sort(block, axis=1).T)
+            if any((lower == upper).any() for lower, upper in pairwise(planes[:-1])):
+                self._name_repeated(rows, first, start)
+            for k in range(self.top_k):
+                block[:, k] = planes[k]
+
     def _name_repeated(self, rows: RoutingArray, first: int, start: int) -> NoReturn:
         ordered = np.sort(rows.reshape(-1, self.top_k)[first : first + _BLOCK], axis=1)
         cell = first + int((ordered[:, 1:] == ordered[:, :-1]).any(axis=1).argmax())
@@ -159,6 +196,23 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
             layer=self.layer_ids[layer],
             row=start + row,
         )
+
+
+@cache
+def _sorting_network(width: int) -> tuple[tuple[int, int], ...]:
+    """Pairs to compare and exchange, in order, that sort `width` values: Knuth, TAOCP 5.2.2, algorithm M (Batcher)."""
+    pairs: list[tuple[int, int]] = []
+    top = 1 << (width - 1).bit_length() >> 1
+    p = top
+    while p:
+        q, r, d = top, 0, p
+        while True:
+            pairs += [(i, i + d) for i in range(width - d) if i & p == r]
+            if q == p:
+                break
+            q, r, d = q >> 1, p, q - p
+        p >>= 1
+    return tuple(pairs)
 
 
 def _brief(ids: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ def pack(store, id, *, entries=(), notes=(), on_step=lambda _: None):
     newest = manifest.refresh()
     writer = PackWriter(store.archive.root, store.archive.info, store.keys.partition(id), SPEC)
     staged = [
-        StagedEntry(e.at, note, e.data, e.decoded(), list(store.hot.payloads(id, e.events(note=note))))
+        StagedEntry.from_hot(e.at, e.data, list(store.hot.payloads(id, e.events(note=note))), note=note)
         for note, found in ((False, entries), (True, notes))
         for e in found
     ]

@@ -94,6 +94,7 @@ specs = st.builds(
     top_k=st.integers(1, 8),
     num_experts=st.integers(8, 65536),
     num_hidden_layers=st.integers(10, 100),
+    order=st.sampled_from(["engine", "sorted"]),
 )
 counts = st.integers(0, 2**40)
 payloads = st.builds(

@@ -1,5 +1,7 @@
 """`RoutingSpec` and what it lets in."""
 
+import re
+
 import msgspec
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import trajstore
-from tests.builders import SPEC, rows
+from tests.builders import SPEC, record_seed_case, rows, seed_rows
+from trajstore.log.run import read_run
 from trajstore.routing import RoutingSpec
 
 
@@ -35,6 +38,8 @@ def spec(**changes):
         {"num_experts": "8"},
         {"num_hidden_layers": 0},
         {"num_hidden_layers": 2**70},
+        {"order": "descending"},
+        {"order": None},
     ],
 )
 def test_spec_that_cannot_be_is_refused_and_its_field_named(changes):
@@ -47,8 +52,15 @@ def test_spec_takes_layer_ids_as_a_list_and_travels_unchanged():
     assert made.layer_ids == (1, 3)
     assert made.num_layers == 2
     assert made == spec()
-    for codec in (msgspec.msgpack, msgspec.json):
-        assert codec.decode(codec.encode(made), type=RoutingSpec) == made
+    for order in ("engine", "sorted"):
+        for codec in (msgspec.msgpack, msgspec.json):
+            assert codec.decode(codec.encode(spec(order=order)), type=RoutingSpec) == spec(order=order)
+
+
+def test_engine_order_is_the_default_and_takes_no_bytes():
+    assert spec().order == "engine"
+    assert b"order" not in msgspec.json.encode(spec())
+    assert b'"order":"sorted"' in msgspec.json.encode(spec(order="sorted"))
 
 
 @pytest.mark.parametrize(("experts", "dtype"), [(2, "u1"), (256, "u1"), (257, "u2"), (65536, "u2")])
@@ -185,13 +197,61 @@ def test_no_rows_are_no_error(layers):
     assert spec().narrow(np.zeros((0, layers, 2), int), start=3).shape == (0, 2, 2)
 
 
+@pytest.mark.parametrize("experts", [80, 300])
+@pytest.mark.parametrize("top_k", [*range(1, 18), 31, 64, 65, 80])
+def test_sorted_spec_stores_the_ids_of_each_layer_and_row_ascending(top_k, experts):
+    made = spec(top_k=top_k, num_experts=experts, order="sorted")
+    given_ = rows(40, seed=top_k, spec=made)
+    before = given_.copy()
+    narrowed = made.narrow(given_, start=0)
+    assert narrowed.dtype == made.dtype
+    assert narrowed.flags.c_contiguous
+    np.testing.assert_array_equal(narrowed, np.sort(before, axis=-1))
+    np.testing.assert_array_equal(given_, before, "the engine's own array stays as it is")
+
+
+def test_sorting_goes_on_past_a_block_and_takes_the_layers_of_the_spec():
+    made = RoutingSpec(layer_ids=(1, 3), top_k=3, num_experts=16, num_hidden_layers=4, order="sorted")
+    count = (1 << 14) + 5
+    whole = np.zeros((count, 4, 3), np.int64)
+    whole[:, [1, 3]] = rows(count, spec=made)
+    np.testing.assert_array_equal(made.narrow(whole, start=0), np.sort(whole[:, [1, 3]], axis=-1))
+
+
+@pytest.mark.parametrize("top_k", [2, 4, 9, 65])
+def test_repeats_are_found_wherever_they_stand_when_ids_are_sorted(top_k):
+    """The message shows the ids as the engine gave them."""
+    made = spec(top_k=top_k, num_experts=100, order="sorted")
+    block_later = (1 << 13) + 3
+    for first, second in [(0, top_k - 1), (top_k - 2, top_k - 1), (top_k // 2, 0)]:
+        given_ = np.tile(np.arange(top_k)[::-1], (block_later + 1, 2, 1))
+        given_[block_later, 1, first] = given_[block_later, 1, second]
+        shown = re.escape(str(given_[block_later, 1].tolist()))
+        with pytest.raises(trajstore.RoutingError, match=f"layer 3, row {block_later + 7} repeats.*{shown}") as caught:
+            made.narrow(given_, start=7)
+        assert (caught.value.layer, caught.value.row) == (3, block_later + 7)
+
+
+def test_sorted_spec_refuses_what_the_other_refuses():
+    made = spec(order="sorted")
+    for bad, message in [
+        (np.zeros((3, 2, 2), int), "layer 1, row 0 repeats"),
+        (np.full((1, 2, 2), 8), "expert id 8"),
+        (np.zeros((1, 2, 3), int), "shape"),
+        (np.ones((1, 2, 2)), "must be integers"),
+    ]:
+        with pytest.raises(trajstore.RoutingError, match=message):
+            made.narrow(bad, start=0)
+    assert made.narrow(np.zeros((0, 2, 2), int), start=0).shape == (0, 2, 2)
+
+
 @settings(deadline=None)
 @given(st.data())
 def test_narrowing_never_changes_a_value(data):
-    """Whatever comes in: it is refused, or every id is the same number afterwards."""
+    """Whatever comes in: it is refused, or every id is the same number afterwards; a sorted spec moves it at most."""
     experts = data.draw(st.sampled_from([2, 8, 255, 256, 257, 300, 65535, 65536]))
     top_k = data.draw(st.integers(1, min(3, experts)))
-    made = spec(num_experts=experts, top_k=top_k)
+    made = spec(num_experts=experts, top_k=top_k, order=data.draw(st.sampled_from(["engine", "sorted"])))
     layers = data.draw(st.sampled_from([2, 4]))
     dtype = data.draw(st.sampled_from(["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"]))
     limits = np.iinfo(dtype)
@@ -208,8 +268,86 @@ def test_narrowing_never_changes_a_value(data):
     if legal:
         narrowed = made.narrow(given_, start=0)
         assert narrowed.dtype == made.dtype
-        assert narrowed.tolist() == chosen.tolist()
+        assert narrowed.tolist() == (chosen if made.order == "engine" else np.sort(chosen, axis=-1)).tolist()
         np.testing.assert_array_equal(made.from_bytes(narrowed.tobytes()), narrowed)
     else:
         with pytest.raises(trajstore.RoutingError):
             made.narrow(given_, start=0)
+
+
+# In a run
+
+
+def reversed_rows(count, seed=0):
+    """Rows whose ids descend, so that sorting shows."""
+    return np.sort(rows(count, seed), axis=-1)[..., ::-1]
+
+
+def test_sorted_run_stores_every_recording_ascending(open_store, tmp_path):
+    store = open_store(routing_order="sorted", archive=tmp_path / "archive")
+    trajectory = record_seed_case(store)
+    late, seen = reversed_rows(7, 1), reversed_rows(9, 2)
+    trajectory.late_routing(late, segment=0, start=0)
+    trajectory.observe(seen, start=0, source="trainer")
+    loaded = store.load(trajectory.id, policy="as_sampled")
+    assert loaded.routing == msgspec.structs.replace(SPEC, order="sorted")
+    assert trajectory.routing == store.get(trajectory.id).routing == loaded.routing
+    np.testing.assert_array_equal(loaded.routed_experts[:7], np.sort(late, axis=-1))
+    np.testing.assert_array_equal(loaded.routed_experts[7:9], np.sort(seed_rows(1, 9), axis=-1)[7:9])
+    observed = store.overlaps(trajectory.id)[-1].second
+    assert observed.source == "trainer"
+    np.testing.assert_array_equal(store.recorded_rows(trajectory.id, observed), np.sort(seen, axis=-1))
+
+
+def test_engine_run_keeps_the_order_and_honours_a_sorted_spec(open_store):
+    store = open_store()
+    assert store.routing_order == "engine"
+    for order in ("engine", "sorted"):
+        trajectory = store.create(routing=msgspec.structs.replace(SPEC, order=order))
+        with trajectory.segment(context=[1, 2, 3]) as segment:
+            segment.routing(reversed_rows(3), start=0)
+        expected = reversed_rows(3) if order == "engine" else np.sort(reversed_rows(3), axis=-1)
+        assert store.load(trajectory.id).routing.order == order
+        np.testing.assert_array_equal(store.load(trajectory.id).routed_experts, expected)
+
+
+def test_sorted_run_takes_trajectories_without_routing(open_store):
+    store = open_store(routing_order="sorted")
+    trajectory = store.create()
+    with trajectory.segment(context=[1]) as segment:
+        segment.tokens([2])
+    assert store.load(trajectory.id).routed_experts is None
+
+
+@pytest.mark.parametrize("order", ["engine", "sorted"])
+def test_run_keeps_the_order_that_it_began_with(open_store, order):
+    assert open_store(routing_order=order).routing_order == order
+    assert open_store().routing_order == order, "None takes what the run has"
+    assert open_store(routing_order=order).routing_order == order
+    other = {"engine": "sorted", "sorted": "engine"}[order]
+    with pytest.raises(trajstore.Conflict, match=f"order '{order}', which is fixed; '{other}' was asked for"):
+        open_store(routing_order=other)
+
+
+def test_run_record_from_before_there_was_a_choice_is_in_the_engines_order(open_store, backend, run_name):
+    store = open_store()
+    record = msgspec.json.decode(store.wire.call("GET", store.keys.run_record(run_name)))
+    del record["routing_order"]
+    store.wire.call("SET", store.keys.run_record(run_name), msgspec.json.encode(record))
+    assert read_run(store.wire, run_name).routing_order == "engine"
+    assert open_store().routing_order == "engine"
+    with pytest.raises(trajstore.Conflict, match="routing_order"):
+        open_store(routing_order="sorted")
+
+
+def test_order_that_there_is_not_is_refused_before_anything_is_begun(tmp_path):
+    with pytest.raises(trajstore.SchemaError, match=r"'descending' is no routing order; use one of engine, sorted"):
+        trajstore.open(tmp_path / "store", routing_order="descending")
+    assert not (tmp_path / "store").exists()
+
+
+def test_embedded_store_records_its_order(tmp_path):
+    with trajstore.open(tmp_path / "store", partitions=1, routing_order="sorted") as store:
+        record_seed_case(store)
+    with trajstore.open(tmp_path / "store") as store:
+        assert store.routing_order == "sorted"
