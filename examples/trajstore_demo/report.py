@@ -188,7 +188,7 @@ def _packs(store: trajstore.Store) -> dict[str, int]:
     for partition in range(store.partitions):
         manifest = archive.manifest(partition)
         manifest.refresh()
-        found |= {name: sum(file.size for file in files.values()) for name, files in manifest.packs().items()}
+        found |= {record.pack: sum(file.size for file in record.files.values()) for record in manifest.live()}
     return found
 
 

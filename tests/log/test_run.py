@@ -65,12 +65,12 @@ def test_run_record_of_somebody_else_is_refused(backend, run_name, client):
 def test_archive_of_another_incarnation_is_a_conflict(store, backend, run_name):
     """The same folder for another run: nothing of one may be read as the other's."""
     with pytest.raises(trajstore.Conflict):
-        trajstore.open(backend.url(run_name + "-2"), archive=store.archive.root.path)
+        trajstore.open(backend.url(run_name + "-2"), archive=store.archive.root.location)
 
 
 def test_archive_of_a_run_that_the_server_lost_is_a_conflict(store, open_store, client):
     """prime-rl #2304: a fresh run would go on with stale files."""
-    folder = store.archive.root.path
+    folder = store.archive.root.location
     store.close()
     for key in client.keys(f"*{store.run}*"):
         client.delete(key)

@@ -9,14 +9,14 @@ LIBRARY = Path(trajstore.__file__).parent
 
 LAYERS = (
     {"__main__", "cli"},
-    {"archiver", "abandon", "materializer", "ready", "blob"},
+    {"archiver", "abandon", "materializer", "ready", "blob", "exchange", "recovery"},
     {"opening", "store", "reading", "writing"},
-    {"view"},
+    {"view", "backlog"},
     {"archive"},
     {"server", "locks", "binaries"},
-    {"log"},
+    {"log", "deletion"},
     {"fold", "history", "overlaps", "summary", "trajectory"},
-    {"events", "entries", "routing", "ingest", "errors"},
+    {"events", "entries", "upcast", "routing", "ingest", "errors"},
 )
 """Modules and folders of the library from the top down."""
 

@@ -20,6 +20,7 @@ _HAPPENED = {
     "SegmentClosed": "segment closed",
     "Rewarded": "rewarded",
     "TrajectoryClosed": "trajectory closed",
+    "TrajectoryDeleted": "trajectory deleted",
     "RoutingObserved": "routing observed",
     "LateRouting": "late routing",
 }
@@ -93,6 +94,4 @@ def _summary(store: Store, hint: Hint) -> Summary | None:
     found = store.hot.summary(hint.id)
     if found is not None or store.archive is None:
         return found
-    manifest = store.archive.manifest(hint.partition)
-    manifest.refresh()
-    return manifest.summary(hint.id)
+    return store.archive.find(hint.id).summary

@@ -16,11 +16,15 @@ from trajstore.ingest import check_id
 from trajstore.reading import Archive
 from trajstore.store import Store
 
-__all__ = ["Place", "open_reading", "open_run", "place_argument", "store_argument"]
+__all__ = ["Place", "is_archive", "open_reading", "open_run", "place_argument", "store_argument"]
 
 ENVIRONMENT = "TRAJSTORE_URL"
 
-_FORMS = "a Redis URL that names a run (redis://host:6379/0?run=NAME), a store's directory, or an archive's folder"
+_FORMS = (
+    "a Redis URL that names a run (redis://host:6379/0?run=NAME), a store's directory, or an archive's folder or URL"
+)
+
+_OBJECT_STORES = ("s3://", "gs://", "az://")
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -50,26 +54,41 @@ def open_reading(location: str) -> Iterator[Archive]:
     Raises:
         NotFound: there is neither.
     """
-    if _is_folder(location) and not (_folder(location) / "store.json").exists():
-        root = ArchiveRoot.at(_folder(location))
-        if root.info() is None:
-            raise NotFound(_nothing(_folder(location)))
-        yield trajstore.open_archive(root.path)
+    if is_archive(location):
+        yield trajstore.open_archive(location)
     else:
         with open_run(location) as store:
             yield store
+
+
+def is_archive(location: str) -> bool:
+    """True for an archive without its server, False for a run.
+
+    Raises:
+        NotFound: a folder that is neither.
+    """
+    if not _is_folder(location):
+        return location.startswith(_OBJECT_STORES)
+    folder = _folder(location)
+    if (folder / "store.json").exists():
+        return False
+    if ArchiveRoot.at(folder).info() is None:
+        raise NotFound(_nothing(folder))
+    return True
 
 
 def open_run(location: str, *, archive: str | None = None) -> Store:
     """A run with its server, which must exist.
 
     Args:
-        archive: folder to archive into; default the one that the run has.
+        archive: folder or URL to archive into; default the one that the run has.
 
     Raises:
         NotFound: there is none.
     """
     if not _is_folder(location):
+        if location.startswith(_OBJECT_STORES):
+            raise NotFound(f"{location} is an archive; this command wants the run itself: its directory or Redis URL")
         return trajstore.open(location, archive=archive, create=False)
     folder = _folder(location)
     if not (folder / "store.json").exists():

@@ -22,8 +22,9 @@ from trajstore.cli.terminal import (
     results,
 )
 from trajstore.entries import Event
-from trajstore.events import CLOSED_STATUSES, UnknownEvent
+from trajstore.events import UnknownEvent
 from trajstore.fold import POLICIES, Policy
+from trajstore.reading import ALL_STATUSES
 from trajstore.summary import Summary
 from trajstore.trajectory import Trajectory
 
@@ -37,7 +38,7 @@ _SEGMENT_STYLES = ("cyan", "green", "yellow", "magenta", "blue", "red")
 
 @click.command()
 @store_argument
-@click.option("--status", multiple=True, type=click.Choice(["open", *CLOSED_STATUSES]), help="Only these; repeatable.")
+@click.option("--status", multiple=True, type=click.Choice(ALL_STATUSES), help="Only these; repeatable.")
 @click.option("--group", help="Only members of this group.")
 @_as_json
 def ls(store: str, status: tuple[str, ...], group: str | None, as_json: bool) -> None:

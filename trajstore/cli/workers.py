@@ -26,7 +26,9 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="The final accou
 @click.command()
 @store_argument
 @_once
-@click.option("--archive", "folder", metavar="FOLDER", help="Archive into this folder; default what the run has.")
+@click.option(
+    "--archive", "folder", metavar="FOLDER", help="Archive into this folder or s3:// URL; default what the run has."
+)
 @click.option(
     "--pack-mb", type=click.IntRange(min=1), default=64, show_default=True, help="MiB that make a pack at once."
 )
@@ -44,7 +46,7 @@ def archive(store: str, once: bool, folder: str | None, pack_mb: int, pack_secon
     \b
     Examples:
       trajstore archive runs/exp1 --once
-      trajstore archive 'redis://host:6379/0?run=exp1' --archive /data/exp1
+      trajstore archive 'redis://host:6379/0?run=exp1' --archive s3://bucket/exp1
     """
     begun = time.monotonic()
     with graceful_stop() as stopped, open_run(store, archive=folder) as run:
