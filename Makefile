@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench soak clean
 
 demo: .venv/installed ## run the main job end to end over an embedded store
 	@$(BIN)/trajstore demo $(DIR)
@@ -18,6 +18,11 @@ check: .venv/installed ## lint, format and types
 bench: .venv/installed ## throughput, as ratios measured in one run
 	@$(BIN)/python -m benchmarks.append
 	@$(BIN)/python -m benchmarks.fold
+	@$(BIN)/python -m benchmarks.archive
+
+soak: .venv/installed ## the crash loop of the archive: hundreds of kills, on a disk and on an S3 server (about half an hour)
+	@$(BIN)/python -m tests.soak.archive --kills 300
+	@$(BIN)/python -m tests.soak.archive --kills 200 --s3
 
 clean:
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

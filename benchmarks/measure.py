@@ -1,11 +1,12 @@
-"""Two ways of doing the same, timed in turns; what counts is the median of each and their ratio."""
+"""Several ways of doing the same, timed in turns; what counts is the median of each and their ratios."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "in_turns", "peak_memory"]
 
 
 class Comparison(NamedTuple):
@@ -22,11 +23,43 @@ class Comparison(NamedTuple):
 
 def compare(ours: Callable[[], object], baseline: Callable[[], object], *, repeats: int) -> Comparison:
     """Time both in turns, after one unmeasured round of each."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats + 1):
-        for way, into in zip((ours, baseline), seconds, strict=True):
+    seconds = in_turns({"ours": ours, "baseline": baseline}, repeats=repeats)
+    return Comparison(statistics.median(seconds["ours"]), statistics.median(seconds["baseline"]))
+
+
+def in_turns(
+    ways: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    before: Callable[[], object] = lambda: None,
+    warm_up: bool = True,
+) -> dict[str, list[float]]:
+    """Seconds of each way, by name: a round of all after the other, so that a slow spell of the machine hits all.
+
+    Args:
+        ways: what to time.
+        repeats: rounds that are measured.
+        before: runs before each, untimed: makes room, or empties a cache.
+        warm_up: begin with one round that is not measured.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(-warm_up, repeats):
+        for name, way in ways.items():
+            before()
             begun = time.perf_counter()
             way()
-            if repeat:
-                into.append(time.perf_counter() - begun)
-    return Comparison(*map(statistics.median, seconds))
+            taken = time.perf_counter() - begun
+            if repeat >= 0:
+                seconds[name].append(taken)
+    return seconds
+
+
+def peak_memory() -> int:
+    """Bytes of physical memory that this process ever held at once. Linux only.
+
+    Not `ru_maxrss`: a child begins with its parent's.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    raise OSError("/proc/self/status tells no VmHWM; measure memory on Linux")

@@ -1,0 +1,113 @@
+"""The persistent log beside other ways to keep rollouts: writing, size, reading, growth, memory; and its goals.
+
+Everything is measured in one run, in turns; what is printed are medians, and p99 of reads. MB are 10^6 bytes, those of
+speeds before compression. All ways store the same columns, routing, tokens and logprobs, as durably as a pack is
+(`benchmarks/rivals.py`); what they store is in `benchmarks/corpora.py`. Real routing is of a small model: 8 layers. Six
+windows of it side by side have the shape of a large one.
+
+    python -m benchmarks.archive [--quick] [--dir FOLDER] [--only TOPIC] [--json FILE]
+"""
+
+import argparse
+import json
+import operator
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.archive_growth import measure_archiver, measure_growth
+from benchmarks.archive_reading import measure_reading
+from benchmarks.archive_writing import measure_resumed, measure_writing
+from benchmarks.tables import Goal, Scale, Table, Topic
+
+__all__ = ["FULL", "QUICK", "Report", "run"]
+
+FULL = Scale(
+    pack_bytes=64 << 20,
+    repeats=5,
+    read_packs=4,
+    reads=300,
+    many=(1_000, 10_000, 100_000),
+    archiver_pack_bytes=16 << 20,
+    archiver_packs=(4, 32),
+)
+QUICK = Scale(
+    pack_bytes=4 << 20,
+    repeats=1,
+    read_packs=3,
+    reads=40,
+    many=(200, 2_000),
+    archiver_pack_bytes=4 << 20,
+    archiver_packs=(2, 8),
+)
+
+TOPICS: dict[str, Callable[[Scale, Path], Topic]] = {
+    "writing": measure_writing,
+    "resumed": measure_resumed,
+    "reading": measure_reading,
+    "growth": measure_growth,
+    "archiver": measure_archiver,
+}
+
+
+class Report(NamedTuple):
+    """Everything that was measured, and what became of the goals."""
+
+    tables: list[Table]
+    goals: list[Goal]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; ratios unrounded."""
+        goals = [{**goal._asdict(), "met": goal.met} for goal in self.goals]
+        machine = {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
+        return {"machine": machine, "goals": goals, "tables": [table._asdict() for table in self.tables]}
+
+
+def run(
+    scale: Scale, folder: Path, *, only: str | None = None, show: Callable[[Table], object] = lambda _: None
+) -> Report:
+    """Measure.
+
+    Args:
+        folder: where to write; what is written goes again.
+        only: one topic.
+        show: hears each table as soon as it is there.
+    """
+    report = Report([], [])
+    for name, measure in TOPICS.items():
+        if only in (None, name):
+            with tempfile.TemporaryDirectory(dir=folder, prefix=f"{name}-") as own:
+                topic = measure(scale, Path(own))
+            for table in topic.tables:
+                show(table)
+            report.tables.extend(topic.tables)
+            report.goals.extend(topic.goals)
+    return report
+
+
+def main() -> None:
+    """Print a table per topic, then the goals."""
+    parser = argparse.ArgumentParser(description="The persistent log beside other ways to keep rollouts.")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of some seconds; its figures mean little")
+    parser.add_argument("--dir", type=Path, metavar="FOLDER", help="where to write, default the temporary folder")
+    parser.add_argument("--only", choices=list(TOPICS), metavar="TOPIC", help=f"one of {', '.join(TOPICS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here, too")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        report = run(
+            QUICK if options.quick else FULL,
+            Path(folder),
+            only=options.only,
+            show=lambda table: print(table.as_text(), end="\n\n", flush=True),
+        )
+    for goal in sorted(report.goals, key=operator.attrgetter("met")):
+        print(goal.as_text())
+    if options.json:
+        options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
