@@ -8,7 +8,7 @@ demo: .venv/installed ## run the main job end to end over an embedded store
 	@$(BIN)/trajstore demo $(DIR)
 
 test: .venv/installed ## the test suite
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
 
 check: .venv/installed ## lint, format and types
 	@$(BIN)/ruff check .

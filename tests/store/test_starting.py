@@ -208,11 +208,11 @@ def test_no_usable_socket_folder_is_an_error_that_names_the_remedy(folder, tmp_p
 
 
 @pytest.mark.parametrize("how", ["open to others", "of somebody else", "a link", "a file"])
-def test_a_socket_folder_that_others_could_meddle_with_is_refused(folder, tmp_path, monkeypatch, how):
-    place = tmp_path / f"trajstore-{os.getuid()}"
+def test_a_socket_folder_that_others_could_meddle_with_is_refused(folder, short_folder, monkeypatch, how):
+    place = short_folder / f"trajstore-{os.getuid()}"
     if how == "a link":
-        (tmp_path / "elsewhere").mkdir(mode=0o700)
-        place.symlink_to(tmp_path / "elsewhere")
+        (short_folder / "elsewhere").mkdir(mode=0o700)
+        place.symlink_to(short_folder / "elsewhere")
     elif how == "a file":
         place.touch(mode=0o600)
     else:
@@ -223,7 +223,7 @@ def test_a_socket_folder_that_others_could_meddle_with_is_refused(folder, tmp_pa
             os.chown(place, 12345, 12345)
         else:
             pytest.skip("only root can give a folder away")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_folder))
     with pytest.raises(trajstore.Unavailable, match="must be a folder of yours with mode 0700"):
         trajstore.open(folder)
     assert servers_of(folder) == []

@@ -103,12 +103,12 @@ def open_archived_run(
     Raises:
         NotFound, Conflict: see `trajstore.open`.
     """
-    known = read_run(wire, run)
     recorded = _recorded(wire, run, home, options)
     root = recorded if home is None or recorded is not None else ArchiveRoot.at(home / "archive")
     if archive is not None:
         root = ArchiveRoot.at(archive, options)
     found = None if root is None else root.info()
+    known = read_run(wire, run)  # after the archive, which is claimed once the run has its record
     if known is None and found is not None and root is not None:
         raise Conflict(
             f"the server knows no run {run!r}, but {root.location} archives incarnation {found.incarnation} of run "
