@@ -140,6 +140,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             version=history.closes,
         )
 
+    def token_ids(self, fetch: Fetch, *, id: str = "") -> npt.NDArray[np.int32]:
+        """The token ids alone, int32 `[T]`; no routing is fetched. Otherwise as `apply`."""
+        token_ids = np.empty(self.history.length, np.int32)
+        for span, buffer in zip(self.history.spans, fetch(self._token_events()), strict=True):
+            ids, _ = _split_tokens(span.event, buffer)
+            token_ids[span.start : span.stop] = ids[: span.stop - span.start]
+        _check_inputs(self.history.segments, token_ids, id)
+        return token_ids
+
     def routed(self, start: int, stop: int, read: ReadRows) -> RoutedRows:
         """The routing of rows `[start, stop)` alone; nothing else is fetched.
 

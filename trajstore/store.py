@@ -349,7 +349,7 @@ class Store(Archive):
             return True
 
     def _load_tokens(self, id: str, until: EventId) -> npt.NDArray[np.int32]:
-        return self._view.load(id, "last_segment_wins", until).token_ids
+        return self._view.token_ids(id, until)
 
     def _settle(self, id: str | None) -> None:
         """Read what this process has written: wait for what is on its way, and leave its errors to `flush`."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from trajstore.archive.pack import ReadEntry
 from trajstore.archive.reader import ArchiveReader
@@ -155,6 +157,15 @@ class View:
 
         return _settled(id, fetch)
 
+    def token_ids(self, id: str, until: EventId) -> npt.NDArray[np.int32]:
+        """A trajectory's tokens at an event, int32 `[T]`: what a resume needs, and no routing."""
+
+        def fold() -> npt.NDArray[np.int32]:
+            decided = self.plan(id, "last_segment_wins", until)
+            return decided.token_ids(lambda events: self._payloads(id, events), id=id)
+
+        return _settled(id, fold)
+
     def routing(
         self, id: str, policy: Policy, until: EventId | None, rows: tuple[int, int] | None, layers: Sequence[int] | None
     ) -> RoutedRows:
@@ -162,20 +173,29 @@ class View:
 
         def fold() -> RoutedRows:
             decided = self.plan(id, policy, until)
+            hot: dict[str, Buffer] = {}
             spec = decided.history.opened.routing
             start, stop = (0, decided.history.length) if rows is None else rows
             if spec is None or layers is None:
-                return decided.routed(start, stop, lambda *wanted: self._routed(id, spec, slice(None), *wanted))
+                return decided.routed(start, stop, lambda *wanted: self._routed(id, spec, slice(None), hot, *wanted))
             columns = _columns(spec, layers)
             span = slice(min(columns), max(columns) + 1)
-            found = decided.routed(start, stop, lambda *wanted: self._routed(id, spec, span, *wanted))
+            found = decided.routed(start, stop, lambda *wanted: self._routed(id, spec, span, hot, *wanted))
             return found.only([column - span.start for column in columns])
 
         return _settled(id, fold)
 
     def _routed(
-        self, id: str, spec: RoutingSpec | None, layers: slice, event: Event, first: int, stop: int
+        self,
+        id: str,
+        spec: RoutingSpec | None,
+        layers: slice,
+        hot: dict[str, Buffer],
+        event: Event,
+        first: int,
+        stop: int,
     ) -> RoutingArray:
+        """Rows of a recording; `hot` keeps the hot payload that was fetched last."""
         archive = self._archive()
         if event.stored != "hot" and archive is not None:
             rows = archive.routed(id, event, first, stop, layers)
@@ -183,7 +203,10 @@ class View:
                 raise _Gone(event.id)
             return rows
         assert spec is not None
-        return spec.from_bytes(next(iter(self._payloads(id, [event]))))[first:stop, layers]
+        if event.id not in hot:
+            hot.clear()  # placements of one recording mostly follow each other
+            hot[event.id] = next(iter(self._payloads(id, [event])))
+        return spec.from_bytes(hot[event.id])[first:stop, layers]
 
     def summaries(self, partition: int) -> Iterable[Summary]:
         """Summaries of a partition's trajectories, hot ones where both parts know one."""

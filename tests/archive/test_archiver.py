@@ -13,8 +13,9 @@ from tests.builders import SPEC, record_seed_case, rows, seed_rows
 from trajstore.archiver import Archiver
 from trajstore.blob import to_blob
 from trajstore.entries import Entry, encode_entry
-from trajstore.events import SCHEMA_VERSION, TrajectoryClosed
+from trajstore.events import SCHEMA_VERSION, TrajectoryClosed, TrajectoryOpened
 from trajstore.log.lease import Lease
+from trajstore.writing import TrajectoryWriter
 
 POLICIES = ("last_segment_wins", "as_sampled")
 
@@ -440,3 +441,28 @@ def until(condition, seconds=20.0):
             return
         waiter.wait(0.01)
     raise AssertionError(f"not so within {seconds:g} s")
+
+
+def test_partition_with_a_damaged_manifest_stops_no_other(tmp_path):
+    with trajstore.open(tmp_path / "store", partitions=2, ack="fsync") as store:
+        names = {store.keys.partition(f"t{i}"): f"t{i}" for i in range(20)}
+        for id in names.values():
+            record_seed_case(store, id=id)
+        store.flush()
+        Archiver(store).run(once=True)
+    record = tmp_path / "store" / "archive" / "manifest" / "00" / "00000001.json"
+    record.write_bytes(record.read_bytes()[:-9])
+    with trajstore.open(tmp_path / "store", ack="fsync") as store:
+        ids = (str(ULID()) for _ in range(100))
+        stays = next(id for id in ids if store.keys.partition(id) == 0)
+        TrajectoryWriter.create(stays, TrajectoryOpened(), store._flusher, store._load_tokens).close("completed")
+        names[1] = record_seed_case(store, id=next(f"n{i}" for i in range(40) if store.keys.partition(f"n{i}"))).id
+        store.flush()
+        stopped = threading.Event()
+        worker = threading.Thread(target=lambda: Archiver(store, pack_seconds=0.0).run(stop=stopped))
+        worker.start()
+        until(lambda: not hot_entries(store, names[1]))
+        assert worker.is_alive()
+        stopped.set()
+        worker.join()
+        assert len(store.hot.read(stays)[0]) == 2, "it stays where it is"

@@ -147,3 +147,14 @@ def test_lost_newest_record_is_noticed_by_its_table(tmp_path):
     (tmp_path / "manifest" / "03" / "00000003.json").unlink()
     with pytest.raises(trajstore.Corrupt, match="00000003"):
         manifest_of(storage).refresh()
+
+
+def test_records_lost_below_a_table_of_sixteen_are_noticed(tmp_path):
+    storage = LocalStorage(tmp_path)
+    writer = manifest_of(storage)
+    for number in range(1, 34):
+        append(storage, writer, number, [f"t{number}"])
+    for number in (17, 18):
+        (tmp_path / "manifest" / "03" / f"{number:08}.json").unlink()
+    with pytest.raises(trajstore.Corrupt, match="00000017"):
+        manifest_of(storage).refresh()

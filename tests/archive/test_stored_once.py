@@ -207,3 +207,38 @@ def test_small_rows_are_not_cut_into_pieces(durable, archive):
     archive()
     assert counts(durable)[0] == 80
     np.testing.assert_array_equal(durable.load(trajectory.id).routed_experts[:40], second)
+
+
+def test_history_that_drifts_everywhere_is_archived_and_read_in_time_that_grows_with_it(durable, archive):
+    """Every second row differs, so a recording has thousands of pieces, each found by bisection."""
+    recorded = rows(6000, spec=WIDE)
+
+    def drift(index, found):
+        changed = found.copy()
+        changed[index % 2 :: 2] = rows(len(changed[index % 2 :: 2]), seed=index, spec=WIDE)
+        return changed
+
+    id = rollout(durable, recorded, segments=4, prompt=5000, output=200, drift=drift, after=archive)
+    last = drift(3, recorded[:5799])
+    np.testing.assert_array_equal(durable.load(id).routed_experts[:5799], last)
+    np.testing.assert_array_equal(durable.load_routing(id, rows=(10, 4000)).routed_experts, last[10:4000])
+
+
+def test_rows_far_into_a_sequence_take_memory_for_themselves_alone():
+    known = Known(64)
+    for start in (1 << 40, (1 << 40) + 20):
+        assert [place for _, _, place in known.place(str(start), start, row_view(bytes(64 * 20), 64))] == [None]
+
+
+def test_damaged_old_pack_does_not_keep_new_segments_from_the_archive(durable, archive, folder):
+    recorded = rows(1000, spec=WIDE)
+    id = rollout(durable, recorded, segments=1, prompt=100, output=200)
+    archive()
+    (shard,) = (folder / "archive" / "packs" / "00").glob("*/routed/c/0/0/0")
+    data = bytearray(shard.read_bytes())
+    data[20] ^= 0x40
+    shard.write_bytes(data)
+    with durable.get(id).segment(context=[1]) as segment:
+        segment.routing(recorded[:300], start=0)
+    assert archive().refused == 0
+    np.testing.assert_array_equal(durable.load(id).routed_experts[:300], recorded[:300])

@@ -104,7 +104,7 @@ class Manifest:
     def _require_whole(self) -> None:
         """Once: is the newest record really that? One that is gone would hide all later ones."""
         number = self._newest + 1
-        later = self._load(number + 1) is not None or self._open_table(number, number) is not None
+        later = self._load(number + 1) is not None or self._stored_table(self._newest) is not None
         if later and self._load(number) is None:  # in this order: all may be written meanwhile
             raise Corrupt(
                 f"the manifest record {self._where(number)} is missing, though what is written after it is there; "
@@ -193,8 +193,11 @@ class Manifest:
         return (self.record(number) for number in range(1, self._newest + 1))
 
     def live(self) -> Iterator[Record]:
-        """Records whose packs count, oldest first."""
-        return (record for record in self.records() if record.pack and self.is_live(record.number))
+        """Records whose packs count, as of now, oldest first."""
+        with self._lock:
+            ended = self._replaced | self._dropped
+            numbers = [number for number in range(1, self._newest + 1) if number not in ended]
+        return (record for record in map(self.record, numbers) if record.pack)
 
     def lines(self, record: Record) -> Iterator[PackedTrajectory]:
         """What a record's pack holds of each trajectory.

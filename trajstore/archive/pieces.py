@@ -47,6 +47,7 @@ class Known:
         self._row_bytes = row_bytes
         self._events: list[str] = []
         self._numbers: dict[str, int] = {}
+        self._low = 0  # position of the first row of the arrays
         self._rows = _empty(0, row_bytes)
         self._event = np.empty(0, np.int32)  # index into _events, _ABSENT where no row is known
         self._offset = np.empty(0, np.int64)  # of the row in that event's payload
@@ -55,8 +56,7 @@ class Known:
     def learn(self, event: str, start: int, rows: Rows, *, first: int = 0) -> None:
         """Rows `[start, start + n)` are those from `first` on of an event's payload."""
         self._take_only()
-        self._reach(start + len(rows))
-        at = slice(start, start + len(rows))
+        at = self.reserve(start, start + len(rows))
         self._rows[at] = rows
         self._event[at] = self._number(event)
         self._offset[at] = np.arange(first, first + len(rows))
@@ -72,9 +72,7 @@ class Known:
                 yield 0, len(rows), None
             return
         self._take_only()
-        stop = start + len(rows)
-        self._reach(stop)
-        at = slice(start, stop)
+        at = self.reserve(start, start + len(rows))
         events, offsets = self._event[at], self._offset[at]
         equal = (events != _ABSENT) & (self._rows[at] == rows).all(axis=1)
         joins = (events[1:] == events[:-1]) & (offsets[1:] == offsets[:-1] + 1)
@@ -96,12 +94,17 @@ class Known:
             self._events.append(event)
         return self._numbers[event]
 
-    def _reach(self, length: int) -> None:
-        more = length - len(self._event)
-        if more > 0:
-            self._rows = np.concatenate([self._rows, _empty(more, self._row_bytes)])
-            self._event = np.concatenate([self._event, np.full(more, _ABSENT, np.int32)])
-            self._offset = np.concatenate([self._offset, np.zeros(more, np.int64)])
+    def reserve(self, start: int, stop: int) -> slice:
+        """Make room for rows `[start, stop)`, at once what else would grow bit by bit; their place in the arrays."""
+        if not len(self._event):
+            self._low = start
+        before, after = max(0, self._low - start), max(0, stop - self._low - len(self._event))
+        if before or after:
+            self._rows = np.concatenate([_empty(before, self._row_bytes), self._rows, _empty(after, self._row_bytes)])
+            self._event = np.pad(self._event, (before, after), constant_values=_ABSENT)
+            self._offset = np.pad(self._offset, (before, after))
+            self._low -= before
+        return slice(start - self._low, stop - self._low)
 
 
 class SharedRows:

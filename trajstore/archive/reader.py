@@ -2,11 +2,14 @@
 
 import os
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeAlias
+from itertools import accumulate
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from trajstore.archive.manifest import Archived, Manifest
 from trajstore.archive.pack import Piece, ReadEntry, decode_entries, payload_array
@@ -18,7 +21,7 @@ from trajstore.events import EventId, Tokens, UnknownEvent
 from trajstore.routing import RoutingArray
 from trajstore.summary import Summary
 
-__all__ = ["ArchiveReader", "cut_extents", "resolve"]
+__all__ = ["ArchiveReader", "Extents", "resolve"]
 
 _READ_BYTES = 16 << 20
 
@@ -118,17 +121,17 @@ class ArchiveReader:
         Raises:
             Corrupt: naming the pack and the trajectory.
         """
-        extents = cut_extents(event.extents, first, stop - first)
+        extents = Extents(event.extents).cut(first, stop - first)
+        wanted: dict[str, list[Extent]] = {}
         try:
-            pieces = [
-                self.packs.rows(extent.pack, "routed", extent.row, extent.row + extent.rows, layers)
-                for extent in _require_there(event, extents)
-            ]
+            for extent in _require_there(event, extents):
+                wanted.setdefault(extent.pack, []).append(extent)
+            read = {pack: self._read_rows((pack, "routed"), some, layers) for pack, some in wanted.items()}
         except Corrupt as error:
             if self._moved(id, extents):
                 return None
             raise Corrupt(f"trajectory {id}: {error}") from error
-        return np.concatenate(pieces) if len(pieces) != 1 else pieces[0]
+        return np.concatenate([read[extent.pack][extent] for extent in extents])
 
     def summaries(self, partition: int) -> list[Summary]:
         """The newest archived summary of every trajectory of a partition."""
@@ -184,13 +187,19 @@ class ArchiveReader:
 
     def _read_extents(self, place: Place, extents: Sequence[Extent]) -> dict[Extent, Buffer]:
         """Bytes of each extent of one array."""
-        found: dict[Extent, Buffer] = {}
+        rows = self._read_rows(place, extents)
+        return {extent: part.data.cast("B") if part.size else b"" for extent, part in rows.items()}
+
+    def _read_rows(
+        self, place: Place, extents: Sequence[Extent], layers: slice | None = None
+    ) -> dict[Extent, npt.NDArray[Any]]:
+        """Rows of each extent of one array; those of neighbours are views of what was read together."""
+        found: dict[Extent, npt.NDArray[Any]] = {}
         for run in neighbours(extents, within=self.packs.chunk_rows(*place)):
             first = run[0].row
-            rows = self.packs.rows(*place, first, max(extent.row + extent.rows for extent in run))
+            rows = self.packs.rows(*place, first, max(extent.row + extent.rows for extent in run), layers)
             for extent in run:
-                part = rows[extent.row - first : extent.row - first + extent.rows]
-                found[extent] = part.data.cast("B") if part.size else b""
+                found[extent] = rows[extent.row - first : extent.row - first + extent.rows]
         return found
 
     def _moved(self, id: str, extents: Iterable[Extent]) -> bool:
@@ -222,26 +231,26 @@ def resolve(entries: Sequence[ReadEntry]) -> list[ReadEntry]:
         for entry in entries
         for event, some in zip(entry.events, entry.pieces, strict=True)
     }
-    known: dict[str, tuple[Extent, ...]] = {}
+    known: dict[str, Extents] = {}
 
-    def extents_of(event: str) -> tuple[Extent, ...]:
+    def extents_of(event: str) -> Extents:
         if event not in known:
-            known[event] = ()  # while it is looked up: a circle finds nothing
+            known[event] = Extents(())  # while it is looked up: a circle finds nothing
             pack, some = pieces.get(event, ("", ()))
-            known[event] = tuple(extent for piece in some for extent in extents_at(pack, piece))
+            known[event] = Extents(extent for piece in some for extent in extents_at(pack, piece))
         return known[event]
 
     def extents_at(pack: str, piece: Piece) -> Iterable[Extent]:
         if len(piece) == 2:
             return (Extent(pack, piece[0], piece[1]),)
         event, first, count = piece
-        found = cut_extents(extents_of(event), first, count)
+        found = extents_of(event).cut(first, count)
         missing = count - sum(extent.rows for extent in found)
         return found if not missing else (*found, Extent("", 0, missing))
 
     return [
         entry._replace(
-            events=[msgspec.structs.replace(event, extents=extents_of(event.id)) for event in entry.events]
+            events=[msgspec.structs.replace(event, extents=extents_of(event.id).all) for event in entry.events]
             if any(entry.pieces)
             else entry.events
         )
@@ -249,16 +258,29 @@ def resolve(entries: Sequence[ReadEntry]) -> list[ReadEntry]:
     ]
 
 
-def cut_extents(extents: Iterable[Extent], first: int, count: int) -> list[Extent]:
-    """The extents of rows `[first, first + count)` of what these extents make up."""
-    found = []
-    for extent in extents:
-        skip = min(first, extent.rows)
-        take = min(extent.rows - skip, count)
-        if take > 0:
-            found.append(Extent(extent.pack, extent.row + skip, take))
-        first, count = first - skip, count - take
-    return found
+class Extents:
+    """The extents of one payload, to be cut. A recording that drifted has one for every few rows: found by bisection.
+
+    Attributes:
+        all: of the whole payload, in order.
+    """
+
+    def __init__(self, extents: Iterable[Extent]) -> None:
+        self.all = tuple(extents)
+        self._ends = list(accumulate(extent.rows for extent in self.all))
+
+    def cut(self, first: int, count: int) -> list[Extent]:
+        """The extents of rows `[first, first + count)`; fewer rows where the payload ends before."""
+        found = []
+        at = bisect_right(self._ends, first)
+        while count > 0 and at < len(self.all):
+            extent = self.all[at]
+            skip = first - (self._ends[at] - extent.rows)
+            take = min(extent.rows - skip, count)
+            if take > 0:
+                found.append(Extent(extent.pack, extent.row + skip, take))
+            first, count, at = first + take, count - take, at + 1
+        return found
 
 
 def neighbours(extents: Iterable[Extent], *, within: int) -> list[list[Extent]]:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from trajstore.archive.pack import ReadEntry
 from trajstore.archive.pieces import Known, row_view
-from trajstore.archive.reader import ArchiveReader, cut_extents
+from trajstore.archive.reader import ArchiveReader, Extents
 from trajstore.archive.writer import StagedEntry
 from trajstore.entries import Event
 from trajstore.events import LateRouting, Routing, RoutingObserved
@@ -52,16 +52,21 @@ def known_rows(
             offset[at : at + n] = np.arange(first, first + n)
     holder[~wanted] = -1
     runs = list(_runs(holder, offset))
-    places = {
-        extent.pack for at, end in runs for extent in cut_extents(events[holder[at]].extents, int(offset[at]), end - at)
-    }
+    if not runs:
+        return known
+    known.reserve(runs[0][0], runs[-1][1])
+    extents = [Extents(event.extents) for event in events]
+    places = {extent.pack for at, end in runs for extent in extents[holder[at]].cut(int(offset[at]), end - at)}
     if len(places) > _MOST_PACKS:
         return known
-    for at, end in runs:
-        event, first = events[holder[at]], int(offset[at])
-        rows = archive.routed(id, event, first, first + end - at)
-        if rows is not None:
-            known.learn(event.id, at, row_view(rows.tobytes(), row_bytes), first=first)
+    for number, event in enumerate(events):
+        own = [(at, end) for at, end in runs if holder[at] == number]
+        data = next(archive.payloads(id, [event])) if own else None
+        if data is None:  # of no use here, or moved by a compaction
+            continue
+        for at, end in own:
+            first = int(offset[at])
+            known.learn(event.id, at, row_view(data, row_bytes)[first : first + end - at], first=first)
     return known
 
 

@@ -4,6 +4,7 @@ A trajectory is looked at twice, a fsync horizon apart. Only entries that were t
 finished epochs, are staged: so the archive never runs ahead of a server that may still lose its tail.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +32,8 @@ from trajstore.routing import RoutingSpec
 from trajstore.summary import Summary, advance
 
 __all__ = ["Look", "Part", "finished_entries", "first_look", "ripe_prefix", "second_look"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -162,10 +165,21 @@ def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: 
         staged=staged,
         spec=spec,
         summary=summary,
-        known=None if spec is None else known_rows(archive, id, old, staged, spec.row_bytes),
+        known=None if spec is None else _known(archive, id, old, staged, spec.row_bytes),
         entries=entries,
         notes=notes,
     )
+
+
+def _known(
+    archive: ArchiveReader, id: str, old: Sequence[ReadEntry], staged: Sequence[StagedEntry], row_bytes: int
+) -> Known:
+    """Rows that need not be written again; where an old pack is damaged, all are."""
+    try:
+        return known_rows(archive, id, old, staged, row_bytes)
+    except Corrupt as error:
+        log.error("%s is archived without reference to what is archived of it: %s", id, error)
+        return Known(row_bytes)
 
 
 def ripe_prefix(

@@ -194,8 +194,13 @@ class PackWriter:
                 extents.append(self._place_tokens(header, data))
             else:
                 extents.append(self._place_rows(id, event, header, data, known, group))
-            if isinstance(header, SegmentOpened) and group is not None and self._spec is not None:
-                self._prompts.setdefault(group, SharedRows(self._spec.row_bytes, header.base + header.context))
+            if (
+                isinstance(header, SegmentOpened)
+                and not header.base
+                and group not in (None, *self._prompts)
+                and self._spec
+            ):
+                self._prompts[str(group)] = SharedRows(self._spec.row_bytes, header.context)
         return PackedEntry(
             id=str(staged.at),
             v=SCHEMA_VERSION,

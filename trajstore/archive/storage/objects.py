@@ -253,7 +253,7 @@ class ObjectStorage:
         try:
             yield
         except FileNotFoundError as error:
-            if "Bucket" in str(error) or what.startswith("write"):
+            if "NoSuchBucket" in str(error) or what.startswith("write"):
                 raise self._unavailable(what, error, "Make the bucket, or mend the URL") from error
             raise FileNotFoundError(f"cannot {what} in {self.location}: it does not exist") from error
         except exceptions.InvalidPathError as error:
