@@ -143,6 +143,7 @@ def test_archive_in_an_object_store_is_checked_alike(s3, run_name, tmp_path):
 
 
 def test_stale_row_is_found_where_the_token_changes(hand):
+    """sglang #36404: one stale row repeated 67 times."""
     hand.write("t", {1: [opened()], 2: segment(np.arange(100), stale(100, 67))})
     (found,) = faults(hand.root.location)
     assert (found.kind, found.trajectory, found.event) == ("repeated-rows", "t", "2-1")
