@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 
 import numpy as np
@@ -21,6 +22,7 @@ from trajstore.archive.root import ArchiveInfo, ArchiveRoot
 from trajstore.archive.storage.local import LocalStorage
 from trajstore.archive.upkeep.garbage import find_foreign, find_garbage, remove_garbage
 from trajstore.archive.upkeep.retention import drop, expired, named, nothing_hot, still_hot
+from trajstore.archive.writer import PackWriter
 from trajstore.archiver import Archiver
 from trajstore.cli.upkeep import compact, gc
 from trajstore.opening import read_archive
@@ -304,12 +306,11 @@ def test_replaced_files_stay_for_the_grace_and_live_ones_for_ever(durable, archi
 
 
 def orphan(folder, number, *, age):
-    """A pack that no record names, as a crash leaves it."""
-    home = folder / "archive" / "packs" / "00" / f"{number:08}-{ULID()}"
-    for name in ("zarr.json", "tokens/c/0"):
-        path = home / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"left over")
+    """A pack that no record names, as a crash leaves it: what is in it was archived again."""
+    packs = folder / "archive" / "packs" / "00"
+    home = packs / f"{number:08}-{ULID()}"
+    shutil.copytree(min(packs.iterdir()), home)
+    for path in home.rglob("*"):
         os.utime(path, (time.time() - age,) * 2)
     return home
 
@@ -320,7 +321,7 @@ def test_a_crashs_pack_goes_once_no_record_can_name_it_any_more(durable, archive
     archive()
     lost, fresh, pending = orphan(folder, 1, age=7200), orphan(folder, 1, age=60), orphan(folder, 2, age=7200)
     (found,) = collect(durable.archive)
-    assert found.path.endswith(lost.name)
+    assert found.path.endswith(lost.name), found
     assert (lost.exists(), fresh.exists(), pending.exists()) == (False, True, True)
     finished(durable)
     archive()
@@ -471,3 +472,22 @@ def test_retention_on_an_object_store(s3, tmp_path):
             offline.load(ids[0])
         assert everything(offline, ids[1]) == kept
         assert data_files(store.archive) == {record.pack for record in live(store.archive)}
+
+
+def test_pack_whose_record_was_lost_is_kept_where_it_is_the_only_copy(durable, archive, folder):
+    """A manifest restored from an older copy, and written on: the number is another pack's now."""
+    lost = record_seed_case(durable)
+    archive(grace_seconds=0.001)
+    place = folder / "archive"
+    shutil.rmtree(place / "manifest")
+    shutil.rmtree(place / "index")
+    other = trajstore.open_archive(place)._view._archive()
+    kept = {path.relative_to(place) for path in (place / "packs").rglob("*") if path.is_file()}
+    (pack,) = (path.name for path in (place / "packs" / "00").iterdir())
+    writer = PackWriter(other.root, other.info, 0, None)
+    writer.add("new", [], summary=None)
+    writer.publish(other.manifest(0), 1, writer="t")
+    found = list(find_garbage(other, now=time.time() + 10**6, grace=0.0))
+    assert not any(pack in garbage.path for garbage in found), f"only there is {lost.id}"
+    remove_garbage(other, found)
+    assert all((place / path).exists() for path in kept)

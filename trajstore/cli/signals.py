@@ -1,5 +1,6 @@
 """How a command ends on SIGTERM and Ctrl-C."""
 
+import itertools
 import os
 import signal
 import sys
@@ -29,10 +30,11 @@ def graceful_stop() -> Iterator[threading.Event]:
     it interrupts waits for can hang.
     """
     stopped = threading.Event()
+    turns = itertools.count()  # one call, so that of two signals that come together the second still counts as such
 
     def ask(number: int, frame: FrameType | None) -> None:
-        for one in _SIGNALS:
-            signal.signal(one, _end)
+        if next(turns):
+            _end(number, frame)
         stopped.set()
 
     before = [(one, signal.signal(one, ask)) for one in _SIGNALS]

@@ -42,10 +42,10 @@ class _Duration(click.types.FloatParamType):
         """Seconds."""
         if isinstance(value, int | float):
             return float(value)
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhdw]?)", value)
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhdw])", value)
         if match is None:
-            self.fail(f"{value!r} is no duration; give 90, 90s, 15m, 12h, 30d or 4w", param, ctx)
-        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]]
+            self.fail(f"{value!r} is no duration with a unit; give 90s, 15m, 12h, 30d or 4w", param, ctx)
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]]
 
 
 _DURATION = _Duration()

@@ -167,6 +167,8 @@ def _seconds(value: str | float) -> float:
 def _check_endpoint(given: Mapping[str, str]) -> None:
     """obstore (0.12) lets the variable for S3 alone go before an endpoint that was given."""
     endpoint = next((value for name, value in given.items() if _plain(name) in ("endpoint", "endpoint_url")), None)
+    if endpoint is not None and re.fullmatch(r"https?://[^\s/]+(/\S*)?", endpoint) is None:
+        raise SchemaError(f"endpoint {endpoint!r} of the object store is no URL; give http://host:port or https://host")
     variable = os.environ.get("AWS_ENDPOINT_URL_S3")
     if endpoint is not None and variable is not None and variable != endpoint:
         raise SchemaError(

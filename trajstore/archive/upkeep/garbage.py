@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from trajstore.archive.manifest import Manifest
+from trajstore.archive.pack import decode_entries, decode_trajectory
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.record import Record
 from trajstore.archive.storage.protocol import StoredFile, staged_since
+from trajstore.errors import Corrupt, SchemaError
 
 __all__ = ["ORPHAN_SECONDS", "Garbage", "find_foreign", "find_garbage", "remove_garbage"]
 
@@ -65,7 +67,7 @@ def find_garbage(
         ended = _ended(manifest)
         ended |= {number: now for part, number in ending if part == partition}
         for folder, files in sorted(listed.items()):
-            found = _garbage_of(manifest, folder, files, ended, newest, now=now, grace=grace)
+            found = _garbage_of(reader, manifest, folder, files, ended, newest, now=now, grace=grace)
             if found is not None:
                 yield found
     yield from _left_over(reader, now)
@@ -92,7 +94,29 @@ def _ended(manifest: Manifest) -> dict[int, float]:
     return {number: record.created for record in manifest.records() for number in (*record.replaces, *record.drops)}
 
 
+def _is_elsewhere(reader: ArchiveReader, manifest: Manifest, pack: str) -> bool:
+    """Every entry of a pack without a record lies in packs that have one, or is of a trajectory that is gone for good.
+
+    Where records were lost, it may be the only copy: `trajstore rebuild` then gives it a record.
+    """
+    try:
+        for text in reader.packs.whole(pack, "trajectories").splitlines():
+            line = decode_trajectory(text, pack=pack)
+            archived = manifest.find(line.id)
+            if archived.dropped or (archived.summary is not None and archived.summary.status == "deleted"):
+                continue
+            held = {(entry.note, entry.at, entry.digest) for entry in reader.read_parts(line.id, archived)}
+            lines = reader.packs.text(pack, "events", line.offset, line.offset + line.length)
+            own = decode_entries(lines, pack=pack, id=line.id)
+            if not held.issuperset((entry.note, entry.at, entry.digest) for entry in own):
+                return False
+    except (Corrupt, SchemaError):  # nobody can say what is in it
+        return False
+    return True
+
+
 def _garbage_of(
+    reader: ArchiveReader,
     manifest: Manifest,
     folder: str,
     files: Sequence[StoredFile],
@@ -111,7 +135,9 @@ def _garbage_of(
     record = manifest.record(number)
     if f"packs/{record.pack}" != folder:
         recent = max(file.modified for file in files) > now - ORPHAN_SECONDS
-        return None if recent else _garbage(folder, f"record {number} is another pack's", files)
+        if recent or not _is_elsewhere(reader, manifest, folder.removeprefix("packs/")):
+            return None
+        return _garbage(folder, f"record {number} is another pack's, and others hold all that is in it", files)
     if number not in ended or ended[number] > now - grace:
         return None
     names = {f"{folder}/{name}" for name in record.files if not name.startswith(_STAYS)}

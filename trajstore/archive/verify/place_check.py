@@ -191,7 +191,8 @@ def _leftover(pack: str, number: int, newest: int) -> Finding:
             severity="information",
             pack=pack,
             what=f"no record names the pack {pack}: an archiver was killed or fenced before it was published",
-            what_to_do="`trajstore gc` removes it",
+            what_to_do="`trajstore gc` removes it if other packs hold all that is in it; if records were lost, "
+            "`trajstore rebuild` takes it in",
         )
     return Finding(
         kind="leftover",

@@ -87,37 +87,20 @@ def _twice(id: str, entries: Sequence[ReadEntry]) -> Iterator[Finding]:
 
 
 def _chains(id: str, entries: Sequence[ReadEntry]) -> Iterator[Finding]:
-    """References must lead to rows that are written, of an event that is there, never to a reference."""
-    pieces = {event.id: some for entry in entries for event, some in zip(entry.events, entry.pieces, strict=True)}
+    """References must come to rows that are written; after compactions perhaps over several others."""
     for entry in entries:
         for event, some in zip(entry.events, entry.pieces, strict=True):
-            for piece in some:
-                if len(piece) == 3 and not _written(pieces.get(piece[0], ()), piece[1], piece[2]):
-                    yield Finding(
-                        kind="reference",
-                        severity="error",
-                        pack=event.stored,
-                        trajectory=id,
-                        event=event.id,
-                        what=f"event {event.id} repeats rows {piece[1]} to {piece[1] + piece[2]} of event {piece[0]}, "
-                        "which does not have them written",
-                        what_to_do="restore the pack that held them from a copy",
-                    )
-                    break
-
-
-def _written(pieces: Sequence[tuple[int, int] | tuple[str, int, int]], first: int, count: int) -> bool:
-    """Rows `[first, first + count)` of these pieces are there, and none of them is a reference."""
-    at = covered = 0
-    for piece in pieces:
-        rows = piece[-1]
-        overlap = min(at + rows, first + count) - max(at, first)
-        if overlap > 0:
-            if len(piece) == 3:
-                return False
-            covered += overlap
-        at += rows
-    return covered == count
+            refers = next((piece for piece in some if len(piece) == 3), None)
+            if refers is not None and any(not extent.pack for extent in event.extents):
+                yield Finding(
+                    kind="reference",
+                    severity="error",
+                    pack=event.stored,
+                    trajectory=id,
+                    event=event.id,
+                    what=f"event {event.id} repeats rows of event {refers[0]} or another that are not written",
+                    what_to_do="restore the pack that held them from a copy",
+                )
 
 
 def _summaries(id: str, parts: Parts, entries: Sequence[ReadEntry]) -> Iterator[Finding]:
