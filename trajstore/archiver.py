@@ -16,7 +16,7 @@ from trajstore.archive.manifest import Manifest
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.ripening import Look, Part, first_look, second_look
 from trajstore.archive.trim import trim
-from trajstore.archive.upkeep.idle import IdleCompaction, Step
+from trajstore.archive.upkeep.idle import IdleCompaction
 from trajstore.archive.writer import PackWriter
 from trajstore.errors import Conflict, Corrupt, Fenced, SchemaError, Unavailable
 from trajstore.log.feed import ARCHIVER, FeedFollower, Hint, worker_name
@@ -196,7 +196,7 @@ class Archiver:
             self._next_sweep = now + min(self._abandon_seconds / 4, 3600.0)
             self.done.abandoned += close_abandoned(self._store, self._waiting, after=self._abandon_seconds)
         if self._compacts and idle and not once and now >= self._next_compaction and not stopped.is_set():
-            step = self._idle_step()
+            step = self._idle.step(list(self._waiting))
             self.done.compactions += step.compactions
             self._next_compaction = now if step.more else now + self._lease_seconds / 3
             if step.lost is not None:
@@ -329,19 +329,11 @@ class Archiver:
         self._notice(hint for part in parts for hint in part.look.later)
         return newest
 
-    def _idle_step(self) -> Step:
-        try:
-            return self._idle.step(list(self._waiting))
-        except (SchemaError, Corrupt) as error:
-            log.error("nothing is compacted, for a manifest cannot be read: %s", error)
-            return Step(more=False)
-
     def _refuse_partition(self, partition: int, ripe: Sequence[str], error: Exception) -> None:
-        """As `_refuse`, of all that was ripe: their hints stay unacknowledged, and come back with the lease."""
+        """As `_refuse`, of all that was ripe. With the next look at the leases every hint of it comes back."""
         self.done.refused += len(ripe)
         log.error("%d trajectories of partition %d stay in the hot log: %s", len(ripe), partition, error)
-        for id in ripe:
-            self._waiting[partition].pop(id, None)
+        del self._waiting[partition]
 
     def _refuse(self, id: str, error: Exception) -> None:
         """Its hints stay unacknowledged: the next holder of the partition, a newer version say, tries again."""

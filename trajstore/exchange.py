@@ -1,6 +1,6 @@
 """Export and import: a selection of a run as an archive of its own, and an archive's trajectories into a run.
 
-See `docs/transfer.md`. How entries are read and packed is in `archive/transfer.py`.
+See `docs/transfer.md`. How entries are read and packed is in `archive/transfer/`.
 """
 
 import logging

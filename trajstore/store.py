@@ -19,7 +19,7 @@ from trajstore.archive.of_run import RunArchive
 from trajstore.archive.reader import ArchiveReader
 from trajstore.backlog import Backlog, measure_backlog
 from trajstore.deletion import removal, write_tombstone
-from trajstore.errors import Conflict, Fenced, NotFound, SchemaError, StoreFull, TrajstoreError, Unavailable
+from trajstore.errors import Conflict, Corrupt, Fenced, NotFound, SchemaError, StoreFull, TrajstoreError, Unavailable
 from trajstore.events import CLOSED_STATUSES, EventId, TrajectoryDeleted, TrajectoryOpened
 from trajstore.history import deleted_error
 from trajstore.ingest import check_count, check_finite, check_group, check_id, check_json, check_label
@@ -321,13 +321,17 @@ class Store(Archive):
             self._settle(id)
             # Some of what the stream took may be lost. Asked before it is read: nobody's tombstone may lie in between.
             taken = stream_last_id(self.wire.exchange([("XINFO", "STREAM", self.keys.entries(id))])[0])
-            log = self._view.read_deleted_too(id)
-            if log.tombstone is not None:
-                self.wire.call_all(removal(self.keys, id, log.tombstone.at))
-                with contextlib.suppress(StoreFull):  # it is a hint
-                    self.repair_summary(id)
-                return False
-            summary = summarize(id, log.events)
+            try:
+                log = self._view.read_deleted_too(id)
+            except Corrupt:  # what cannot be read can be deleted all the same
+                last, in_hot, summary = self._view.newest(id)
+            else:
+                if log.tombstone is not None:
+                    self.wire.call_all(removal(self.keys, id, log.tombstone.at))
+                    with contextlib.suppress(StoreFull):  # it is a hint
+                        self.repair_summary(id)
+                    return False
+                last, in_hot, summary = log.last_entry, log.in_hot, summarize(id, log.events)
             try:
                 tombstone = write_tombstone(
                     self._flusher,
@@ -337,8 +341,8 @@ class Store(Archive):
                         group=summary.group if summary else None,
                         group_size=summary.group_size if summary else None,
                     ),
-                    after=max(log.last_entry, taken or log.last_entry),
-                    in_hot=log.in_hot,
+                    after=max(last, taken or last),
+                    in_hot=in_hot,
                     summary=summary,
                 )
             except Fenced:  # somebody else's turn came first

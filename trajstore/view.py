@@ -111,6 +111,21 @@ class View:
             in_hot=bool(hot) or (self._hot is not None and self._hot.exists(id)),
         )
 
+    def newest(self, id: str) -> tuple[EventId, bool, Summary | None]:
+        """Newest entry of a trajectory, whether its stream exists, and its summary, without reading archived entries.
+
+        Raises:
+            NotFound: neither part knows it.
+        """
+        hot, _ = self._hot.read(id) if self._hot is not None else ([], [])
+        archive = self._archive()
+        old = archive.find(id) if archive is not None else None
+        last = max([*(entry.at for entry in hot[-1:]), *([old.last] if old and old.last else [])], default=None)
+        if last is None:
+            raise NotFound(f"there is no trajectory {id!r} here (is it flushed? is this the right store?)")
+        in_hot = bool(hot) or (self._hot is not None and self._hot.exists(id))
+        return last, in_hot, old.summary if old else None
+
     def plan(self, id: str, policy: Policy, until: EventId | None) -> Plan:
         """A trajectory's fold, decided but not carried out."""
         log = self.read(id)

@@ -600,3 +600,22 @@ def record(segment, found):
     with segment:
         segment.tokens(np.arange(10), np.full(10, -0.5))
         segment.routing(found, start=0)
+
+
+def test_deletion_of_what_cannot_be_read_any_more_goes_through(durable, archive, folder):
+    trajectory = record_seed_case(durable)
+    archive()
+    (shard,) = (folder / "archive" / "packs" / "00").glob("*/events/c/0")
+    data = bytearray(shard.read_bytes())
+    data[20] ^= 0x40
+    shard.write_bytes(data)
+    durable.close()
+    with trajstore.open(folder, ack="fsync") as again:
+        with pytest.raises(trajstore.Corrupt):
+            again.load(trajectory.id)
+        assert again.delete(trajectory.id) == 1
+        assert again.delete(trajectory.id) == 0
+        done = Archiver(again).run(once=True)
+        assert (done.refused, done.entries) == (0, 1)
+        with pytest.raises(trajstore.NotFound, match="deleted"):
+            again.load(trajectory.id)

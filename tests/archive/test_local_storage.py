@@ -233,3 +233,19 @@ def test_a_full_disk_is_unavailable_and_leaves_nothing(tmp_path):
     assert run(FULL, str(tmp_path)) == ""
     assert paths(storage) == ["x"]
     assert list((tmp_path / "staging").iterdir()) == []
+
+
+def test_create_whose_reply_was_lost_on_the_way_is_ours(tmp_path, monkeypatch):
+    """Over NFS a `link` that is sent again answers that the file exists, though it was ours that made it."""
+    link = os.link
+
+    def lost(source, target):
+        link(source, target)
+        raise FileExistsError(target)
+
+    monkeypatch.setattr(os, "link", lost)
+    LocalStorage(tmp_path).create("manifest/07/1.json", b"mine")
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(FileExistsError):
+        LocalStorage(tmp_path).create("manifest/07/1.json", b"yours")
+    assert LocalStorage(tmp_path).read("manifest/07/1.json") == b"mine"

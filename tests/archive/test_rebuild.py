@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -714,3 +715,32 @@ def test_rebuild_command_says_what_it_did(root, made):
     assert json.loads(result.stdout)["archive"]["records"] > RECORDS
     assert "records" in result.stderr
     assert invoke("rebuild", f"{root.location}/nowhere").exit_code == 1
+
+
+def test_list_of_another_pack_is_not_believed_and_makes_no_table(made, tmp_path):
+    """Two packs in each other's place: what was `Corrupt` must not become a shorter fold, nor the exit code 0."""
+    folder = tmp_path / "archive"
+    shutil.copytree(made[0], folder)
+    one, other = sorted(path for path in (folder / "packs" / "00").iterdir())[:2]
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+    for table in (folder / "index" / "00").iterdir():
+        table.unlink()
+    root = ArchiveRoot.at(folder)
+    with pytest.raises(trajstore.Corrupt, match="not what record"):
+        trajstore.open_archive(folder).list()
+    done = rebuild_archive(root)
+    assert {one.name, other.name} <= {name for text in done.damaged for name in (one.name, other.name) if name in text}
+    with pytest.raises(trajstore.Corrupt, match="not what record"):
+        trajstore.open_archive(folder).list()
+
+
+def test_file_that_is_cut_off_is_told(made, tmp_path):
+    folder = tmp_path / "archive"
+    shutil.copytree(made[0], folder)
+    pack = max((folder / "packs" / "00").iterdir())
+    os.truncate(pack / "tokens" / "c" / "0", 10)
+    done = rebuild_archive(ArchiveRoot.at(folder))
+    assert any(pack.name in text and "tokens/c/0" in text for text in done.damaged)

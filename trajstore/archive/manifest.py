@@ -5,6 +5,7 @@ reader that has seen *n* records asks for *n + 1* and never lists a folder. Wher
 tables of `index.py`, so that what a process holds does not grow with the run.
 """
 
+import hashlib
 import logging
 import threading
 from collections import OrderedDict
@@ -30,7 +31,7 @@ from trajstore.errors import Corrupt, Fenced
 from trajstore.events import EventId
 from trajstore.summary import Summary
 
-__all__ = ["Archived", "Manifest"]
+__all__ = ["Archived", "Manifest", "require_listed"]
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,14 @@ class Archived(NamedTuple):
     dropped: bool
 
     @property
+    def kept(self) -> "Archived":
+        """What counts of it: of a deleted trajectory the part with its tombstone, whatever became of the others."""
+        summary = self.summary
+        if summary is None or summary.status != "deleted":
+            return self
+        return Archived([part for part in self.parts if part[1].last == summary.last], self.dropped)
+
+    @property
     def last(self) -> EventId | None:
         """Newest archived entry."""
         return max((EventId.parse(line.last) for _, line in self.parts if line.last), default=None)
@@ -63,6 +72,26 @@ class Archived(NamedTuple):
         """As of the newest archived entry."""
         newest = [line for _, line in self.parts if line.summary is not None]
         return max(newest, key=lambda line: EventId.parse(line.last)).summary if newest else None
+
+
+def require_listed(storage: Storage, record: Record) -> None:
+    """Before a pack's list of trajectories is believed: its files are those of the record, not another pack's.
+
+    Raises:
+        Corrupt: a file is missing, or its digest is another.
+    """
+    for name, file in record.files.items():
+        if name.startswith("trajectories/"):
+            path = f"packs/{record.pack}/{name}"
+            try:
+                found = hashlib.sha256(storage.read(path)).hexdigest()
+            except FileNotFoundError as error:
+                raise Corrupt(f"pack {record.pack} is damaged: {name} is missing; restore it from a copy") from error
+            if found != file.sha256:
+                raise Corrupt(
+                    f"pack {record.pack} is damaged: {name} is not what record {record.number} says; restore it from a "
+                    "copy"
+                )
 
 
 class Manifest:
@@ -227,6 +256,7 @@ class Manifest:
     def _lines_of(self, record: Record) -> Iterator[Line]:
         if not record.pack:
             return
+        require_listed(self._storage, record)
         offset = 0
         for text in self._packs.whole(record.pack, "trajectories").splitlines(keepends=True):
             yield Line(decode_trajectory(text, pack=record.pack).id, offset, len(text))

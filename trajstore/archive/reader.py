@@ -70,7 +70,7 @@ class ArchiveReader:
             if archived.dropped:
                 raise NotFound(f"trajectory {id!r} was in the archive and has been dropped by retention")
             try:
-                found = self.read_parts(id, archived)
+                found = self.read_parts(id, archived.kept)
                 break
             except Corrupt:
                 manifest.refresh()
@@ -126,6 +126,8 @@ class ArchiveReader:
         try:
             for extent in _require_there(event, extents):
                 wanted.setdefault(extent.pack, []).append(extent)
+            if sum(extent.rows for extent in extents) != stop - first:
+                raise Corrupt(f"the payload of event {event.id} ends before row {stop}")
             read = {pack: self._read_rows((pack, "routed"), some, layers) for pack, some in wanted.items()}
         except Corrupt as error:
             if self._moved(id, extents):

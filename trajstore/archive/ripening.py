@@ -157,7 +157,7 @@ def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: 
         if tombstone is not None or not now or find_tombstone(now[-1].events()) is None:
             raise
         return second_look(hot, archive, manifest, id, look)  # it was deleted since it was read
-    old = archive.read_parts(id, archived) if staged else []
+    old = archive.read_parts(id, archived) if staged and tombstone is None else []
     spec = _spec(decoded, old) if staged else None
     return Part(
         id=id,

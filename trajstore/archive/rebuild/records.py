@@ -20,7 +20,7 @@ import msgspec
 from ulid import ULID
 
 from trajstore.archive.index import Table
-from trajstore.archive.manifest import Manifest
+from trajstore.archive.manifest import Manifest, require_listed
 from trajstore.archive.pack_arrays import PackArrays
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.rebuild.checks import faults, is_belied, is_needed
@@ -37,6 +37,7 @@ from trajstore.archive.rebuild.tables import stored_tables
 from trajstore.archive.record import RECORD_FORMAT, Record, encode_record, record_path
 from trajstore.archive.root import ArchiveInfo, ArchiveRoot
 from trajstore.archive.storage.protocol import Storage
+from trajstore.archive.verify.pack_check import check_files
 from trajstore.archive.verify.place_check import check_record, record_numbers
 from trajstore.errors import Conflict, Corrupt
 
@@ -133,9 +134,11 @@ class _Partition:
         self._damaged: set[int] = set()
         self._new: dict[int, Record] = {}
         self._again: list[FoundPack] = []
+        self._digests = False
 
     def read(self, *, digests: bool) -> None:
         """What is there: sound records, damaged ones, packs."""
+        self._digests = digests
         for pack in find_packs(self._storage, self._partition):
             about = read_about(self._storage, pack.name)
             if about is not None and (about.run, about.incarnation) != (self._info.run, self._info.incarnation):
@@ -207,10 +210,16 @@ class _Partition:
             self._done.renumbered.append(f"{pack.name} -> {record.pack}")
 
     def tables(self) -> dict[int, Table]:
-        """The lookup table of each record, but of those whose pack cannot be read."""
+        """The lookup table of each record, but of those whose pack cannot be read or is not the record's."""
+        records = {**self._sound, **self._new}
+        ended = {number for record in records.values() for number in (*record.replaces, *record.drops)}
         found = {}
-        for number, record in sorted({**self._sound, **self._new}.items()):
+        for number, record in sorted(records.items()):
+            if number in self._sound and record.pack:
+                findings = check_files(self._storage, record, digests=self._digests, ended=number in ended)
+                self._done.damaged += [f"pack {record.pack}: {finding.what}" for finding in findings]
             try:
+                require_listed(self._storage, record)
                 found[number] = table_of(self._packs, record)
             except Corrupt as error:
                 self._done.damaged.append(str(error))

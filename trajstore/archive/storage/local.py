@@ -247,8 +247,8 @@ def _pread(descriptor: int, start: int, length: int) -> bytes:
 def _link(source: Path, target: Path) -> bool:
     try:
         os.link(source, target)
-    except FileExistsError:
-        return False
+    except FileExistsError:  # also from NFS, where the reply to a first try was lost
+        return os.path.samefile(source, target)
     return True
 
 

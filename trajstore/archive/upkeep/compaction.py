@@ -142,12 +142,9 @@ def _add(
 
 def _read(reader: ArchiveReader, archived: Archived, id: str) -> list[ReadEntry]:
     """What is kept of a trajectory, from all packs that it lies in."""
-    summary = archived.summary
-    if summary is None or summary.status != "deleted":
-        return reader.read_parts(id, archived)
-    last = str(archived.last)
-    newest = [(record, line) for record, line in archived.parts if line.last == last]
-    entries = reader.read_parts(id, Archived(newest, archived.dropped))
+    entries = reader.read_parts(id, archived.kept)
+    if archived.summary is None or archived.summary.status != "deleted":
+        return entries
     return [entry for entry in entries if isinstance(entry.events[-1].header, TrajectoryDeleted)]
 
 

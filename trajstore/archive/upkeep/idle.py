@@ -68,13 +68,17 @@ class IdleCompaction:
         """Compact in one of the partitions held, if it is due; or look for what is due.
 
         Raises:
-            Corrupt, SchemaError: a record cannot be read.
             Unavailable: archive or server do not answer.
         """
-        self._candidates = {partition: self._of(partition) for partition in held}
-        for partition, candidates in self._candidates.items():
-            if not candidates.look():
-                return Step()
+        self._candidates = {partition: one for partition, one in self._candidates.items() if partition in held}
+        for partition in held:
+            try:
+                candidates = self._of(partition)
+                if not candidates.look():
+                    return Step()
+            except (SchemaError, Corrupt) as error:  # of its manifest; the other partitions go on
+                log.error("nothing of partition %d is compacted: %s", partition, error)
+                continue
             records = candidates.due()
             if not records:
                 continue
@@ -107,4 +111,5 @@ class IdleCompaction:
             return known
         newest = self._archive.manifest(partition).refresh()
         since = max(0, newest - _LOOKED_BACK)
-        return Candidates(self._archive, partition, pack_bytes=self._pack_bytes, since=since)
+        self._candidates[partition] = Candidates(self._archive, partition, pack_bytes=self._pack_bytes, since=since)
+        return self._candidates[partition]

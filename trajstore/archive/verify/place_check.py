@@ -164,7 +164,7 @@ def check_strays(
                 if top not in told:
                     told.add(top)
                     what = f"{top or root.location} holds what an archiver is writing, or was when it was killed"
-                    yield _of_place("leftover", what, "archivers remove it after a day", "information")
+                    yield _of_place("leftover", what, "archivers remove it after an hour", "information")
             else:
                 yield _foreign(path)
 
