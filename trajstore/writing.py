@@ -194,7 +194,7 @@ class TrajectoryWriter:
         tokens.frombytes(ids.tobytes())
         self._length = start + len(ids)
         self._ends.append(self._length)
-        self._open = SegmentWriter(self, turn, len(self._ends) - 1, start, self._length)
+        self._open = SegmentWriter(self, turn, len(self._ends) - 1, start, self._length, header.input_digest)
         return self._open
 
     def reward(self, reward: float, *, components: Mapping[str, float] | None = None, takeover: bool = False) -> None:
@@ -360,12 +360,18 @@ class SegmentWriter:
         index: 0-based number of the segment in its trajectory.
         base: tokens of the trajectory that the input began with.
         start: position of its first output token, base + context.
+        input_digest: `trajstore.fold.input_digest` of its input.
+        spec: of its trajectory's routing, None where that has none.
     """
 
-    def __init__(self, trajectory: TrajectoryWriter, turn: Turn, index: int, base: int, start: int) -> None:
+    def __init__(
+        self, trajectory: TrajectoryWriter, turn: Turn, index: int, base: int, start: int, input_digest: str
+    ) -> None:
         self.index = index
         self.base = base
         self.start = start
+        self.input_digest = input_digest
+        self.spec = trajectory.routing
         self._trajectory = trajectory
         self._turn = turn
         self._closed = False
@@ -375,6 +381,11 @@ class SegmentWriter:
     def end(self) -> int:
         """Position after the last token so far."""
         return self._trajectory._ends[self.index]
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int32]:
+        """Its output so far, int32 `[end - start]`, a copy."""
+        return np.array(self._trajectory._known_tokens()[self.start : self.end], np.int32)
 
     @property
     def closed(self) -> bool:
@@ -392,23 +403,7 @@ class SegmentWriter:
             SchemaError: bad tokens, or not one logprob per token.
             Fenced: another writer has taken the trajectory over; sticky.
         """
-        self._require_open()
-        ids = token_array(token_ids)
-        probs = None if logprobs is None else logprob_array(logprobs, count=len(ids))
-        step = EVENT_BYTES // 8
-        for i in range(0, len(ids), step):
-            part = ids[i : i + step]
-            data = part.tobytes()
-            nonfinite = 0
-            if probs is not None:
-                data += probs[i : i + step].tobytes()
-                nonfinite = len(part) - int(np.count_nonzero(np.isfinite(probs[i : i + step])))
-            info, payload = _payload(data)
-            header = Tokens(
-                start=self.end, count=len(part), payload=info, logprobs=probs is not None, nonfinite=nonfinite
-            )
-            self._trajectory._append(self._turn, header, payload)
-            self._trajectory._took(part)
+        self.record(token_ids, logprobs)
 
     def routing(self, rows: npt.ArrayLike, *, start: int, origin: Origin = "computed") -> None:
         """Record routed experts of rows `[start, start + n)`.
@@ -425,13 +420,41 @@ class SegmentWriter:
         Raises:
             RoutingError: wrong shape, id out of range, repeated expert, rows past the last token.
         """
+        self.record(routing=[(rows, start, origin)])
+
+    def record(
+        self,
+        token_ids: npt.ArrayLike = (),
+        logprobs: npt.ArrayLike | None = None,
+        *,
+        routing: Iterable[tuple[npt.ArrayLike, int, Origin]] = (),
+    ) -> None:
+        """Append sampled tokens and the routing that came with them: all of it, or nothing if a part is refused.
+
+        Args:
+            token_ids, logprobs: as in `tokens`.
+            routing: `(rows, start, origin)` of each recording, as in `routing`; rows may reach to the last of the new
+                tokens.
+
+        Raises:
+            SchemaError, RoutingError, Fenced: as `tokens` and `routing`.
+        """
         self._require_open()
-        origin = check_choice(origin, ORIGINS, name="origin of routing rows")
-        for at, part in self._trajectory._split(rows, start, self.end):
-            info, payload = _payload(part.reshape(-1).view(np.uint8).data)
-            header = Routing(start=at, rows=len(part), payload=info, origin=origin)
-            self._trajectory._append(self._turn, header, payload)
-            self._told_routing = True
+        ids = token_array(token_ids)
+        probs = None if logprobs is None else logprob_array(logprobs, count=len(ids))
+        recordings = [
+            (self._trajectory._split(rows, start, self.end + len(ids)), _check_origin(origin))
+            for rows, start, origin in routing
+        ]
+        step = EVENT_BYTES // 8
+        for i in range(0, len(ids), step):
+            self._append_tokens(ids[i : i + step], None if probs is None else probs[i : i + step])
+        for parts, origin in recordings:
+            for at, part in parts:
+                info, payload = _payload(part.reshape(-1).view(np.uint8).data)
+                header = Routing(start=at, rows=len(part), payload=info, origin=origin)
+                self._trajectory._append(self._turn, header, payload)
+                self._told_routing = True
 
     def no_routing(self, reason: str) -> None:
         """Say that this segment has no (more) routing, and why."""
@@ -488,10 +511,27 @@ class SegmentWriter:
             self._closed = True
             self._trajectory._segment_closed()
 
+    def _append_tokens(self, ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32] | None) -> None:
+        data = ids.tobytes()
+        nonfinite = 0
+        if logprobs is not None:
+            data += logprobs.tobytes()
+            nonfinite = len(ids) - int(np.count_nonzero(np.isfinite(logprobs)))
+        info, payload = _payload(data)
+        header = Tokens(
+            start=self.end, count=len(ids), payload=info, logprobs=logprobs is not None, nonfinite=nonfinite
+        )
+        self._trajectory._append(self._turn, header, payload)
+        self._trajectory._took(ids)
+
     def _require_open(self) -> None:
         if self._closed:
             raise Conflict(f"{self._trajectory.id}: segment {self.index} is closed; open another one")
         self._trajectory._require_unfenced()
+
+
+def _check_origin(origin: Origin) -> Origin:
+    return check_choice(origin, ORIGINS, name="origin of routing rows")
 
 
 def _payload(data: bytes | memoryview) -> tuple[PayloadInfo, Buffer | None]:
