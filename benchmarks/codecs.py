@@ -18,8 +18,9 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from benchmarks.measure import compare
+from trajstore.archive.arrays.builder import CHUNK_BYTES, encode_array
 from trajstore.archive.arrays.codecs import CODECS, decode, encode
-from trajstore.archive.arrays.shard import CHUNK_BYTES, ShardReader, encode_array
+from trajstore.archive.arrays.shard import ShardReader
 from trajstore.archive.storage.local import LocalStorage
 
 ROUTING = Path(__file__).parents[1] / "tests" / "data" / "routing" / "small_moe_e128_l8_k8.npy"

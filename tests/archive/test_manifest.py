@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trajstore
-from trajstore.archive.arrays.shard import encode_array
+from trajstore.archive.arrays.builder import encode_array
 from trajstore.archive.index import Line, decode_table, encode_table, make_table, merge_tables, spans
 from trajstore.archive.manifest import Manifest
 from trajstore.archive.pack import PackedTrajectory, encode_trajectory

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
+from trajstore.archive.arrays.builder import EncodedArray, encode_array, layer_chunks_for
 from trajstore.archive.arrays.chunk_cache import ChunkCache
 from trajstore.archive.arrays.codecs import CODECS, crc32c, encode
-from trajstore.archive.arrays.shard import EncodedArray, ShardReader, encode_array, layer_chunks_for
+from trajstore.archive.arrays.shard import ShardReader
 from trajstore.archive.storage.local import LocalStorage, open_storage
 from trajstore.errors import Corrupt, SchemaError
 
@@ -488,7 +489,8 @@ FORK = """
     import numpy as np, zarr
     from pathlib import Path
     from trajstore.archive.arrays.chunk_cache import ChunkCache
-    from trajstore.archive.arrays.shard import ShardReader, encode_array
+    from trajstore.archive.arrays.builder import encode_array
+    from trajstore.archive.arrays.shard import ShardReader
     from trajstore.archive.storage.local import LocalStorage
     from trajstore.errors import Conflict
 

@@ -16,7 +16,7 @@ import trajstore
 from tests.archive.sound import WIDE, make
 from tests.builders import SPEC, record_seed_case, rows
 from tests.core.packs import pack
-from trajstore.archive.arrays.shard import encode_array
+from trajstore.archive.arrays.builder import encode_array
 from trajstore.archive.index import Line, encode_table, make_table
 from trajstore.archive.pieces import Known, row_view
 from trajstore.archive.rebuild.rebuild import rebuild_archive

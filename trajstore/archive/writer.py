@@ -2,16 +2,15 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from ulid import ULID
 
-from trajstore.archive.arrays.shard import CHUNK_BYTES, encode_array, layer_chunks_for
+from trajstore.archive.arrays.builder import ShardBuilder, layer_chunks_for
+from trajstore.archive.digests import Digests
 from trajstore.archive.manifest import Manifest
 from trajstore.archive.pack import (
     PackedEntry,
@@ -22,7 +21,7 @@ from trajstore.archive.pack import (
     payload_array,
 )
 from trajstore.archive.pieces import Known, SharedRows, joined, row_view
-from trajstore.archive.record import RECORD_FORMAT, FileDigest, PackCounts, Record
+from trajstore.archive.record import RECORD_FORMAT, PackCounts, Record
 from trajstore.archive.root import ArchiveInfo, ArchiveRoot
 from trajstore.entries import Buffer, check_payload, decode_known, entry_digest
 from trajstore.errors import Corrupt, Fenced
@@ -47,6 +46,14 @@ PACK_FORMAT = 2
 
 _SMALL_CHUNK_BYTES = 64 << 10
 """For all arrays but `routed`: of them a trajectory has little, and a read decodes whole chunks."""
+
+_SMALL: dict[str, tuple[np.dtype[Any], str]] = {
+    "tokens": (np.dtype("<i4"), "shuffle"),
+    "logprobs": (np.dtype("<f4"), "shuffle"),
+    "events": (np.dtype("u1"), "zstd"),
+    "trajectories": (np.dtype("u1"), "zstd"),
+}
+"""Their dtypes and codecs, see `benchmarks/codecs.py`."""
 
 PublishStep: TypeAlias = str
 """Names the steps of a publish, as `on_step` hears them: staged, synced, moved, recorded."""
@@ -91,12 +98,15 @@ class PackWriter:
         self._info = info
         self._partition = partition
         self._spec = spec
-        self._tokens: list[Buffer] = []
-        self._logprobs: list[Buffer] = []
-        self._routed: list[Buffer] = []
+        self._arrays = {
+            name: ShardBuilder((), dtype, chunk_bytes=_SMALL_CHUNK_BYTES, codec=codec)
+            for name, (dtype, codec) in _SMALL.items()
+        }
+        if spec is not None:
+            row_shape = (spec.num_layers, spec.top_k)
+            self._arrays["routed"] = ShardBuilder(row_shape, spec.dtype, layer_chunks=layer_chunks_for(spec.num_layers))
         self._counts = dict.fromkeys(PackCounts.__struct_fields__, 0)
         self._newest = 0.0
-        self._events: list[bytes] = []
         self._event_bytes = 0
         self._trajectories: list[PackedTrajectory] = []
         self._contexts: dict[bytes, tuple[int, int]] = {}
@@ -118,18 +128,18 @@ class PackWriter:
         packed = [self._pack(id, staged, rows, summary.group if summary else None) for staged in entries]
         lines = encode_entries(packed)
         ids = [staged.at for staged in entries if not staged.note]
-        self._trajectories.append(
-            PackedTrajectory(
-                id=id,
-                first=str(ids[0]) if ids else "",
-                last=str(ids[-1]) if ids else "",
-                last_note=max((staged.at.epoch for staged in entries if staged.note), default=0),
-                offset=self._event_bytes,
-                length=len(lines),
-                summary=summary if ids else None,
-            )
+        line = PackedTrajectory(
+            id=id,
+            first=str(ids[0]) if ids else "",
+            last=str(ids[-1]) if ids else "",
+            last_note=max((staged.at.epoch for staged in entries if staged.note), default=0),
+            offset=self._event_bytes,
+            length=len(lines),
+            summary=summary if ids else None,
         )
-        self._events.append(lines)
+        self._trajectories.append(line)
+        self._append("trajectories", encode_trajectory(line))
+        self._append("events", lines)
         self._event_bytes += len(lines)
         self._newest = max([self._newest, *(staged.time for staged in entries)])
         self._counts["trajectories"] += 1
@@ -168,10 +178,10 @@ class PackWriter:
             replaces=replaces,
         )
         files, codecs = self._files(record)
-        with ThreadPoolExecutor(1) as aside:  # a digest takes as long as a disk
-            digests = aside.submit(_digests, files)
-            self._storage.publish(f"packs/{pack}", files, on_step)
-        record = msgspec.structs.replace(record, codecs=codecs, files=digests.result())
+        with Digests() as digests:
+            watched = {name: digests.watch(name, parts) for name, parts in files.items()}
+            self._storage.publish(f"packs/{pack}", watched, on_step)
+            record = msgspec.structs.replace(record, codecs=codecs, files=digests.files())
         try:
             manifest.append(record, self._trajectories)
         except Fenced:
@@ -221,8 +231,8 @@ class PackWriter:
             if place[0] != self._counts["tokens"]:
                 return [place]
         view = memoryview(data)
-        self._tokens.append(view[: 4 * count])
-        self._logprobs.append(view[4 * count :] if with_logprobs else _nans(count))
+        self._append("tokens", view[: 4 * count])
+        self._append("logprobs", view[4 * count :] if with_logprobs else _nans(count))
         self._counts["tokens"] += count
         return [(self._counts["tokens"] - count, count)]
 
@@ -245,15 +255,20 @@ class PackWriter:
                     pieces.append(place)
                     continue
                 row = self._counts["rows"]
-                self._routed.append(memoryview(data)[first * self._spec.row_bytes : last * self._spec.row_bytes])
+                part = memoryview(data)[first * self._spec.row_bytes : last * self._spec.row_bytes]
+                self._arrays["routed"].append(self._spec.from_bytes(part))
                 self._counts["rows"] += last - first
                 pieces.append((row, last - first))
                 if prompt is not None:
                     prompt.learn(header.start + first, rows[first:last], row)
         return joined(pieces)
 
-    def _files(self, record: Record) -> tuple[dict[str, bytes], dict[str, str]]:
-        """The pack's files by their path in it, and each array's codec."""
+    def _append(self, array: str, data: Buffer) -> None:
+        """Rows of an array of one axis."""
+        self._arrays[array].append(np.frombuffer(data, _SMALL[array][0]))
+
+    def _files(self, record: Record) -> tuple[dict[str, Iterable[bytes]], dict[str, str]]:
+        """The pack's files by their path in it, each in parts; and each array's codec."""
         about = {
             "format": PACK_FORMAT,
             "run": self._info.run,
@@ -268,20 +283,10 @@ class PackWriter:
             "replaces": record.replaces,
         }
         group = {"zarr_format": 3, "node_type": "group", "attributes": {"trajstore": about}}
-        lines = [encode_trajectory(line) for line in self._trajectories]
-        arrays = {
-            "tokens": encode_array(_parts(self._tokens, "<i4"), chunk_bytes=_SMALL_CHUNK_BYTES, codec="shuffle"),
-            "logprobs": encode_array(_parts(self._logprobs, "<f4"), chunk_bytes=_SMALL_CHUNK_BYTES, codec="shuffle"),
-            "events": encode_array(_parts(self._events, "u1"), chunk_bytes=_SMALL_CHUNK_BYTES),
-            "trajectories": encode_array(_parts(lines, "u1"), chunk_bytes=_SMALL_CHUNK_BYTES),
-        }
-        if self._spec is not None:
-            routed = [self._spec.from_bytes(part) for part in self._routed or [b""]]
-            layer_chunks = layer_chunks_for(self._spec.num_layers)
-            arrays["routed"] = encode_array(routed, chunk_bytes=CHUNK_BYTES, layer_chunks=layer_chunks)
-        files: dict[str, bytes] = {"zarr.json": msgspec.json.format(msgspec.json.encode(group))}
+        arrays = {name: array.finish() for name, array in self._arrays.items()}
+        files: dict[str, Iterable[bytes]] = {"zarr.json": [msgspec.json.format(msgspec.json.encode(group))]}
         for name, array in arrays.items():
-            files |= {f"{name}/{path}": data for path, data in array.files.items()}
+            files |= {f"{name}/{path}": parts for path, parts in array.files.items()}
         return files, {name: array.codec for name, array in arrays.items()}
 
 
@@ -291,13 +296,5 @@ def _shifted(
     return ((a + by, b + by, piece) for a, b, piece in runs)
 
 
-def _parts(buffers: Sequence[Buffer], dtype: str) -> list[npt.NDArray[np.generic]]:
-    return [np.frombuffer(buffer, dtype) for buffer in buffers or [b""]]
-
-
 def _nans(count: int) -> bytes:
     return np.full(count, np.nan, "<f4").tobytes()
-
-
-def _digests(files: Mapping[str, bytes]) -> dict[str, FileDigest]:
-    return {name: FileDigest(len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(files.items())}

@@ -7,7 +7,7 @@ Source of the format: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/shar
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -43,6 +43,10 @@ class Piece(NamedTuple):
     layers: slice
     into: tuple[int, int]
 
+    def is_whole(self, chunk_shape: tuple[int, int, int]) -> bool:
+        """Whether it takes all of a chunk."""
+        return (self.rows, self.layers) == (slice(0, chunk_shape[0]), slice(0, chunk_shape[1]))
+
 
 class Layout(NamedTuple):
     """An array of one shard.
@@ -58,20 +62,22 @@ class Layout(NamedTuple):
     chunk_shape: tuple[int, ...]
 
     @classmethod
-    def fit(cls, shape: tuple[int, ...], dtype: np.dtype[Any], *, chunk_bytes: int, layer_chunks: int) -> "Layout":
-        """Chunks of at most about `chunk_bytes` that are as equal as can be, since the last ones are padded.
+    def fit(cls, row_shape: Sequence[int], dtype: np.dtype[Any], *, chunk_bytes: int, layer_chunks: int) -> "Layout":
+        """Of an array that has no rows yet, in chunks of at most about `chunk_bytes`.
+
+        Args:
+            row_shape: () or `(layers, ...)`.
 
         Raises:
             SchemaError: a dtype that a pack does not hold.
         """
         if dtype.name not in _DTYPES or not dtype.isnative:
             raise SchemaError(f"arrays of dtype {dtype.str} are not archived; convert to one of {sorted(_DTYPES)}")
-        rest = shape[1:]
-        if rest:
-            rest = (-(-rest[0] // min(layer_chunks, rest[0])), *rest[1:])
-        most = max(1, chunk_bytes // (dtype.itemsize * math.prod(rest)))
-        count = max(1, -(-shape[0] // most))
-        return cls(shape, dtype, (max(1, -(-shape[0] // count)), *rest))
+        across = tuple(row_shape)
+        if across:  # as equal as can be, for the last ones are padded
+            across = (-(-across[0] // min(layer_chunks, across[0])), *across[1:])
+        rows = max(1, chunk_bytes // (dtype.itemsize * math.prod(across)))
+        return cls((0, *row_shape), dtype, (rows, *across))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -104,6 +110,11 @@ class Layout(NamedTuple):
     def flat(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """A shape as `[rows, layers, all the rest]`."""
         return shape[0], shape[1] if len(shape) > 1 else 1, math.prod(shape[2:])
+
+    def rows_of(self, number: int) -> int:
+        """Rows of a chunk that are not padding."""
+        rows = self.chunk_shape[0]
+        return min(rows, self.shape[0] - number // self.grid[1] * rows)
 
     def pieces(self, start: int, stop: int, first: int, last: int) -> Iterator[Piece]:
         """What rows `[start, stop)` and layers `[first, last)` take from which chunk, by number."""

@@ -1,37 +1,28 @@
-"""One array as one Zarr v3 shard file, encoded and decoded directly.
+"""Reading an array that is one Zarr v3 shard file, decoded directly; `builder.py` writes it.
 
-zarr-python writes and reads the same files, but at a fraction of the speed (`benchmarks/codecs.py`). What it wrote in
-another layout is read through it, and so is everything local where the user has chosen another codec pipeline:
+zarr-python reads the same files, but at a fraction of the speed (`benchmarks/codecs.py`). What it wrote in another
+layout is read through it, and so is everything local where the user has chosen another codec pipeline:
 
     zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
 """
 
-import functools
-import os
 from collections.abc import Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from concurrent.futures import Executor
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from trajstore.archive.arrays.chunk_cache import ChunkCache
-from trajstore.archive.arrays.codecs import codecs_for, crc32c, decode, encode
+from trajstore.archive.arrays.codecs import crc32c, decode, decode_into
 from trajstore.archive.arrays.foreign import ForeignArray, other_pipeline
-from trajstore.archive.arrays.layout import Layout, Piece, describe, is_intact, recognize
-from trajstore.archive.arrays.row_parts import RowParts
+from trajstore.archive.arrays.layout import Layout, Piece, is_intact, recognize
+from trajstore.archive.arrays.threads import shared_threads
 from trajstore.archive.storage.local import LocalStorage
 from trajstore.archive.storage.protocol import Range, Storage
 from trajstore.errors import Corrupt, SchemaError
 
-__all__ = ["CHUNK_BYTES", "EncodedArray", "ShardReader", "encode_array", "layer_chunks_for"]
-
-CHUNK_BYTES = 256 << 10
-"""What one chunk holds before compression, unless told. Smaller ones compress worse (`benchmarks/codecs.py`), larger
-ones hold more than a short trajectory wants (`benchmarks/archive.py`)."""
-
-_SAMPLE = 3
-"""Chunks on which codecs are tried."""
+__all__ = ["ShardReader"]
 
 _WORTH_THREADS = 512 << 10
 """Bytes up to which handing chunks to threads costs more than it saves."""
@@ -40,77 +31,6 @@ _MISSING = np.uint64(2**64 - 1)
 """What the index says of a chunk that was never written."""
 
 Array = np.ndarray[Any, Any]
-
-
-class EncodedArray(NamedTuple):
-    """Files of an array by their path below its folder, and which codec it was compressed with."""
-
-    files: dict[str, bytes]
-    codec: str
-
-
-def layer_chunks_for(layers: int) -> int:
-    """Into how many chunks to cut the layer axis, so that a pipeline stage reads little more than its layers.
-
-    At most 4, of at least 8 layers each.
-    """
-    return min(4, max(1, layers // 8))
-
-
-def encode_array(
-    data: Array | Sequence[Array],
-    *,
-    chunk_bytes: int = CHUNK_BYTES,
-    layer_chunks: int = 1,
-    codec: str | None = None,
-    threads: Executor | None = None,
-) -> EncodedArray:
-    """Compress an array into one shard.
-
-    Beside the input it holds the compressed chunks twice, while they are joined. Parts of the input are never joined.
-
-    Args:
-        data: `[rows]` or `[rows, layers, ...]`, little-endian; or at least one of such parts, equal but for their rows.
-        chunk_bytes: what a chunk holds, before compression.
-        layer_chunks: into how many chunks the second axis is cut.
-        codec: "zstd", "shuffle" or "bitshuffle"; by default what makes a sample smallest, always "zstd" for one byte.
-        threads: where to compress; not the executor that runs this call. By default one that the process shares.
-
-    Raises:
-        SchemaError: parts that do not fit together, or a dtype that a pack does not hold.
-    """
-    rows = RowParts([data] if isinstance(data, np.ndarray) else data)
-    layout = Layout.fit(rows.shape, rows.dtype, chunk_bytes=chunk_bytes, layer_chunks=layer_chunks)
-    pool = threads or _threads(os.getpid())
-    chosen = codec or _smallest(rows, layout, pool)
-    files = {"zarr.json": describe(layout, chosen)}
-    if layout.chunks:
-        chunks = list(pool.map(lambda number: encode(chosen, rows.chunk(layout, number)), range(layout.chunks)))
-        lengths = np.array([len(chunk) for chunk in chunks])
-        index = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1).astype("<u8").tobytes()
-        files[layout.shard_name] = b"".join([*chunks, index, crc32c(index)])
-    return EncodedArray(files, chosen)
-
-
-def _smallest(rows: RowParts, layout: Layout, pool: Executor) -> str:
-    """The codec that makes a sample of chunks smallest; the first of equals."""
-    codecs = codecs_for(rows.dtype)
-    if len(codecs) == 1 or not layout.chunks:
-        return codecs[0]
-    numbers = sorted({round(at) for at in np.linspace(0, layout.chunks - 1, _SAMPLE)})
-    sample = [rows.chunk(layout, number) for number in numbers]
-
-    def size(codec: str) -> int:
-        return sum(len(encode(codec, chunk)) for chunk in sample)
-
-    sizes = list(pool.map(size, codecs))
-    return codecs[sizes.index(min(sizes))]
-
-
-@functools.cache
-def _threads(process: int) -> ThreadPoolExecutor:
-    """Of this process: threads do not survive a fork."""
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="trajstore-shard")
 
 
 class ShardReader:
@@ -201,10 +121,16 @@ class ShardReader:
             row, layer = piece.into
             out[row : row + part.shape[0], layer : layer + part.shape[1]] = part
             if cache is not None and part.size < chunk.size:
-                cache.put((*key, piece.number), chunk)
+                rows = layout.rows_of(piece.number)
+                cache.put((*key, piece.number), chunk if 2 * rows > len(chunk) else chunk[:rows].copy())
 
         def place(piece: Piece, data: memoryview) -> None:
+            row, layer = piece.into
+            wanted = out[row : row + chunk_shape[0], layer : layer + chunk_shape[1]]
             try:
+                if piece.is_whole(chunk_shape) and wanted.flags.c_contiguous:
+                    decode_into(self._codec, data, wanted)
+                    return
                 chunk = decode(self._codec, data, layout.chunk_bytes)
             except ValueError as error:
                 raise self._damaged(layout, piece.number, str(error)) from error
@@ -219,8 +145,10 @@ class ShardReader:
                 take(piece, known)
         encoded = self._fetch(layout, [piece.number for piece in wanted])
         if len(wanted) > 1 and len(wanted) * layout.chunk_bytes > _WORTH_THREADS:
-            pool = self._threads or _threads(os.getpid())
-            for _ in pool.map(place, wanted, encoded):
+            pool = self._threads or shared_threads()
+            others = pool.map(place, wanted[1:], encoded[1:])
+            place(wanted[0], encoded[0])  # here: a hand over to a thread and back takes about as long
+            for _ in others:
                 pass
         else:
             for piece, data in zip(wanted, encoded, strict=True):

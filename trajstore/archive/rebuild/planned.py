@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from mmap import mmap
 
 from trajstore.archive.record import Record, encode_record, record_path
-from trajstore.archive.storage.protocol import Range, Storage, StoredFile
+from trajstore.archive.storage.protocol import Content, Range, Storage, StoredFile
 from trajstore.entries import Buffer
 from trajstore.errors import Conflict
 
@@ -58,7 +58,7 @@ class PlannedStorage:
         """Refused."""
         raise _read_only(", ".join(paths))
 
-    def publish(self, folder: str, files: Mapping[str, Buffer], on_step: Callable[[str], None]) -> None:
+    def publish(self, folder: str, files: Mapping[str, Content], on_step: Callable[[str], None]) -> None:
         """Refused."""
         raise _read_only(folder)
 

@@ -2,13 +2,20 @@
 
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-__all__ = ["make_folder", "sync_folder", "sync_tree", "write_file", "write_new"]
+from trajstore.entries import Buffer
+
+__all__ = ["make_folder", "sync_folder", "sync_tree", "write_file", "write_new", "write_parts"]
 
 _AT_ONCE = 8
 """Files that are fsynced side by side."""
+
+
+_AHEAD_BYTES = 8 << 20
+"""Of a file that is being written: once so much more is there, the disk is told to begin."""
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -33,6 +40,21 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_parts(path: Path, parts: Iterable[Buffer]) -> None:
+    """Write a file part by part. It is not durable yet, but the disk has been kept busy meanwhile."""
+    with path.open("wb") as file, ThreadPoolExecutor(1) as aside:
+        begun: list[Future[None]] = []
+        ahead = 0
+        for part in parts:
+            file.write(part)
+            ahead += len(part)
+            if ahead >= _AHEAD_BYTES and all(sync.done() for sync in begun):
+                begun.append(aside.submit(os.fdatasync, file.fileno()))
+                ahead = 0
+        for sync in begun:
+            sync.result()
 
 
 def make_folder(folder: Path) -> None:

@@ -15,8 +15,17 @@ from pathlib import Path
 
 from ulid import ULID
 
-from trajstore.archive.storage.durable import make_folder, sync_folder, sync_tree, write_file
-from trajstore.archive.storage.protocol import STAGING, Range, Storage, StoredFile, check_path, staged_since
+from trajstore.archive.storage.durable import make_folder, sync_folder, sync_tree, write_file, write_parts
+from trajstore.archive.storage.protocol import (
+    STAGING,
+    Content,
+    Range,
+    Storage,
+    StoredFile,
+    check_path,
+    parts_of,
+    staged_since,
+)
 from trajstore.errors import SchemaError, TrajstoreError, Unavailable
 
 __all__ = ["LocalStorage", "open_storage"]
@@ -108,16 +117,16 @@ class LocalStorage:
                     temporary.unlink()
         raise FileExistsError(f"{target} is there already")
 
-    def publish(self, folder: str, files: Mapping[str, bytes | memoryview], on_step: Callable[[str], None]) -> None:
+    def publish(self, folder: str, files: Mapping[str, Content], on_step: Callable[[str], None]) -> None:
         """See `Storage.publish`: written into staging, fsynced, then moved."""
         target = self._target(folder)
         home = self.path / STAGING / str(ULID())
         with self._writing(folder):
             try:
-                for name, data in files.items():
+                for name, content in files.items():
                     path = home / check_path(name)
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(data)
+                    write_parts(path, parts_of(content))
                 on_step("staged")
                 sync_tree(home)
                 on_step("synced")

@@ -20,10 +20,10 @@ import obstore
 from obstore import exceptions
 from ulid import ULID
 
-from trajstore.archive.storage.object_errors import is_final, reason, status
+from trajstore.archive.storage.object_errors import credentials_advice, is_final, reason, status
 from trajstore.archive.storage.object_ranges import PART_BYTES, cut, requests
 from trajstore.archive.storage.object_url import FIRST_PAUSE, ObjectUrl, connect
-from trajstore.archive.storage.protocol import STAGING, Range, StoredFile, check_path, staged_since
+from trajstore.archive.storage.protocol import STAGING, Content, Range, StoredFile, check_path, parts_of, staged_since
 from trajstore.errors import Conflict, Corrupt, SchemaError, Unavailable
 
 __all__ = ["ObjectStorage"]
@@ -115,9 +115,9 @@ class ObjectStorage:
         if not self._create(path, data):
             raise FileExistsError(f"{path} in {self.location} is there already")
 
-    def publish(self, folder: str, files: Mapping[str, bytes | memoryview], on_step: Callable[[str], None]) -> None:
+    def publish(self, folder: str, files: Mapping[str, Content], on_step: Callable[[str], None]) -> None:
         """See `Storage.publish`: what is uploaded is durable and in its place at once."""
-        named = {f"{check_path(folder)}/{check_path(name)}": data for name, data in files.items()}
+        named = {f"{check_path(folder)}/{check_path(name)}": b"".join(parts_of(files[name])) for name in files}
         on_step("staged")
         try:
             with self._asking(f"write {folder}", "Nothing is lost, it stays in the hot log"):
@@ -182,9 +182,9 @@ class ObjectStorage:
                 return b""
             raise
 
-    def _put(self, item: tuple[str, bytes | memoryview]) -> None:
+    def _put(self, item: tuple[str, bytes]) -> None:
         name, data = item
-        obstore.put(self._store, _name(name), memoryview(data).cast("B"), chunk_size=PART_BYTES, max_concurrency=4)
+        obstore.put(self._store, _name(name), data, chunk_size=PART_BYTES, max_concurrency=4)
 
     def _delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -264,8 +264,9 @@ class ObjectStorage:
             raise self._unavailable(what, error, advice) from error
 
     def _unavailable(self, what: str, error: Exception, advice: str) -> Unavailable:
-        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
-            advice = "Check the credentials and what they allow"
+        about_credentials = credentials_advice(error, self._url.url.partition("://")[0])
+        if about_credentials is not None:
+            advice = about_credentials
         elif what.startswith("write") and (isinstance(error, exceptions.NotSupportedError) or status(error) == 501):
             advice = (
                 "Records take conditional puts (If-None-Match: *): use a server that has them, or archive to a folder"

@@ -9,15 +9,20 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from ulid import ULID
 
+from trajstore.entries import Buffer
 from trajstore.errors import SchemaError
 
-__all__ = ["STAGING", "Range", "Storage", "StoredFile", "check_path", "staged_since"]
+__all__ = ["STAGING", "Content", "Range", "Storage", "StoredFile", "check_path", "parts_of", "staged_since"]
 
 STAGING = "staging"
 """Folder of what is being written; whoever was killed meanwhile leaves it there."""
 
 Range: TypeAlias = tuple[int, int]
 """Start and length, in bytes."""
+
+
+Content: TypeAlias = bytes | memoryview | Iterable[Buffer]
+"""Of a file: as it is, or the parts that make it up, to be taken once and in order."""
 
 
 class StoredFile(NamedTuple):
@@ -75,12 +80,12 @@ class Storage(Protocol):
     def remove(self, paths: Iterable[str]) -> None:
         """Remove files, and the folders that this empties. Those that are gone already are no error."""
 
-    def publish(self, folder: str, files: Mapping[str, bytes | memoryview], on_step: Callable[[str], None]) -> None:
+    def publish(self, folder: str, files: Mapping[str, Content], on_step: Callable[[str], None]) -> None:
         """Put a new folder in place durably, with all its files.
 
         Args:
             folder: that nobody else writes.
-            files: content by path below the folder.
+            files: content by path below the folder; taken file by file, in order.
             on_step: hears "staged", "synced" and "moved".
 
         Raises:
@@ -96,6 +101,11 @@ class Storage(Protocol):
         Raises:
             FileNotFoundError: it is not there.
         """
+
+
+def parts_of(content: Content) -> Iterable[Buffer]:
+    """The parts of a file's content."""
+    return [content] if isinstance(content, bytes | memoryview) else content
 
 
 def check_path(path: str) -> str:
