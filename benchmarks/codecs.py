@@ -24,7 +24,7 @@ from trajstore.archive.arrays.shard import ShardReader
 from trajstore.archive.storage.local import LocalStorage
 
 ROUTING = Path(__file__).parents[1] / "tests" / "data" / "routing" / "small_moe_e128_l8_k8.npy"
-CHUNKS = tuple(kib << 10 for kib in (64, 128, 256, 512, 1024, 1536))
+CHUNKS = tuple(kib << 10 for kib in (64, 128, 192, 256, 512, 1024, 1536))
 PACK_BYTES = 64 << 20
 READS = (512, 1365, 4096)
 """Rows of one read, at 384 bytes each."""

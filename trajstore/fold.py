@@ -6,6 +6,7 @@ are pure, and the only fold there is: `load`, the materializer, provenance and a
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import msgspec
@@ -84,7 +85,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         loss_mask = np.zeros(length, np.bool_)
         segment_ids = np.full(length, -1, np.int16)
         nonfinite = 0
-        for span, buffer in zip(history.spans, fetch(self._token_events()), strict=True):
+        payloads = iter(fetch(self.needed()))
+        for span, buffer in zip(history.spans, islice(payloads, len(history.spans)), strict=True):
             at, n = slice(span.start, span.stop), span.stop - span.start
             ids, probs = _split_tokens(span.event, buffer)
             token_ids[at] = ids[:n]
@@ -103,8 +105,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             by_event: dict[str, list[Placement]] = {}
             for placement in self.placements:
                 by_event.setdefault(placement.recording.event, []).append(placement)
-            wanted = self._routing_events()
-            for event, buffer in zip(wanted, fetch(wanted), strict=True):
+            for event, buffer in zip(self._routing_events(), payloads, strict=True):
                 for start, stop, recording in by_event[event.id]:
                     if len(buffer) != (recording.stop - recording.start) * spec.row_bytes:
                         raise Corrupt(f"{id}: the payload of event {event.id} has {len(buffer)} bytes")

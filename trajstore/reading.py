@@ -1,9 +1,9 @@
 """The reading half of the facade: what a store and a bare archive have in common."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from trajstore.entries import Event
-from trajstore.errors import SchemaError
+from trajstore.errors import Corrupt, SchemaError
 from trajstore.events import CLOSED_STATUSES, EventId
 from trajstore.fold import Plan, Policy
 from trajstore.history import Recording, read_history
@@ -93,19 +93,30 @@ class Archive:
         self._settle(id)
         return self._view.routing(id, policy, None if until is None else EventId.parse(until), rows, layers)
 
-    def list(self, *, status: str | Collection[str] | None = None, group: str | None = None) -> list[Summary]:
+    def list(
+        self,
+        *,
+        status: str | Collection[str] | None = None,
+        group: str | None = None,
+        on_corrupt: Callable[[Corrupt], None] | None = None,
+    ) -> list[Summary]:
         """Summaries of trajectories, oldest id first.
 
         Args:
             status: only these: open, completed, truncated, failed, aborted, deleted; default all but deleted.
             group: only members of this group.
+            on_corrupt: hears of each damaged record and pack, and what can be read is listed; a trajectory that has a
+                part in a damaged one is listed only where the hot log tells how it stands.
+
+        Raises:
+            Corrupt: without `on_corrupt`, if something cannot be read: a list is whole or none.
         """
         wanted = wanted_statuses(status)
         self._settle(None)
         found = [
             summary
             for partition in range(self._partitions)
-            for summary in self._view.summaries(partition)
+            for summary in self._view.summaries(partition, on_corrupt=on_corrupt)
             if summary.status in wanted and (group is None or summary.group == group)
         ]
         return sorted(found, key=lambda summary: summary.id)

@@ -223,15 +223,21 @@ class View:
             hot[event.id] = next(iter(self._payloads(id, [event])))
         return spec.from_bytes(hot[event.id])[first:stop, layers]
 
-    def summaries(self, partition: int) -> Iterable[Summary]:
-        """Summaries of a partition's trajectories, hot ones where both parts know one."""
+    def summaries(self, partition: int, *, on_corrupt: Callable[[Corrupt], None] | None = None) -> Iterable[Summary]:
+        """Summaries of a partition's trajectories, hot ones where both parts know one.
+
+        Args:
+            on_corrupt: see `ArchiveReader.summaries`.
+        """
         hot = {summary.id: summary for summary in self._hot.summaries(partition)} if self._hot is not None else {}
         archive = self._archive()
-        for old in archive.summaries(partition) if archive is not None else ():
+        if archive is None:
+            return hot.values()
+        for old in archive.summaries(partition, on_corrupt=on_corrupt):
             now = hot.get(old.id)
             if now is None or EventId.parse(now.last) < EventId.parse(old.last):
                 hot[old.id] = old
-        return hot.values()
+        return [summary for summary in hot.values() if not archive.is_dropped(summary.id)]
 
     def _fetch(self, id: str, events: Sequence[Event]) -> Iterator[Buffer | None]:
         """Runs of events that lie in the same part are fetched together."""

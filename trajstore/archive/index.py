@@ -115,16 +115,16 @@ def make_table(
 
 def merge_tables(tables: Sequence[Table]) -> Table:
     """One table for several that follow each other; lines of replaced packs are left out."""
-    columns = [np.concatenate(parts) for parts in zip(*(table.columns for table in tables), strict=True)]
+    parts = list(zip(*(table.columns for table in tables), strict=True))
     replaced = frozenset[int]().union(*(table.replaced for table in tables))
+    numbers = np.concatenate(parts[1])
+    order = np.lexsort((numbers, np.concatenate(parts[0])))
     if replaced:
-        alive = ~np.isin(columns[1], np.fromiter(replaced, "<u4"))
-        columns = [column[alive] for column in columns]
-    order = np.lexsort((columns[1], columns[0]))
+        order = order[~np.isin(numbers[order], np.fromiter(replaced, "<u4"))]
     return Table(
         tables[0].first,
         tables[-1].last,
-        [column[order] for column in columns],
+        [np.concatenate(column)[order] for column in parts],  # one at a time: a table may be large
         replaced=replaced,
         dropped=frozenset[int]().union(*(table.dropped for table in tables)),
     )

@@ -9,8 +9,8 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 from trajstore.archive.index import (
     FAN_OUT,
@@ -31,11 +31,18 @@ from trajstore.errors import Corrupt, Fenced
 from trajstore.events import EventId
 from trajstore.summary import Summary
 
-__all__ = ["Archived", "Manifest", "require_listed"]
+__all__ = ["Archived", "Manifest", "OfPack", "require_listed"]
 
 log = logging.getLogger(__name__)
 
 _RECORDS = 1024
+
+
+class OfPack(Protocol):
+    """What says which pack: a record, or what is kept of one."""
+
+    @property
+    def pack(self) -> str: ...
 
 
 class Archived(NamedTuple):
@@ -105,12 +112,18 @@ class Manifest:
         self._newest = 0
         self._is_whole = False
         self._tables: list[Table] = []
+        self._unlisted: set[int] = set()
         self._records: OrderedDict[int, Record] = OrderedDict()
         self._replaced: frozenset[int] = frozenset()
         self._dropped: frozenset[int] = frozenset()
 
-    def refresh(self) -> int:
+    def refresh(self, *, without: Collection[int] = ()) -> int:
         """Notice records written since; returns the number of the newest.
+
+        A damaged record is passed over where a lookup table says what it did; whoever needs the record is told.
+
+        Args:
+            without: records whose packs are about to be given up, so that nobody needs their lists of trajectories.
 
         Raises:
             Corrupt: a record, or the list of trajectories of its pack, cannot be read.
@@ -118,17 +131,52 @@ class Manifest:
         """
         with self._lock:
             before = self._newest
-            while (record := self._load(self._newest + 1)) is not None:
-                table = self._stored_table(self._newest)
-                if table is None:
-                    lines = [Line(*place) for place in self._lines_of(record)]
-                    table = make_table(record.number, lines, replaced=record.replaces, dropped=record.drops)
+            while (table := self._next()) is not None:
                 self._take(table)
             if self._newest > before:
                 self._consolidate(write=False)
             if not self._is_whole:
                 self._require_whole()
+            for number in sorted(self._unlisted.difference(without)):
+                self._list_again(number)
             return self._newest
+
+    def _next(self) -> Table | None:
+        """The table of the records that follow, None if there are none yet."""
+        number = self._newest + 1
+        try:
+            record = self._load(number)
+        except Corrupt:
+            table = self._stored_table(self._newest)
+            if table is None:
+                raise
+            return table
+        if record is None:
+            return None
+        table = self._stored_table(self._newest)
+        if table is not None:
+            return table
+        try:
+            return self._made_table(record)
+        except Corrupt:  # a later record may have given it up
+            self._unlisted.add(number)
+            return make_table(number, (), replaced=record.replaces, dropped=record.drops)
+
+    def _list_again(self, number: int) -> None:
+        """A pack's list that could not be read: needed no more, or restored from a copy, or an error still."""
+        if number in self._replaced or self._is_given_up(number):
+            self._unlisted.discard(number)
+            return
+        single = next((i for i, known in enumerate(self._tables) if known.first == known.last == number), None)
+        if single is not None:  # else a larger table, which knows its lines, has come in its place
+            self._tables[single] = self._made_table(self.record(number))
+        self._unlisted.discard(number)
+
+    def _is_given_up(self, number: int) -> bool:
+        if number not in self._dropped:
+            return False
+        later = (self._load(other) for other in range(number + 1, self._newest + 1))
+        return any(record is not None and number in record.lost for record in later)
 
     def _require_whole(self) -> None:
         """Once: is the newest record really that? One that is gone would hide all later ones."""
@@ -161,16 +209,16 @@ class Manifest:
                 "lease is over, and its pack stays unpublished"
             ) from error
         with self._lock:
-            if record.number == self._newest + 1:  # a reader of this process may have read it meanwhile
+            lines, offset = [], 0
+            for line in packed:
+                length = len(encode_trajectory(line))
+                lines.append(Line(line.id, offset, length))
+                offset += length
+            table = make_table(record.number, lines, replaced=record.replaces, dropped=record.drops)
+            if record.number == self._newest + 1:  # else a reader of this process has read it meanwhile
                 self._remember(record)
-                lines, offset = [], 0
-                for line in packed:
-                    length = len(encode_trajectory(line))
-                    lines.append(Line(line.id, offset, length))
-                    offset += length
-                table = make_table(record.number, lines, replaced=record.replaces, dropped=record.drops)
                 self._take(table)
-                self._write_table(table)
+            self._write_table(table)
             self._consolidate(write=True)
 
     def find(self, id: str) -> Archived:
@@ -180,26 +228,22 @@ class Manifest:
             Corrupt: a record or a pack's list of trajectories cannot be read.
         """
         with self._lock:
-            hits = [hit for table in self._tables for hit in table.find(id)]
+            hits = self._hits(id)
             replaced, dropped = self._replaced, self._dropped
+        if any(self._holds(hit, id) for hit in hits if hit.number in dropped and hit.number not in replaced):
+            return Archived([], True)
         parts: list[tuple[Record, PackedTrajectory]] = []
-        gone = False
         for hit in hits:
-            if hit.number in replaced:
+            if hit.number in replaced or hit.number in dropped:
                 continue
-            record = self.record(hit.number)
             try:
+                record = self.record(hit.number)
                 line = self._line(record, hit)
             except Corrupt as error:
-                if hit.number in dropped:  # its list of trajectories was to stay, but is not needed to say so
-                    gone = True
-                    continue
                 raise Corrupt(f"trajectory {id}: {error}") from error
-            if line.id != id:
-                continue
-            gone |= hit.number in dropped
-            parts.append((record, line))
-        return Archived([] if gone else parts, gone)
+            if line.id == id:
+                parts.append((record, line))
+        return Archived(parts, False)
 
     def record(self, number: int) -> Record:
         """A record by its number.
@@ -217,18 +261,32 @@ class Manifest:
         with self._lock:
             return number not in self._replaced and number not in self._dropped
 
+    def is_dropped(self, id: str) -> bool:
+        """Retention has dropped a trajectory, as of the last refresh. Reads nothing if it has not."""
+        with self._lock:
+            hits = self._hits(id) if self._dropped else []
+            gone = [hit for hit in hits if hit.number in self._dropped and hit.number not in self._replaced]
+        return any(self._holds(hit, id) for hit in gone)
+
     def records(self) -> Iterator[Record]:
         """Every record up to the last refresh, oldest first."""
         return (self.record(number) for number in range(1, self._newest + 1))
 
-    def live(self) -> Iterator[Record]:
-        """Records whose packs count, as of now, oldest first."""
+    def live_numbers(self) -> list[int]:
+        """Numbers of the records whose packs count, and of those that have none, as of the last refresh."""
         with self._lock:
             ended = self._replaced | self._dropped
-            numbers = [number for number in range(1, self._newest + 1) if number not in ended]
-        return (record for record in map(self.record, numbers) if record.pack)
+            return [number for number in range(1, self._newest + 1) if number not in ended]
 
-    def lines(self, record: Record) -> Iterator[PackedTrajectory]:
+    def live(self) -> Iterator[Record]:
+        """Records whose packs count, as of now, oldest first.
+
+        Raises:
+            Corrupt: one of them cannot be read.
+        """
+        return (record for record in map(self.record, self.live_numbers()) if record.pack)
+
+    def lines(self, record: "OfPack") -> Iterator[PackedTrajectory]:
         """What a record's pack holds of each trajectory.
 
         Raises:
@@ -237,21 +295,52 @@ class Manifest:
         data = self._packs.whole(record.pack, "trajectories")
         return (decode_trajectory(line, pack=record.pack) for line in data.splitlines())
 
-    def summaries(self) -> list[Summary]:
-        """The newest archived summary of every trajectory, as of the last refresh. Holds them all."""
+    def summaries(self, *, on_corrupt: Callable[[Corrupt], None] | None = None) -> list[Summary]:
+        """The newest archived summary of every trajectory, as of the last refresh. Holds them all.
+
+        Args:
+            on_corrupt: hears which records and packs cannot be read; trajectories that have a part there are left out.
+
+        Raises:
+            Corrupt: without `on_corrupt`, at the first.
+        """
         newest: dict[str, Summary] = {}
-        for record in self.live():
-            for line in self.lines(record):
-                found, known = line.summary, newest.get(line.id)
-                if found is not None and (known is None or EventId.parse(known.last) < EventId.parse(found.last)):
-                    newest[line.id] = found
-        if self._dropped:
-            return [summary for id, summary in newest.items() if not self.find(id).dropped]
-        return list(newest.values())
+        unread: set[int] = set()
+        for number in self.live_numbers():
+            try:
+                record = self.record(number)
+                for line in self.lines(record) if record.pack else ():
+                    found, known = line.summary, newest.get(line.id)
+                    if found is not None and (known is None or EventId.parse(known.last) < EventId.parse(found.last)):
+                        newest[line.id] = found
+            except Corrupt as error:
+                if on_corrupt is None:
+                    raise
+                on_corrupt(error)
+                unread.add(number)
+        if unread:  # what else is known of these may be an older state
+            newest = {id: one for id, one in newest.items() if unread.isdisjoint(hit.number for hit in self._hits(id))}
+        return [summary for id, summary in newest.items() if not self.is_dropped(id)]
+
+    def _hits(self, id: str) -> list[Hit]:
+        with self._lock:
+            return [hit for table in self._tables for hit in table.find(id)]
+
+    def _holds(self, hit: Hit, id: str) -> bool:
+        """A dropped pack held a trajectory. Where its list is damaged, the hash of the id says so."""
+        try:
+            return self._line(self.record(hit.number), hit).id == id
+        except Corrupt:
+            return True
 
     def _line(self, record: Record, hit: Hit) -> PackedTrajectory:
         data = self._packs.text(record.pack, "trajectories", hit.offset, hit.offset + hit.length)
         return decode_trajectory(data, pack=record.pack)
+
+    def _made_table(self, record: Record) -> Table:
+        """The table of one record, from its pack."""
+        lines = [Line(*place) for place in self._lines_of(record)]
+        return make_table(record.number, lines, replaced=record.replaces, dropped=record.drops)
 
     def _lines_of(self, record: Record) -> Iterator[Line]:
         if not record.pack:

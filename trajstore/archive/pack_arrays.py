@@ -1,22 +1,33 @@
 """Open arrays of packs: the few that were used last, for all who read an archive in this process."""
 
+import functools
 import threading
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
 from trajstore.archive.arrays.chunk_cache import ChunkCache
-from trajstore.archive.arrays.shard import ShardReader
+from trajstore.archive.arrays.shard import Job, ShardReader, decode_all
 from trajstore.archive.storage.protocol import Storage
 from trajstore.errors import Corrupt
 
-__all__ = ["PackArrays"]
+__all__ = ["PackArrays", "Span"]
 
 _OPEN = 512
 
 _CACHED_BYTES = 32 << 20
 """Of decoded chunks: trajectories that are read one after the other share those at their borders."""
+
+
+class Span(NamedTuple):
+    """Rows `[start, stop)` of an array of a pack."""
+
+    pack: str
+    array: str
+    start: int
+    stop: int
 
 
 class PackArrays:
@@ -34,13 +45,23 @@ class PackArrays:
         Raises:
             Corrupt: the pack is damaged or gone; says where.
         """
-        try:
-            reader = self._reader(pack, array)
-            if stop > reader.shape[0]:
-                raise Corrupt(f"it ends at {reader.shape[0]}")
-            return reader.read(start, stop, layers)
-        except Corrupt as error:
-            raise Corrupt(f"pack {pack} is damaged: {array}[{start}:{stop}] cannot be read: {error}") from error
+        return self.rows_of_all([Span(pack, array, start, stop)], layers)[0]
+
+    def rows_of_all(self, spans: Sequence[Span], layers: slice | None = None) -> list[npt.NDArray[Any]]:
+        """Rows of several spans, whose chunks are decoded side by side. Otherwise as `rows`."""
+        found, jobs = [], []
+        for span in spans:
+            try:
+                reader = self._reader(span.pack, span.array)
+                if span.stop > reader.shape[0]:
+                    raise Corrupt(f"it ends at {reader.shape[0]}")
+                rows, some = reader.begin(span.start, span.stop, layers)
+            except Corrupt as error:
+                raise _damaged(span, error) from error
+            found.append(rows)
+            jobs += [Job(job.nbytes, functools.partial(_run, span, job)) for job in some]
+        decode_all(jobs)
+        return found
 
     def text(self, pack: str, array: str, start: int, stop: int) -> bytes:
         """Bytes `[start, stop)` of `events` or `trajectories`."""
@@ -96,3 +117,14 @@ class PackArrays:
             if len(self._open) > _OPEN:
                 self._open.popitem(last=False)
         return reader
+
+
+def _run(span: Span, job: Job) -> None:
+    try:
+        job.run()
+    except Corrupt as error:
+        raise _damaged(span, error) from error
+
+
+def _damaged(span: Span, error: Corrupt) -> Corrupt:
+    return Corrupt(f"pack {span.pack} is damaged: {span.array}[{span.start}:{span.stop}] cannot be read: {error}")

@@ -3,7 +3,8 @@
 import os
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, TypeAlias
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from trajstore.archive.manifest import Archived, Manifest
 from trajstore.archive.pack import Piece, ReadEntry, decode_entries, payload_array
-from trajstore.archive.pack_arrays import PackArrays
+from trajstore.archive.pack_arrays import PackArrays, Span
 from trajstore.archive.root import ArchiveInfo, ArchiveRoot
 from trajstore.entries import Buffer, EntryStamp, Event, Extent, partition_of
 from trajstore.errors import Corrupt, NotFound
@@ -68,7 +69,7 @@ class ArchiveReader:
         while True:
             archived = manifest.find(id)
             if archived.dropped:
-                raise NotFound(f"trajectory {id!r} was in the archive and has been dropped by retention")
+                raise _dropped(id)
             try:
                 found = self.read_parts(id, archived.kept)
                 break
@@ -128,24 +129,42 @@ class ArchiveReader:
                 wanted.setdefault(extent.pack, []).append(extent)
             if sum(extent.rows for extent in extents) != stop - first:
                 raise Corrupt(f"the payload of event {event.id} ends before row {stop}")
-            read = {pack: self._read_rows((pack, "routed"), some, layers) for pack, some in wanted.items()}
+            read = self._read_rows({(pack, "routed"): some for pack, some in wanted.items()}, layers)
         except Corrupt as error:
             if self._moved(id, extents):
                 return None
             raise Corrupt(f"trajectory {id}: {error}") from error
-        return np.concatenate([read[extent.pack][extent] for extent in extents])
+        return np.concatenate([read["routed", extent] for extent in extents])
 
-    def summaries(self, partition: int) -> list[Summary]:
-        """The newest archived summary of every trajectory of a partition."""
+    def summaries(self, partition: int, *, on_corrupt: Callable[[Corrupt], None] | None = None) -> list[Summary]:
+        """The newest archived summary of every trajectory of a partition.
+
+        Args:
+            on_corrupt: as for `Manifest.summaries`; a partition whose manifest cannot be read counts as empty.
+
+        Raises:
+            Corrupt: without `on_corrupt`, if something cannot be read.
+        """
         manifest = self._manifests[partition]
-        manifest.refresh()
-        return manifest.summaries()
+        try:
+            manifest.refresh()
+        except Corrupt as error:
+            if on_corrupt is None:
+                raise
+            on_corrupt(Corrupt(f"what partition {partition:02} has in the archive cannot be told: {error}"))
+            return []
+        return manifest.summaries(on_corrupt=on_corrupt)
 
-    # What a writer asks when its entry is no longer in the hot log (see `trajstore.log.resolve.ArchiveIndex`)
+    def is_dropped(self, id: str) -> bool:
+        """Retention has dropped a trajectory, as far as its manifest was read before."""
+        return self._manifests[partition_of(id, self.info.partitions)].is_dropped(id)
+
+    # What a writer asks when its entry is no longer in the hot log (see `trajstore.log.resolve.ArchiveIndex`). Each
+    # raises NotFound where retention has dropped the trajectory: it is not to be written on.
 
     def entry(self, id: str, at: EventId) -> EntryStamp | None:
         """What an archived entry was written as, None if it is not archived."""
-        last = self.find(id).last
+        last = self._kept(id).last
         return self._stamp(id, at, note=False) if last is not None and at <= last else None
 
     def note(self, id: str, at: EventId) -> EntryStamp | None:
@@ -154,7 +173,7 @@ class ArchiveReader:
 
     def last_note(self, id: str) -> int:
         """Number of the newest archived note, 0 for none."""
-        return self.find(id).last_note
+        return self._kept(id).last_note
 
     def last_entry(self, id: str) -> EventId | None:
         """Id of the newest archived entry."""
@@ -163,6 +182,12 @@ class ArchiveReader:
     def _stamp(self, id: str, at: EventId, *, note: bool) -> EntryStamp | None:
         entries = self.read(id)[note]
         return next((EntryStamp(entry.nonce, entry.digest) for entry in entries if entry.at == at), None)
+
+    def _kept(self, id: str) -> Archived:
+        archived = self.find(id)
+        if archived.dropped:
+            raise _dropped(id)
+        return archived
 
     def _fresh(self, id: str) -> Manifest:
         manifest = self._manifests[partition_of(id, self.info.partitions)]
@@ -177,31 +202,31 @@ class ArchiveReader:
                 for array in _arrays_of(event):
                     for extent in extents:
                         wanted.setdefault((extent.pack, array), []).append(extent)
-            read = {place: self._read_extents(place, extents) for place, extents in wanted.items()}
+            read = self._read_rows(wanted)
         except Corrupt as error:
             if self._moved(id, [extent for event in events for extent in event.extents]):
                 yield from (None for _ in events)
                 return
             raise Corrupt(f"trajectory {id}: {error}") from error
         for event in events:
-            parts = [read[extent.pack, array][extent] for array in _arrays_of(event) for extent in event.extents]
+            parts = [_bytes(read[array, extent]) for array in _arrays_of(event) for extent in event.extents]
             yield parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _read_extents(self, place: Place, extents: Sequence[Extent]) -> dict[Extent, Buffer]:
-        """Bytes of each extent of one array."""
-        rows = self._read_rows(place, extents)
-        return {extent: part.data.cast("B") if part.size else b"" for extent, part in rows.items()}
-
     def _read_rows(
-        self, place: Place, extents: Sequence[Extent], layers: slice | None = None
-    ) -> dict[Extent, npt.NDArray[Any]]:
-        """Rows of each extent of one array; those of neighbours are views of what was read together."""
-        found: dict[Extent, npt.NDArray[Any]] = {}
-        for run in neighbours(extents, within=self.packs.chunk_rows(*place)):
-            first = run[0].row
-            rows = self.packs.rows(*place, first, max(extent.row + extent.rows for extent in run), layers)
+        self, wanted: Mapping[Place, Sequence[Extent]], layers: slice | None = None
+    ) -> dict[tuple[str, Extent], npt.NDArray[Any]]:
+        """Rows by array and extent; those of neighbours are views of what was read together."""
+        runs = [
+            (place, run)
+            for place, extents in wanted.items()
+            for run in neighbours(extents, within=self.packs.chunk_rows(*place))
+        ]
+        spans = [Span(*place, run[0].row, max(extent.row + extent.rows for extent in run)) for place, run in runs]
+        found: dict[tuple[str, Extent], npt.NDArray[Any]] = {}
+        for (place, run), rows in zip(runs, self.packs.rows_of_all(spans, layers), strict=True):
             for extent in run:
-                found[extent] = rows[extent.row - first : extent.row - first + extent.rows]
+                first = extent.row - run[0].row
+                found[place[1], extent] = rows[first : first + extent.rows]
         return found
 
     def _moved(self, id: str, extents: Iterable[Extent]) -> bool:
@@ -252,7 +277,10 @@ def resolve(entries: Sequence[ReadEntry]) -> list[ReadEntry]:
 
     return [
         entry._replace(
-            events=[msgspec.structs.replace(event, extents=extents_of(event.id).all) for event in entry.events]
+            events=[
+                msgspec.structs.replace(event, extents=extents_of(event.id).all) if some else event
+                for event, some in zip(entry.events, entry.pieces, strict=True)
+            ]
             if any(entry.pieces)
             else entry.events
         )
@@ -269,7 +297,11 @@ class Extents:
 
     def __init__(self, extents: Iterable[Extent]) -> None:
         self.all = tuple(extents)
-        self._ends = list(accumulate(extent.rows for extent in self.all))
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Rows of the payload up to the end of each."""
+        return list(accumulate(extent.rows for extent in self.all))
 
     def cut(self, first: int, count: int) -> list[Extent]:
         """The extents of rows `[first, first + count)`; fewer rows where the payload ends before."""
@@ -299,10 +331,18 @@ def neighbours(extents: Iterable[Extent], *, within: int) -> list[list[Extent]]:
     return runs
 
 
+def _dropped(id: str) -> NotFound:
+    return NotFound(f"trajectory {id!r} was in the archive and has been dropped by retention")
+
+
 def _require_there(event: Event, extents: Sequence[Extent]) -> Sequence[Extent]:
     if any(not extent.pack for extent in extents):
         raise Corrupt(f"the payload of event {event.id} repeats rows of an event that is not in the archive")
     return extents
+
+
+def _bytes(rows: npt.NDArray[Any]) -> Buffer:
+    return rows.data.cast("B") if rows.size else b""
 
 
 def _arrays_of(event: Event) -> tuple[str, ...]:

@@ -54,6 +54,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         codecs: how the chunks of each array are compressed, see `docs/format.md`.
         replaces: numbers of records whose packs this one's pack holds instead (a compaction).
         drops: numbers of records whose packs, with all their trajectories, are gone for good (retention).
+        lost: those of `drops` that were damaged and given up: of these not even the list of trajectories is needed.
     """
 
     format: int
@@ -68,6 +69,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     codecs: dict[str, str] = {}
     replaces: Sequence[int] = ()
     drops: Sequence[int] = ()
+    lost: Sequence[int] = ()
 
 
 def encode_record(record: Record) -> bytes:

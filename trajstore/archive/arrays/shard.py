@@ -6,9 +6,10 @@ layout is read through it, and so is everything local where the user has chosen 
     zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,12 +18,12 @@ from trajstore.archive.arrays.chunk_cache import ChunkCache
 from trajstore.archive.arrays.codecs import crc32c, decode, decode_into
 from trajstore.archive.arrays.foreign import ForeignArray, other_pipeline
 from trajstore.archive.arrays.layout import Layout, Piece, is_intact, recognize
-from trajstore.archive.arrays.threads import shared_threads
+from trajstore.archive.arrays.threads import run_all
 from trajstore.archive.storage.local import LocalStorage
 from trajstore.archive.storage.protocol import Range, Storage
 from trajstore.errors import Corrupt, SchemaError
 
-__all__ = ["ShardReader"]
+__all__ = ["Begun", "Job", "ShardReader", "decode_all"]
 
 _WORTH_THREADS = 512 << 10
 """Bytes up to which handing chunks to threads costs more than it saves."""
@@ -31,6 +32,33 @@ _MISSING = np.uint64(2**64 - 1)
 """What the index says of a chunk that was never written."""
 
 Array = np.ndarray[Any, Any]
+
+
+class Job(NamedTuple):
+    """A chunk to decode, its bytes, and the call that does it."""
+
+    nbytes: int
+    run: Callable[[], None]
+
+
+class Begun(NamedTuple):
+    """Rows that are there once all jobs were run."""
+
+    rows: Array
+    jobs: list[Job]
+
+
+def decode_all(jobs: Sequence[Job], threads: Executor | None = None) -> None:
+    """Run the jobs of one read, or of several: side by side where that pays.
+
+    Raises:
+        Corrupt: a chunk is damaged.
+    """
+    if len(jobs) > 1 and sum(job.nbytes for job in jobs) > _WORTH_THREADS:
+        run_all([job.run for job in jobs], threads)
+    else:
+        for job in jobs:
+            job.run()
 
 
 class ShardReader:
@@ -84,6 +112,9 @@ class ShardReader:
         self.shape = found.shape
         self.dtype = found.dtype
         self.chunk_shape = found.chunk_shape
+        if self._layout is not None:  # asked for with every chunk
+            self._flat_chunk = self._layout.flat(self._layout.chunk_shape)
+            self._chunk_bytes = self._layout.chunk_bytes
 
     def read(self, start: int, stop: int, layers: slice | None = None) -> Array:
         """Rows `[start, stop)`, of `[rows, layers, ...]` only some neighbouring layers; the result owns its memory.
@@ -93,28 +124,37 @@ class ShardReader:
             Conflict: another codec pipeline in a forked process.
             SchemaError: `layers` of an array without layers, or with a step.
         """
+        rows, jobs = self.begin(start, stop, layers)
+        decode_all(jobs, self._threads)
+        return rows
+
+    def begin(self, start: int, stop: int, layers: slice | None = None) -> Begun:
+        """Fetch what `read` decodes: the rows are there once every job was run, in any order and thread.
+
+        Raises:
+            Corrupt, Conflict, SchemaError: as `read`; the jobs raise `Corrupt`, too.
+        """
         first, last = self._layer_range(layers)
         if not 0 <= start <= stop <= self.shape[0]:
             raise Corrupt(f"{self._where} holds {self.shape[0]} rows; rows {start} to {stop} were asked for")
         layout = self._layout
         if self._foreign is not None:
-            return self._read_foreign(self._foreign, start, stop, first, last)
+            return Begun(self._read_foreign(self._foreign, start, stop, first, last), [])
         assert layout is not None
         shape = (stop - start, last - first, *self.shape[2:])[: len(self.shape)]
         out = np.empty(shape, self.dtype)
-        if out.size:
-            self._fill(layout, out.reshape(layout.flat(shape)), list(layout.pieces(start, stop, first, last)))
-        return out
+        pieces = list(layout.pieces(start, stop, first, last)) if out.size else []
+        return Begun(out, self._jobs(layout, out.reshape(layout.flat(shape)), pieces) if pieces else [])
 
     def _read_foreign(self, foreign: ForeignArray, start: int, stop: int, first: int, last: int) -> Array:
         if self._layout is not None and self._layout.chunks:
             self._load_index(self._layout)  # to zarr-python a missing chunk reads as zeros
         return foreign.read(start, stop, first, last)
 
-    def _fill(self, layout: Layout, out: Array, pieces: Sequence[Piece]) -> None:
-        """Decode pieces into `out [rows, layers, rest]`."""
+    def _jobs(self, layout: Layout, out: Array, pieces: Sequence[Piece]) -> list[Job]:
+        """What is left to do to have pieces in `out [rows, layers, rest]`."""
         cache, key = self._cache, (self.storage.location, self.path)
-        chunk_shape = layout.flat(layout.chunk_shape)
+        chunk_shape, nbytes = self._flat_chunk, self._chunk_bytes
 
         def take(piece: Piece, chunk: Array) -> None:
             part = chunk[piece.rows, piece.layers]
@@ -131,28 +171,20 @@ class ShardReader:
                 if piece.is_whole(chunk_shape) and wanted.flags.c_contiguous:
                     decode_into(self._codec, data, wanted)
                     return
-                chunk = decode(self._codec, data, layout.chunk_bytes)
+                chunk = decode(self._codec, data, nbytes)
             except ValueError as error:
                 raise self._damaged(layout, piece.number, str(error)) from error
             take(piece, np.frombuffer(chunk, layout.dtype).reshape(chunk_shape))
 
-        wanted = []
+        absent = []
         for piece in pieces:
             known = None if cache is None else cache.get((*key, piece.number))
             if known is None:
-                wanted.append(piece)
+                absent.append(piece)
             else:
                 take(piece, known)
-        encoded = self._fetch(layout, [piece.number for piece in wanted])
-        if len(wanted) > 1 and len(wanted) * layout.chunk_bytes > _WORTH_THREADS:
-            pool = self._threads or shared_threads()
-            others = pool.map(place, wanted[1:], encoded[1:])
-            place(wanted[0], encoded[0])  # here: a hand over to a thread and back takes about as long
-            for _ in others:
-                pass
-        else:
-            for piece, data in zip(wanted, encoded, strict=True):
-                place(piece, data)
+        encoded = self._fetch(layout, [piece.number for piece in absent])
+        return [Job(nbytes, functools.partial(place, piece, data)) for piece, data in zip(absent, encoded, strict=True)]
 
     def _fetch(self, layout: Layout, numbers: Sequence[int]) -> list[memoryview]:
         """Compressed chunks, those that lie behind each other in one read."""

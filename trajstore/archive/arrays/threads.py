@@ -2,9 +2,27 @@
 
 import functools
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 
-__all__ = ["shared_threads"]
+__all__ = ["run_all", "shared_threads"]
+
+
+def run_all(jobs: Sequence[Callable[[], None]], threads: Executor | None = None) -> None:
+    """Run jobs side by side: one in this thread, for handing it over and back takes about as long as a chunk.
+
+    Args:
+        threads: for the others; not the executor that runs this call. By default the process's.
+
+    Raises:
+        Exception: what the first job that failed raised.
+    """
+    if not jobs:
+        return
+    others = [(threads or shared_threads()).submit(job) for job in jobs[1:]]
+    jobs[0]()
+    for other in others:
+        other.result()
 
 
 def shared_threads() -> ThreadPoolExecutor:

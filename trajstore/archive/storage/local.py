@@ -180,12 +180,9 @@ class LocalStorage:
     @contextlib.contextmanager
     def _opened(self, path: str) -> Iterator[tuple[int, int]]:
         """Descriptor and size of a file."""
-        target = self._target(path)
-        with self._working(f"cannot read {path}", "mend the folder or its permissions"):
-            try:
-                descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
-            except NotADirectoryError as error:
-                raise FileNotFoundError(f"{target} does not exist") from error
+        target = f"{self.location}/{check_path(path)}"
+        try:
+            descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 status = os.fstat(descriptor)
                 if stat.S_ISDIR(status.st_mode):
@@ -193,6 +190,12 @@ class LocalStorage:
                 yield descriptor, status.st_size
             finally:
                 os.close(descriptor)
+        except NotADirectoryError as error:
+            raise FileNotFoundError(f"{target} does not exist") from error
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise self._unavailable(f"cannot read {path}", error, "mend the folder or its permissions") from error
 
     def _place(self, put: Callable[[], bool], target: Path) -> bool:
         """Put something at its place, durably; False if something is there already."""
@@ -225,7 +228,7 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def _writing(self, path: str) -> Iterator[None]:
-        advice = "Nothing is lost, it stays in the hot log; free space or mend the folder"
+        advice = "What the archive holds is untouched; free space or mend the folder"
         try:
             with self._working(f"cannot write {path}", advice):
                 yield
@@ -239,7 +242,10 @@ class LocalStorage:
         except (TrajstoreError, FileNotFoundError, FileExistsError):
             raise
         except OSError as error:
-            raise Unavailable(f"{self.location}: {what}: {error}. {advice}") from error
+            raise self._unavailable(what, error, advice) from error
+
+    def _unavailable(self, what: str, error: OSError, advice: str) -> Unavailable:
+        return Unavailable(f"{self.location}: {what}: {error}. {advice}")
 
 
 def _pread(descriptor: int, start: int, length: int) -> bytes:

@@ -108,13 +108,16 @@ def parts_of(content: Content) -> Iterable[Buffer]:
     return [content] if isinstance(content, bytes | memoryview) else content
 
 
+_NO_PARTS = frozenset({"", ".", ".."})
+
+
 def check_path(path: str) -> str:
     """A path as it may be used below an archive's root.
 
     Raises:
         SchemaError: it is empty, absolute, or leads out of the archive: nothing of ours is called so.
     """
-    if "\0" in path or not all(part not in ("", ".", "..") for part in path.split("/")):
+    if "\0" in path or not _NO_PARTS.isdisjoint(path.split("/")):
         raise SchemaError(f"{path!r:.200} is no path inside an archive; whatever names it is damaged")
     return path
 
