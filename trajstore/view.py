@@ -4,6 +4,8 @@ The order matters: hot headers first, then a fresh manifest, then the plan, then
 between the two reads would lose events silently.
 """
 
+import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -25,6 +27,12 @@ from trajstore.summary import Summary
 from trajstore.trajectory import RoutedRows, Trajectory
 
 __all__ = ["TrajectoryLog", "View"]
+
+_MOVES = 8
+"""How often one event may be moved away while it is read: into the archive, then from pack to pack."""
+
+_KEPT = 4
+"""Hot payloads that a partial read keeps."""
 
 
 class TrajectoryLog(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,7 +198,7 @@ class View:
             decided = self.plan(id, policy, until)
             hot: dict[str, Buffer] = {}
             spec = decided.history.opened.routing
-            start, stop = (0, decided.history.length) if rows is None else rows
+            start, stop = (0, decided.history.length) if rows is None else _bounds(rows)
             if spec is None or layers is None:
                 return decided.routed(start, stop, lambda *wanted: self._routed(id, spec, slice(None), hot, *wanted))
             columns = _columns(spec, layers)
@@ -210,7 +218,7 @@ class View:
         first: int,
         stop: int,
     ) -> RoutingArray:
-        """Rows of a recording; `hot` keeps the hot payload that was fetched last."""
+        """Rows of a recording; `hot` keeps a few hot payloads, for recordings may lie interleaved."""
         archive = self._archive()
         if event.stored != "hot" and archive is not None:
             rows = archive.routed(id, event, first, stop, layers)
@@ -218,10 +226,13 @@ class View:
                 raise _Gone(event.id)
             return rows
         assert spec is not None
-        if event.id not in hot:
-            hot.clear()  # placements of one recording mostly follow each other
-            hot[event.id] = next(iter(self._payloads(id, [event])))
-        return spec.from_bytes(hot[event.id])[first:stop, layers]
+        data = hot.pop(event.id, None)
+        if data is None:
+            data = next(iter(self._payloads(id, [event])))
+        hot[event.id] = data
+        if len(hot) > _KEPT:
+            del hot[next(iter(hot))]  # the one that was used longest ago
+        return spec.from_bytes(data)[first:stop, layers]
 
     def summaries(self, partition: int, *, on_corrupt: Callable[[Corrupt], None] | None = None) -> Iterable[Summary]:
         """Summaries of a partition's trajectories, hot ones where both parts know one.
@@ -259,26 +270,37 @@ class View:
         raise AssertionError("an event came from a part that is not there")
 
 
+def _bounds(rows: tuple[int, int]) -> tuple[int, int]:
+    try:
+        start, stop = (operator.index(row) for row in rows)
+    except (TypeError, ValueError) as error:
+        raise SchemaError(f"rows are positions (start, stop), not {rows!r:.80}") from error
+    return start, stop
+
+
 def _columns(spec: RoutingSpec, layers: Sequence[int]) -> list[int]:
     """Places of global layer ids in the layer axis."""
-    missing = [layer for layer in layers if layer not in spec.layer_ids]
+    try:
+        missing = [layer for layer in layers if layer not in spec.layer_ids]
+    except TypeError as error:
+        raise SchemaError(f"layers are several global layer ids, not {layers!r:.80}") from error
     if missing or not layers:
         raise SchemaError(f"layers must name routing layers by global id, not {missing}; they are {spec.layer_ids}")
     return [spec.layer_ids.index(layer) for layer in layers]
 
 
 def _settled(id: str, read: Callable[[], Result]) -> Result:
-    """Read again as long as the archiver moves something else away in between; each event goes there only once."""
-    before = ""
+    """Read again as long as something else is moved away in between: by the archiver, and then by compactions."""
+    found: Counter[str] = Counter()
     while True:
         try:
             return read()
         except _Gone as gone:
-            if str(gone) == before:
+            found[str(gone)] += 1
+            if found[str(gone)] > _MOVES:
                 raise Corrupt(
                     f"{id}: the payload of event {gone} is neither in the hot log nor in the archive"
                 ) from gone
-            before = str(gone)
 
 
 def _merge(id: str, hot: Sequence[HotEntry], old: Sequence[ReadEntry], *, note: bool = False) -> list[Event]:

@@ -148,8 +148,12 @@ def test_partial_reads_give_the_rows_and_layers_asked_for(durable, archive):
         np.testing.assert_array_equal(durable.load_routing(id).routed_experts, hot)
     with pytest.raises(trajstore.SchemaError, match="rows"):
         durable.load_routing(id, rows=(0, 10**6))
-    with pytest.raises(trajstore.SchemaError, match="layers"):
-        durable.load_routing(id, layers=(99,))
+    for bad in ((0, 10**6), 5, (3,), ("a", "b")):
+        with pytest.raises(trajstore.SchemaError, match="rows"):
+            durable.load_routing(id, rows=bad)
+    for bad in ((99,), 1, ()):
+        with pytest.raises(trajstore.SchemaError, match="layers"):
+            durable.load_routing(id, layers=bad)
 
 
 recordings = st.lists(

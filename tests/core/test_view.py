@@ -1,5 +1,6 @@
 """One view over hot log and archive, where each holds a part of the other's, or contradicts it."""
 
+import numpy as np
 import pytest
 
 import trajstore
@@ -7,7 +8,7 @@ from tests.builders import SPEC, record_seed_case, rows
 from tests.core.packs import pack
 from trajstore.entries import Entry, encode_entry
 from trajstore.events import EventId, TrajectoryOpened
-from trajstore.log.reader import HotEntry
+from trajstore.log.reader import HotEntry, HotReader
 
 
 def test_notes_that_were_archived_and_trimmed_are_read_though_all_entries_are_hot(store):
@@ -83,6 +84,42 @@ def test_payload_that_is_in_neither_part_is_corrupt(store):
     store.wire.call("DEL", store.keys.payloads(trajectory.id))
     with pytest.raises(trajstore.Corrupt, match="event 2-0 is neither in the hot log nor in the archive"):
         store.load(trajectory.id)
+
+
+def test_an_event_that_is_moved_time_after_time_is_found_where_it_lies_now(store, monkeypatch):
+    trajectory = record_seed_case(store)
+    store.flush()
+    expected = store.load(trajectory.id)
+    payloads, gone = HotReader.payloads, iter([True] * 5)
+
+    def moving(self, id, events):
+        return (None for _ in events) if next(gone, False) else payloads(self, id, events)
+
+    monkeypatch.setattr(HotReader, "payloads", moving)
+    np.testing.assert_array_equal(store.load(trajectory.id).routed_experts, expected.routed_experts)
+    assert next(gone, None) is None
+
+
+def test_partial_read_of_interleaved_recordings_fetches_each_payload_once(store, monkeypatch):
+    trajectory = store.create(routing=SPEC)
+    even, odd = rows(400), rows(400, seed=1)
+    with trajectory.segment(context=list(range(400))) as segment:
+        segment.routing(even, start=0)
+        for start in range(0, 400, 60):
+            segment.routing(odd[start : start + 30], start=start)
+    store.flush()
+    asked = []
+    payloads = HotReader.payloads
+
+    def counting(self, id, events):
+        asked.extend(event.id for event in events)
+        return payloads(self, id, events)
+
+    monkeypatch.setattr(HotReader, "payloads", counting)
+    found = store.load_routing(trajectory.id).routed_experts
+    np.testing.assert_array_equal(found[120:150], odd[120:150])
+    np.testing.assert_array_equal(found[150:180], even[150:180])
+    assert len(asked) == len(set(asked))
 
 
 def test_payload_that_was_changed_is_corrupt(store):
