@@ -98,6 +98,7 @@ class Archive:
         *,
         status: str | Collection[str] | None = None,
         group: str | None = None,
+        mixed: bool = False,
         on_corrupt: Callable[[Corrupt], None] | None = None,
     ) -> list[Summary]:
         """Summaries of trajectories, oldest id first.
@@ -105,6 +106,7 @@ class Archive:
         Args:
             status: only these: open, completed, truncated, failed, aborted, deleted; default all but deleted.
             group: only members of this group.
+            mixed: only those with a segment whose output more than one weight version sampled.
             on_corrupt: hears of each damaged record and pack, and what can be read is listed; a trajectory that has a
                 part in a damaged one is listed only where the hot log tells how it stands.
 
@@ -117,7 +119,7 @@ class Archive:
             summary
             for partition in range(self._partitions)
             for summary in self._view.summaries(partition, on_corrupt=on_corrupt)
-            if summary.status in wanted and (group is None or summary.group == group)
+            if summary.status in wanted and (group is None or summary.group == group) and (summary.mixed or not mixed)
         ]
         return sorted(found, key=lambda summary: summary.id)
 

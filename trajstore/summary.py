@@ -1,5 +1,7 @@
 """One line about a trajectory, kept beside the log so that listing needs no reading. A hint: the log is the truth."""
 
+from collections.abc import Sequence
+
 import msgspec
 
 from trajstore.entries import Event
@@ -14,6 +16,7 @@ from trajstore.events import (
     TrajectoryClosed,
     TrajectoryDeleted,
     TrajectoryOpened,
+    WeightVersionSpan,
     payload_of,
 )
 
@@ -34,6 +37,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         nonfinite: sampled tokens with NaN or infinite logprobs, rewound ones too.
         finish_reason: of the last segment; "lost" if it was taken over unclosed; "" while open.
         weight_version: of the last segment.
+        mixed: segments whose output more than one weight version sampled, rewound ones too.
         reward: the newest.
         version: how often it was closed.
         created, updated: Unix seconds by the writers' clocks.
@@ -51,6 +55,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     nonfinite: int = 0
     finish_reason: str = ""
     weight_version: str = ""
+    mixed: int = 0
     reward: float | None = None
     version: int = 0
     created: float = 0.0
@@ -98,11 +103,22 @@ def advance(summary: Summary | None, id: str, at: EventId, time: float, header: 
             changes["rows"] = now.rows + header.rows
         case SegmentClosed():
             changes["finish_reason"] = header.finish_reason
+            changes["mixed"] = now.mixed + _mixes(now.weight_version, header.weight_versions)
+            if header.weight_versions and not now.weight_version:  # told with the output only
+                changes["weight_version"] = header.weight_versions[-1].version
         case Rewarded():
             changes["reward"] = header.reward
         case TrajectoryClosed():
             changes |= {"status": header.status, "version": now.version + 1}
     return msgspec.structs.replace(now, **changes)
+
+
+def _mixes(label: str, spans: Sequence[WeightVersionSpan]) -> bool:
+    """More than one version sampled a segment's output: that of its label where no span says otherwise."""
+    versions = {span.version for span in spans}
+    if spans and spans[0].start > 0:
+        versions.add(label)
+    return len(versions) > 1
 
 
 def summarize(id: str, events: list[Event]) -> Summary | None:

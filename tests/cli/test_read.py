@@ -48,6 +48,7 @@ def test_ls_selects_by_status_and_group(seed, durable, folder):
     assert [one["id"] for one in documents("ls", folder, "--status", "completed")] == [seed]
     assert len(documents("ls", folder, "--status", "completed", "--status", "failed")) == 2
     assert [one["id"] for one in documents("ls", folder, "--group", "prompt-18", "--status", "open")] == [other.id]
+    assert documents("ls", folder, "--mixed") == []
     assert documents("ls", folder, "--group", "none") == []
 
 

@@ -73,6 +73,28 @@ def test_list_filters_by_status_and_group_and_sorts_by_id(store):
         store.list(status="done")
 
 
+def test_list_finds_segments_that_more_than_one_weight_version_sampled(store):
+    spans = {
+        "one": [("v1", 0, 4)],
+        "told late": [("v1", 0, 2), ("v2", 2, 4)],
+        "from the third on": [("v2", 2, 4)],
+        "the same label": [("v1", 2, 4)],
+        "none": [],
+    }
+    ids = {}
+    for name, some in spans.items():
+        trajectory = store.create(metadata={"name": name})
+        with trajectory.segment(context=[1], weight_version="v1") as segment:
+            segment.tokens([1, 2, 3, 4])
+            segment.close("stop", weight_versions=some)
+        ids[trajectory.id] = name
+    store.flush()
+    assert {ids[one.id] for one in store.list(mixed=True)} == {"told late", "from the third on"}
+    assert {ids[one.id] for one in store.list()} == set(spans)
+    versions = {name: store.load(id).weight_versions for id, name in ids.items()}
+    assert versions["told late"] == versions["from the third on"] == ("v1", "v2")
+
+
 def test_notes_do_not_change_a_summary(store):
     trajectory = record_seed_case(store)
     (before,) = store.list()
