@@ -7,24 +7,36 @@ body, into one `SegmentWriter.record` inside `refusing`: it is taken whole, or n
 import binascii
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from trajstore.errors import Conflict, RoutingError, SchemaError
+from trajstore.events import WeightVersionSpan
 from trajstore.fold import input_digest
 from trajstore.ingest import token_array
 from trajstore.routing import Origin
-from trajstore.writing import SegmentWriter
+from trajstore.writing import SegmentWriter, check_spans
 
-__all__ = ["EngineCapabilities", "decode_base64", "place_rows", "refusing", "require_input", "split_by_origin"]
+__all__ = [
+    "EngineCapabilities",
+    "decode_base64",
+    "place_rows",
+    "refusing",
+    "require_input",
+    "split_by_origin",
+    "weight_spans",
+]
 
 log = logging.getLogger(__name__)
 
 _REASON = 500
 """Characters of a refusal that the log keeps."""
+
+_SPAN = ("version", "start", "end")
 
 
 class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,20 +104,25 @@ def place_rows(count: int, *, length: int, asked: int | None = None, honours_sta
 
 
 def split_by_origin(
-    rows: npt.NDArray[np.integer], start: int, *, cached: int = 0, recomputed: bool = False
+    rows: npt.NDArray[np.integer], start: int, *, cached: int | None = 0, prompt: int = 0, recomputed: bool = False
 ) -> list[tuple[npt.NDArray[np.integer], int, Origin]]:
     """Rows as the recordings that they are: those of the cached prefix apart.
 
     Args:
         rows: `[n, ...]`, the first of position `start`.
         cached: tokens of the request's input that came from a prefix cache: their rows are of an older computation.
+            None: the engine did not tell, so the rows of the input are of unknown origin, but for that of its last
+            token, which is always computed: the first output token is sampled from it.
+        prompt: tokens of the request's input; matters where `cached` is None.
         recomputed: the engine dropped the request's state and ran it again: no row is certain to be what sampled.
     """
     if recomputed:
         return [(rows, start, "recomputed")] if len(rows) else []
-    cut = min(max(cached - start, 0), len(rows))
+    first: Origin = "unknown" if cached is None else "cached"
+    before = prompt - 1 if cached is None else cached
+    cut = min(max(before - start, 0), len(rows))
     parts: list[tuple[npt.NDArray[np.integer], int, Origin]] = [
-        (rows[:cut], start, "cached"),
+        (rows[:cut], start, first),
         (rows[cut:], start + cut, "computed"),
     ]
     return [part for part in parts if len(part[0])]
@@ -144,6 +161,31 @@ def decode_base64(text: object, *, what: str, limit: int) -> bytes:
         return binascii.a2b_base64(text, strict_mode=True)
     except (binascii.Error, ValueError) as error:  # ValueError: not ASCII
         raise RoutingError(f"{what} is not base64: {error}") from error
+
+
+def weight_spans(given: object, *, output: int) -> tuple[WeightVersionSpan, ...]:
+    """What an engine says of the weights that sampled `output` tokens, in any of the forms that engines use.
+
+    Args:
+        given: None, or a list of spans: objects or mappings with `version`, `start` and `end`, or triples of them.
+
+    Raises:
+        SchemaError: anything else, or spans that do not ascend within the output.
+    """
+    if given is None:
+        return ()
+    if not isinstance(given, list | tuple):
+        raise SchemaError(f"weight versions must be a list of spans, not {type(given).__name__}")
+    spans: list[Any] = []
+    for span in given:
+        parts: Any = span
+        if isinstance(span, Mapping):
+            parts = tuple(span.get(name) for name in _SPAN)
+        elif not isinstance(span, list | tuple):
+            parts = tuple(getattr(span, name, None) for name in _SPAN)
+        numbered = len(parts) == 3 and isinstance(parts[0], int) and not isinstance(parts[0], bool)
+        spans.append((str(parts[0]), *parts[1:]) if numbered else parts)
+    return check_spans(spans, output)
 
 
 @contextlib.contextmanager

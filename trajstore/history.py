@@ -42,7 +42,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
         event: id of the event that carries it, e.g. "3-2" or "note 1-0".
         start, stop: absolute token positions.
         origin: see `trajstore.routing.Origin`; "unknown" for observations.
-        weight_version: of the segment when it opened, or of the observation.
+        weight_version: of the segment, or of the observation.
         source: "" for a segment's own recording, "late" for one that came after its epoch, else who observed it.
     """
 
@@ -66,7 +66,8 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
         output: tokens that it sampled.
         kept: first position of it, if any, that no longer belongs to the trajectory; `end` if none.
         counts: its rows below this position count: no later segment began below them.
-        engine, weight_version, sampling, input_digest: as given when it opened.
+        engine, sampling, input_digest: as given when it opened.
+        weight_version: as given when it opened; where nothing was, the one that its close gives to all of its output.
         weight_versions: spans over its output, where the engine told them.
         finish_reason: stop, length, abort or error; "lost" if a later epoch took over before it closed; "" while open.
         cached_tokens, retractions: as the engine told.
@@ -140,6 +141,17 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
     def has_open_segment(self) -> bool:
         """True while the newest epoch is a segment that has not closed."""
         return bool(self.segments) and not self.segments[-1].finish_reason
+
+    @property
+    def rows_held(self) -> int:
+        """Leading rows that some counting recording has, without a hole."""
+        held = 0
+        spans = ((r.start, min(r.stop, segment.counts)) for segment in self.segments for r in segment.recordings)
+        for start, stop in sorted(spans):
+            if start > held:
+                break
+            held = max(held, stop)
+        return held
 
 
 def read_history(events: Sequence[Event], *, notes: Iterable[Event] = (), until: EventId | None = None) -> History:
@@ -216,10 +228,17 @@ class _OpenSegment:
                 start=start,
                 stop=stop,
                 origin=origin,
-                weight_version=self.opened.weight_version,
                 source=source,
             )
         )
+
+    @property
+    def weight_version(self) -> str:
+        """Some engines name their weights only with the output: one span over all of it is as good as a label."""
+        spans = self.closed.weight_versions if self.closed else ()
+        if not self.opened.weight_version and len(spans) == 1 and (spans[0].start, spans[0].end) == (0, self.output):
+            return spans[0].version
+        return self.opened.weight_version
 
     def freeze(self, counts: int) -> Segment:
         closed = self.closed
@@ -232,7 +251,7 @@ class _OpenSegment:
             kept=max(counts, self.opened.base),
             counts=counts,
             engine=self.opened.engine,
-            weight_version=self.opened.weight_version,
+            weight_version=self.weight_version,
             weight_versions=closed.weight_versions if closed else (),
             sampling=self.opened.sampling,
             input_digest=self.opened.input_digest,
@@ -240,7 +259,9 @@ class _OpenSegment:
             cached_tokens=closed.cached_tokens if closed else None,
             retractions=closed.retractions if closed else 0,
             absent=tuple(self.absent),
-            recordings=tuple(self.recordings),
+            recordings=tuple(
+                msgspec.structs.replace(recording, weight_version=self.weight_version) for recording in self.recordings
+            ),
         )
 
 

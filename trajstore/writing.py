@@ -58,7 +58,7 @@ from trajstore.routing import ORIGINS, Origin, RoutingSpec
 from trajstore.summary import summarize
 from trajstore.view import TrajectoryLog
 
-__all__ = ["SegmentWriter", "TrajectoryWriter"]
+__all__ = ["SegmentWriter", "TrajectoryWriter", "check_spans"]
 
 EVENT_BYTES = 8 << 20
 """Payload bytes of one event; longer ones are split."""
@@ -72,6 +72,8 @@ class TrajectoryWriter:
     Attributes:
         id, group, group_size, routing, metadata: as given at `create`.
         status: as this handle knows it.
+        rows_held: leading rows that the trajectory has without a hole, by what this handle knows and wrote: an engine
+            need return none of them again to a resumed request. Late recordings of this handle do not add to it.
     """
 
     def __init__(self, id: str, opened: TrajectoryOpened, flusher: Flusher, load_tokens: TokenLoader) -> None:
@@ -91,6 +93,7 @@ class TrajectoryWriter:
         self._snapshot: EventId | None = None  # tokens are loaded as of this event when first needed
         self._tokens: array[int] | None = array("i")
         self._length = 0
+        self.rows_held = 0
         self._ends: list[int] = []
         self._open: SegmentWriter | None = None
         self._foreign_open = False
@@ -124,6 +127,7 @@ class TrajectoryWriter:
         self._recreates = not log.in_hot
         self._snapshot, self._tokens = history.last, None
         self._length = history.length
+        self.rows_held = history.rows_held
         self._ends = [segment.end for segment in history.segments]
         self._foreign_open = history.has_open_segment
         self._last_note = log.notes[-1].at if log.notes else None
@@ -193,8 +197,9 @@ class TrajectoryWriter:
         del tokens[start:]
         tokens.frombytes(ids.tobytes())
         self._length = start + len(ids)
+        self.rows_held = min(self.rows_held, start)
         self._ends.append(self._length)
-        self._open = SegmentWriter(self, turn, len(self._ends) - 1, start, self._length, header.input_digest)
+        self._open = SegmentWriter(self, turn, len(self._ends) - 1, self._length, header)
         return self._open
 
     def reward(self, reward: float, *, components: Mapping[str, float] | None = None, takeover: bool = False) -> None:
@@ -289,6 +294,10 @@ class TrajectoryWriter:
         self._length += len(ids)
         self._ends[-1] = self._length
 
+    def _took_rows(self, start: int, stop: int) -> None:
+        if start <= self.rows_held:
+            self.rows_held = max(self.rows_held, stop)
+
     def _segment_closed(self) -> None:
         self._open = None
         self._lane.holds_open = False
@@ -361,17 +370,19 @@ class SegmentWriter:
         base: tokens of the trajectory that the input began with.
         start: position of its first output token, base + context.
         input_digest: `trajstore.fold.input_digest` of its input.
+        sampling: parameters, as given when it was opened.
         spec: of its trajectory's routing, None where that has none.
+        logprob_sum: of its output so far, in float64; NaN once a token came without one.
     """
 
-    def __init__(
-        self, trajectory: TrajectoryWriter, turn: Turn, index: int, base: int, start: int, input_digest: str
-    ) -> None:
+    def __init__(self, trajectory: TrajectoryWriter, turn: Turn, index: int, start: int, opened: SegmentOpened) -> None:
         self.index = index
-        self.base = base
+        self.base = opened.base
         self.start = start
-        self.input_digest = input_digest
+        self.input_digest = opened.input_digest
+        self.sampling: Mapping[str, Any] = copy.deepcopy(opened.sampling)  # the header's own is yet to be written
         self.spec = trajectory.routing
+        self.logprob_sum = 0.0
         self._trajectory = trajectory
         self._turn = turn
         self._closed = False
@@ -454,6 +465,7 @@ class SegmentWriter:
                 info, payload = _payload(part.reshape(-1).view(np.uint8).data)
                 header = Routing(start=at, rows=len(part), payload=info, origin=origin)
                 self._trajectory._append(self._turn, header, payload)
+                self._trajectory._took_rows(at, at + len(part))
                 self._told_routing = True
 
     def no_routing(self, reason: str) -> None:
@@ -484,7 +496,7 @@ class SegmentWriter:
         """
         self._require_open()
         reason = check_choice(finish_reason, FINISH_REASONS, name="finish reason")
-        spans = _spans(weight_versions, self.end - self.start)
+        spans = check_spans(weight_versions, self.end - self.start)
         cached = None if cached_tokens is None else check_count(cached_tokens, name="cached_tokens")
         dropped = check_count(retractions, name="retractions")
         if not self._told_routing and self._trajectory.routing is not None:
@@ -523,6 +535,8 @@ class SegmentWriter:
         )
         self._trajectory._append(self._turn, header, payload)
         self._trajectory._took(ids)
+        with np.errstate(invalid="ignore"):  # infinities of both signs
+            self.logprob_sum += np.nan if logprobs is None else float(logprobs.sum(dtype=np.float64))
 
     def _require_open(self) -> None:
         if self._closed:
@@ -548,7 +562,14 @@ def _items(components: Mapping[str, float] | None) -> Iterable[tuple[str, float]
     return (components or {}).items()
 
 
-def _spans(spans: Sequence[WeightVersionSpan | tuple[str, int, int]], output: int) -> tuple[WeightVersionSpan, ...]:
+def check_spans(
+    spans: Sequence[WeightVersionSpan | tuple[str, int, int]], output: int
+) -> tuple[WeightVersionSpan, ...]:
+    """Spans of weight versions over `output` tokens, as a segment's close keeps them.
+
+    Raises:
+        SchemaError: no spans `(version, start, end)`, or they do not ascend within the output.
+    """
     if not isinstance(spans, Sequence):
         raise SchemaError(f"weight_versions must be a sequence of spans, not {spans!r:.80}")
     result: list[WeightVersionSpan] = []

@@ -7,6 +7,7 @@ import trajstore
 from tests.builders import rows
 from tests.core.logs import Log
 from trajstore.events import RoutingAbsent, TrajectoryClosed, UnknownEvent, WeightVersionSpan
+from trajstore.summary import summarize
 
 POLICIES = ("last_segment_wins", "as_sampled")
 
@@ -351,3 +352,20 @@ def test_observations_never_enter_a_fold():
         np.testing.assert_array_equal(after.routed_experts, before[policy].routed_experts)
         np.testing.assert_array_equal(after.routing_mask, before[policy].routing_mask)
         assert "note 1-0" not in log.asked
+
+
+def test_a_segment_without_a_label_has_the_version_that_its_close_gives_to_all_of_its_output():
+    log = Log()
+    log.segment(0, [1, 2, 3], weight_version="")
+    log.tokens([10, 11])
+    log.routing(rows(4, 1), 0)
+    log.finish("abort", weight_versions=(WeightVersionSpan("v7", 0, 2),))
+    log.segment(weight_version="")
+    log.tokens([12, 13])
+    log.routing(rows(6, 2), 0)
+    log.finish(weight_versions=(WeightVersionSpan("v8", 1, 2),))
+    first, second = log.load().segments
+    assert (first.weight_version, first.recordings[0].weight_version) == ("v7", "v7")
+    assert (second.weight_version, second.recordings[0].weight_version) == ("", "")  # nobody said so of its first token
+    assert [log.load().weight_version(i) for i in range(3, 7)] == ["v7", "v7", "", "v8"]
+    assert summarize("t", log.events).weight_version == "v8"
