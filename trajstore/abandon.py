@@ -1,53 +1,78 @@
-"""Closing what writers left open: segments without progress for long are closed as aborted, and their writer fenced.
+"""What nobody goes on with: open segments are closed as aborted, their writer fenced; what was only created is found.
 
 How long is measured by the server's clock and remembered beside the log, so it survives the archivers that measure it.
 """
 
 import logging
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from trajstore.errors import StoreFull, TrajstoreError
+from trajstore.archive.trim import free
+from trajstore.errors import NotFound, StoreFull, TrajstoreError
 from trajstore.store import Store
 from trajstore.summary import Summary
 
-__all__ = ["close_abandoned"]
+__all__ = ["Swept", "sweep"]
 
 log = logging.getLogger(__name__)
 
 
-def close_abandoned(store: Store, partitions: Iterable[int], *, after: float) -> int:
-    """One sweep over the open segments of some partitions.
+class Swept(NamedTuple):
+    """What a sweep came to.
+
+    Attributes:
+        closed: trajectories that were closed as aborted.
+        created: by partition, ids of trajectories that were created, and nothing more came of them. Their one entry is
+            finished, but no hint tells of it: a segment mostly follows, and takes it along.
+    """
+
+    closed: int
+    created: dict[int, list[str]]
+
+
+def sweep(store: Store, partitions: Iterable[int], *, after: float, created_after: float) -> Swept:
+    """Look at the open segments of some partitions, and at what was only created.
 
     Args:
         after: seconds without a new event after which a segment counts as abandoned.
-
-    Returns:
-        How many trajectories were closed as aborted.
+        created_after: seconds after which a trajectory that was only created is given out; 0 for all at once.
     """
     seconds, _ = store.wire.call("TIME")
     now = int(seconds)
     closed = 0
+    created: dict[int, list[str]] = {}
     for partition in partitions:
         key = store.keys.quiet(partition)
         flat = store.wire.call("HGETALL", key)
         known = {id.decode(): text.decode() for id, text in zip(flat[::2], flat[1::2], strict=True)}
-        open_now = {one.id: one for one in store.hot.summaries(partition) if one.has_open_segment}
+        quiet_now = {one.id: one for one in store.hot.summaries(partition) if one.has_open_segment or _is_bare(one)}
         changed: list[str | int] = []
-        for summary in open_now.values():
+        bare: list[str] = []
+        for summary in quiet_now.values():
             last, _, since = known.get(summary.id, "").partition(" ")
             if last != summary.last:
                 changed += [summary.id, f"{summary.last} {now}"]
-            elif now - int(since) >= after:
+            if _is_bare(summary):
+                if (now - int(since) if last == summary.last else 0) >= created_after:
+                    bare.append(summary.id)
+            elif last == summary.last and now - int(since) >= after:
                 closed += _close(store, summary)
+        lengths = store.wire.call_all([("XLEN", store.keys.entries(id)) for id in bare])
+        created[partition] = [id for id, length in zip(bare, lengths, strict=True) if length]  # else it is archived
         if changed:
             try:
                 store.wire.call("HSET", key, *changed)
             except StoreFull:  # draining the server comes first; the next sweep looks again
-                return closed
-        gone = [id for id in known if id not in open_now]
+                return Swept(closed, created)
+        gone = [id for id in known if id not in quiet_now]
         if gone:
             store.wire.call("HDEL", key, *gone)
-    return closed
+    return Swept(closed, created)
+
+
+def _is_bare(summary: Summary) -> bool:
+    """Nothing but its first entry was written."""
+    return summary.last == "1-0"
 
 
 def _close(store: Store, summary: Summary) -> bool:
@@ -56,6 +81,11 @@ def _close(store: Store, summary: Summary) -> bool:
             return False
         store.get(summary.id).close("aborted", takeover=True)
         store.flush(summary.id)
+    except NotFound as error:
+        if store.archive is not None and store.archive.is_dropped(summary.id):
+            free(store.wire, store.keys, [summary.id])
+        log.warning("%s could not be closed as abandoned: %s", summary.id, error)
+        return False
     except TrajstoreError as error:
         log.warning("%s could not be closed as abandoned: %s", summary.id, error)
         return False

@@ -7,11 +7,11 @@ decided in `archive/ripening.py`. Everything from publish to trim uses only comm
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
-from trajstore.abandon import close_abandoned
+from trajstore.abandon import sweep
 from trajstore.archive.manifest import Manifest
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.ripening import Look, Part, first_look, second_look
@@ -74,7 +74,8 @@ class Archiver:
         pack_bytes: payload bytes at which a pack is written without waiting for more.
         pack_seconds: how long ripe entries wait for more.
         lease_seconds: how long this archiver may be silent before another takes its partitions.
-        abandon_seconds: an open segment without progress for so long is closed as aborted, its writer fenced.
+        abandon_seconds: an open segment without progress for so long is closed as aborted, its writer fenced; a
+            trajectory that was only created is archived as it is after so long, with `once` at once.
         grace_seconds: how long the emptied keys of a final trajectory stay.
         compact: merge small packs and remove deleted data while there is nothing to archive; not with `once`.
         on_step: hears the steps of each publish: staged, synced, moved, recorded, trimmed.
@@ -156,7 +157,7 @@ class Archiver:
             except OSError as error:  # Unavailable and StoreFull are such, and so is a full disk
                 if once:
                     raise
-                log.warning("archiving pauses: %s", error)
+                log.warning("archiving pauses, and what is not archived yet stays in the hot log: %s", error)
                 self._waiting.clear()  # taking the partitions anew brings back every hint that was read
                 self._next_lease = 0.0
                 stopped.wait(1.0)
@@ -194,7 +195,7 @@ class Archiver:
                 self.done.seconds += time.perf_counter() - begun
         if now >= self._next_sweep:
             self._next_sweep = now + min(self._abandon_seconds / 4, 3600.0)
-            self.done.abandoned += close_abandoned(self._store, self._waiting, after=self._abandon_seconds)
+            self._sweep(created_after=0.0 if once else self._abandon_seconds)
         if self._compacts and idle and not once and now >= self._next_compaction and not stopped.is_set():
             step = self._idle.step(list(self._waiting))
             self.done.compactions += step.compactions
@@ -214,6 +215,7 @@ class Archiver:
             if self._lease.acquire(partition):
                 if not held:
                     self._waiting[partition] = {}
+                    self._next_sweep = 0.0
                     hints += self._feed.take_over(partition, idle=0.0)
             elif held:
                 self._drop(partition)
@@ -244,6 +246,22 @@ class Archiver:
                 fresh.setdefault((hint.partition, hint.id), []).append(hint)
             else:
                 (known.hints if known.covers(hint) else known.later).append(hint)
+        self._look(fresh)
+
+    def _sweep(self, *, created_after: float) -> None:
+        """Deal with what nobody goes on with, of which no hint tells."""
+        swept = sweep(self._store, self._waiting, after=self._abandon_seconds, created_after=created_after)
+        self.done.abandoned += swept.closed
+        for partition, ids in swept.created.items():
+            waiting = self._waiting[partition]
+            fresh = [id for id in ids if id not in waiting]
+            room = max(0, _LOOKED_AT - len(waiting))
+            self._look({(partition, id): [] for id in fresh[:room]})
+            if len(fresh) > room:
+                self._next_sweep = 0.0
+
+    def _look(self, fresh: Mapping[tuple[int, str], Sequence[Hint]]) -> None:
+        """First look at trajectories of which these hints tell."""
         if not fresh:
             return
         server = self._server()

@@ -6,7 +6,7 @@ See `docs/transfer.md`. How entries are read and packed is in `archive/transfer/
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import get_args
 
 from ulid import ULID
@@ -16,6 +16,7 @@ from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.root import ARCHIVE_FORMAT, ArchiveInfo, ArchiveRoot
 from trajstore.archive.transfer.copies import PackCopies, Transferred, not_held
 from trajstore.archive.transfer.source import Source, Whole, payload_bytes, routing_of
+from trajstore.archive.writer import StagedEntry
 from trajstore.blob import to_blob
 from trajstore.entries import partition_of
 from trajstore.errors import Conflict, Corrupt, NotFound, RoutingError, SchemaError, SequenceGap
@@ -84,6 +85,7 @@ def export(
     check: bool = True,
     pack_bytes: int = PACK_BYTES,
     on_progress: Callable[[Exported], None] = lambda _: None,
+    on_corrupt: Callable[[Corrupt], None] | None = None,
 ) -> Exported:
     """Write trajectories, as they stand now, to a new archive: every event, note and payload, open segments too.
 
@@ -93,15 +95,19 @@ def export(
         source: a run, hot log and archive as one; or an archive alone (`trajstore.opening.read_archive`).
         dest: folder or URL, new or empty.
         options: of an object store.
-        ids, groups, statuses: only those; empty for all.
+        ids, groups, statuses: only those; empty for all. Each id and each group must be there.
         check: fold every trajectory of source and copy under every policy, and compare.
         pack_bytes: of one pack, which bounds memory with the longest trajectory.
+        on_corrupt: hears of each record, pack and trajectory that cannot be read; all else is exported.
 
     Raises:
         Conflict: `dest` is not empty.
-        NotFound: one of `ids` is not there, or deleted.
-        Corrupt: something cannot be read, or a copy does not fold as its source does.
+        NotFound: one of `ids` or `groups` is not there, or deleted; or nothing is selected. Then nothing was written.
+        Corrupt: without `on_corrupt` something cannot be read; or a copy does not fold as its source does.
     """
+    for name, given in (("ids", ids), ("groups", groups)):
+        if isinstance(given, str):
+            raise SchemaError(f"{name} are several, not the text {given!r:.80}; give a list")
     for id in ids:
         require_id(id)
     wanted = wanted_statuses(statuses or None) - {"deleted"}
@@ -111,15 +117,34 @@ def export(
     view, origin = View(hot, lambda: archive), Source(hot, archive)
     reading = Archive(view, about.partitions)
     copy = ArchiveReader(root, about)
+    where = source.location if isinstance(source, Store) else source.root.location
+    named = [_summary_of(reading, id) for id in dict.fromkeys(ids)]
+    early: list[Corrupt] = []  # what is damaged is told once, in the pass that copies
+    heard = None if on_corrupt is None else early.append
+    known = (one for partition in range(about.partitions) for one in view.summaries(partition, on_corrupt=heard))
+    try:
+        _require_selected(named or known, groups=groups, statuses=wanted, where=where)
+    except NotFound:
+        if on_corrupt is not None:
+            for error in early:
+                on_corrupt(error)
+        raise
     done = Exported()
     for partition in range(about.partitions):
         copies = PackCopies(copy, partition, writer=worker_name(), pack_bytes=pack_bytes, done=done)
-        named = [_summary_of(reading, id) for id in ids if partition_of(id, about.partitions) == partition]
-        for summary in sorted(named if ids else view.summaries(partition), key=_by_group):
+        here = [one for one in named if partition_of(one.id, about.partitions) == partition]
+        for summary in sorted(here if ids else view.summaries(partition, on_corrupt=on_corrupt), key=_by_group):
             if summary.status in wanted and (not groups or summary.group in groups):
-                whole = origin.read(summary.id)
-                if whole.entries:  # else it was deleted a moment ago
-                    _copy(copies, origin, summary.id, whole, whole.entries)
+                try:
+                    whole = origin.read(summary.id)
+                    staged = list(origin.stage(summary.id, whole.entries))
+                except Corrupt as error:
+                    if on_corrupt is None:
+                        raise
+                    on_corrupt(error)
+                    continue
+                if staged:  # else it was deleted a moment ago
+                    _copy(copies, summary.id, whole, whole.entries, staged)
                     done.trajectories += 1
                     on_progress(done)
         copies.flush()
@@ -128,6 +153,8 @@ def export(
                 _compare(reading, Archive(View(None, lambda: copy), about.partitions), summary)
                 done.checked += 1
                 on_progress(done)
+    if not done.trajectories:  # deleted or found damaged since they were selected
+        raise NotFound(f"no trajectory of {where} could be exported; {root.location} holds nothing")
     root.claim(about)
     return done
 
@@ -154,21 +181,25 @@ def import_archive(
     Raises:
         Conflict: the run has no archive; or it holds something else under the id of some trajectory, or is still
             writing to one that the archive continues. Then nothing was written.
+        NotFound: the archive holds no trajectories, or deleted ones only.
         Corrupt: something cannot be read.
     """
     if store.archive is None:
         raise Conflict(f"{store.location} has no archive to import into; open it with archive=")
     store.flush()
     source, target = Source(None, origin), Source(store.hot, store.archive)
-    conflicts = 0
+    offered = conflicts = 0
     named: list[str] = []
     for partition in range(origin.info.partitions):
         for id in _ids(origin, partition):
+            offered += 1
             try:
                 _new_entries(source, target, id)
             except Conflict as error:
                 conflicts += 1
                 named += [str(error)][: _NAMED - len(named)]
+    if not offered:
+        raise NotFound(f"{origin.root.location} holds no trajectory to import; is it the right archive?")
     if conflicts and not skip_conflicts:
         raise Conflict(
             f"{conflicts} trajectories of {origin.root.location} cannot be imported into {store.location}, and nothing "
@@ -189,7 +220,7 @@ def import_archive(
             elif not new:
                 done.known += 1
             else:
-                _copy(copies, source, id, whole, new)
+                _copy(copies, id, whole, new, source.stage(id, new))
                 if known.entries:
                     done.continued += 1
                     continued[id] = whole.last
@@ -220,6 +251,27 @@ def _require_empty(root: ArchiveRoot) -> None:
         )
 
 
+def _require_selected(
+    summaries: Iterable[Summary], *, groups: Collection[str], statuses: Collection[str], where: str
+) -> None:
+    """Make sure that there is something to export, and some of each group. Reads no further than that takes.
+
+    Raises:
+        NotFound: there is not.
+    """
+    missing, found = set(groups), False
+    for summary in summaries:
+        if summary.status != "deleted":
+            missing.discard(summary.group or "")
+            found |= summary.status in statuses and (not groups or summary.group in groups)
+        if found and not missing:
+            return
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise NotFound(f"{where} holds no trajectory of group {names}; nothing was written")
+    raise NotFound(f"{where} holds no trajectory to export, or none that the selection means; nothing was written")
+
+
 def _summary_of(reading: Archive, id: str) -> Summary:
     summary = summarize(id, reading.events(id))
     if summary is None:
@@ -232,8 +284,10 @@ def _by_group(summary: Summary) -> tuple[str, str]:
     return summary.group or "", summary.id
 
 
-def _copy(copies: PackCopies, source: Source, id: str, whole: Whole, entries: Sequence[ReadEntry]) -> None:
-    copies.add(id, source.stage(id, entries), spec=routing_of(id, whole.entries), nbytes=payload_bytes(entries))
+def _copy(
+    copies: PackCopies, id: str, whole: Whole, entries: Sequence[ReadEntry], staged: Iterable[StagedEntry]
+) -> None:
+    copies.add(id, staged, spec=routing_of(id, whole.entries), nbytes=payload_bytes(entries))
 
 
 def _compare(source: Archive, copy: Archive, summary: Summary) -> None:

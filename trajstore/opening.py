@@ -11,7 +11,7 @@ import msgspec
 
 from trajstore.archive.of_run import open_archived_run
 from trajstore.archive.reader import ArchiveReader
-from trajstore.archive.root import ArchiveRoot
+from trajstore.archive.root import ArchiveRoot, check_options
 from trajstore.archive.storage.durable import write_new
 from trajstore.errors import Conflict, NotFound, SchemaError, TrajstoreError, Unavailable
 from trajstore.ingest import check_choice, check_count, check_id
@@ -51,12 +51,16 @@ def open(  # `trajstore.open`, as one says `gzip.open`
 ) -> Store:
     """Open a run.
 
+    A run that has been opened before opens even while its archive, an object store say, does not answer: a warning is
+    logged, new trajectories are written, and what needs the archive raises `Unavailable` until it is back.
+
     Args:
         location: a folder (new, empty, or an embedded store) for a private server and an archive on disk; or a Redis
             URL that names the run: `redis://host:6379/0?run=exp1`, also `rediss://` and `unix://`.
         archive: folder or URL (`s3://bucket/exp1`) of the run's archive; default what the run was opened with before,
             or `archive/` in the folder.
-        archive_options: of an object store, endpoint, region, access_key_id, secret_access_key, ...
+        archive_options: of an object store: endpoint, region, access_key_id, secret_access_key, session_token, timeout,
+            ...; for what is not given, the environment (`AWS_ACCESS_KEY_ID`, ...). An archive on disk has none.
         ack: when a write counts as acknowledged. "memory": the server has it (a crash of the server may lose about 2
             seconds, a crash of any other process nothing). "fsync": it is on the server's disk.
         partitions: P of a new run, default 16; fixed from then on.
@@ -71,7 +75,8 @@ def open(  # `trajstore.open`, as one says `gzip.open`
             different incarnations, or the archive is not where the run has it; the server does not fsync although asked
             to.
         NotFound: no run there, and `create` is False.
-        Unavailable: the folder cannot be used, no server can be had, or it does not answer.
+        Unavailable: the folder cannot be used, no server can be had, or it does not answer; it is waited for, while it
+            loads its log, until the timeout. Or the archive of a run that is not known to be archived there.
         SchemaError: the location or an option cannot be right; a store of a newer format.
     """
     if ack not in ("memory", "fsync"):
@@ -82,11 +87,15 @@ def open(  # `trajstore.open`, as one says `gzip.open`
         raise SchemaError(f"partitions must lie in [1, {MAX_PARTITIONS}], not {partitions}")
     if routing_order is not None:
         check_choice(routing_order, ORDERS, name="routing order")
+    check_count(buffer_bytes, name="buffer_bytes")
+    check_options(archive_options)
     if archive is not None:
         ArchiveRoot.at(archive, archive_options)  # refused before anything is begun
     text = _text(location)
     if not text:
         raise SchemaError("the location is empty; give a folder or a Redis URL")
+    if archive_options and archive is None and "://" not in text and not Path(text, "store.json").exists():
+        raise SchemaError(f"archive_options need archive=: the new store in {text} would have its archive in a folder")
     server: EmbeddedServer | None = None
     folder: Path | None = None
     if "://" in text:
@@ -142,6 +151,8 @@ def open_archive(location: Location, *, options: Mapping[str, str] | None = None
 
     Raises:
         NotFound: there is no archive.
+        SchemaError: location or options cannot be right.
+        Unavailable: it does not answer.
     """
     reader = read_archive(location, options)
     return Archive(View(None, lambda: reader), reader.info.partitions)

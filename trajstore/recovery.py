@@ -147,7 +147,7 @@ def _archive_of(
     if recorded is not None:
         text = os.fsdecode(recorded)
         return ArchiveRoot.at(text if "://" in text else (home or Path()) / text, options)
-    return None if home is None or not (home / "archive").exists() else ArchiveRoot.at(home / "archive")
+    return None if home is None or not (home / "archive").exists() else ArchiveRoot.at(home / "archive", options)
 
 
 def _begin_again(wire: Wire, run: str, reader: ArchiveReader, home: Path | None, order: RoutingOrder) -> None:

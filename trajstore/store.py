@@ -97,7 +97,8 @@ class Store(Archive):
         """Where the run is archived, None if nowhere; found as soon as somebody gives it an archive.
 
         Raises:
-            Conflict: the archive does not lie, as seen from here, where the run has it.
+            Conflict: the archive does not lie, as seen from here, where the run has it; or is another run's.
+            Unavailable: it does not answer.
         """
         return self._archive.reader()
 
@@ -257,18 +258,21 @@ class Store(Archive):
     def repair_summary(self, id: str) -> None:
         """Write a trajectory's summary anew from its log: the loser of a race may have left its own.
 
-        What became final and was archived and removed has its summary in the archive only.
+        What became final and was archived and removed has its summary in the archive only; what retention has dropped,
+        nowhere.
         """
-        with contextlib.suppress(NotFound):
+        try:
             summary = summarize(id, self._view.read_deleted_too(id).events)
-            name = self.keys.summaries(self.keys.partition(id))
-            stream = self.keys.entries(id)
-            with self.wire.watching(stream) as watch:
-                last = stream_last_id(watch.session.exchange([("XINFO", "STREAM", stream)])[0])
-                if last is None:
-                    self.wire.transaction([("HDEL", name, id)], watch=watch)
-                elif summary is not None and EventId.parse(summary.last) >= last:
-                    self.wire.transaction([("HSET", name, id, encode_summary(summary))], watch=watch)
+        except NotFound:
+            summary = None
+        name = self.keys.summaries(self.keys.partition(id))
+        stream = self.keys.entries(id)
+        with self.wire.watching(stream) as watch:
+            last = stream_last_id(watch.session.exchange([("XINFO", "STREAM", stream)])[0])
+            if last is None:
+                self.wire.transaction([("HDEL", name, id)], watch=watch)
+            elif summary is not None and EventId.parse(summary.last) >= last:
+                self.wire.transaction([("HSET", name, id, encode_summary(summary))], watch=watch)
 
     def backlog(self) -> Backlog:
         """What the hot log holds that is not archived yet, and how full the server is. Only looks; does not flush.

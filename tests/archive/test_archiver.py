@@ -1,6 +1,7 @@
 """From the hot log to the archive: what goes, what stays, and that every read sees the same trajectory throughout."""
 
 import json
+import shutil
 import threading
 import time
 
@@ -269,7 +270,7 @@ def test_failed_publish_leaves_no_half_pack_behind(durable, archive, folder):
     packs = folder / "archive" / "packs" / "00"
     packs.parent.mkdir()
     packs.write_text("in the way")
-    with pytest.raises(trajstore.Unavailable, match="stays in the hot log"):
+    with pytest.raises(trajstore.Unavailable, match="holds is untouched"):
         archive()
     assert list((folder / "archive" / "staging").iterdir()) == []
     packs.unlink()
@@ -345,6 +346,58 @@ def test_abandoned_segment_is_closed_as_aborted_and_its_writer_fenced(durable, a
     segment.tokens([4])
     with pytest.raises(trajstore.Fenced):
         durable.flush(trajectory.id)
+
+
+def test_trajectory_that_was_only_created_is_archived_when_nothing_came_for_long(durable):
+    """Its first entry is a finished epoch, of which no hint tells; it stays open, and is gone on with."""
+    trajectory = durable.create(id="bare", routing=SPEC)
+    durable.flush()
+    durable.wire.call("HSET", durable.keys.quiet(0), "bare", "1-0 1000")
+    assert archived_while_running(durable, lambda: not hot_entries(durable, "bare")).entries == 1
+    assert durable.backlog().trajectories == 0
+    assert durable.list()[0].status == "open"
+    again = archived_while_running(durable, lambda: durable.wire.call("HGET", durable.keys.quiet(0), "bare"))
+    assert (again.packs, again.abandoned) == (0, 0)
+    with trajectory.segment(context=[1]) as segment:
+        segment.tokens([2])
+    durable.flush()
+    assert list(durable.load("bare").token_ids) == [1, 2]
+    assert durable.wire.call("HGET", durable.keys.quiet(0), "bare") == b"1-0 1000"
+
+
+def test_trajectory_that_was_just_created_waits_for_its_first_segment(durable):
+    durable.create(id="bare", routing=SPEC)
+    durable.flush()
+    archived_while_running(
+        durable,
+        lambda: durable.wire.call("HGET", durable.keys.quiet(0), "bare"),
+        lambda: record_seed_case(durable, id="other"),
+        lambda: durable.archive.find("other").parts,
+    )
+    assert (durable.archive.find("bare").parts, len(hot_entries(durable, "bare"))) == ([], 1)
+
+
+def test_archiving_once_takes_what_was_only_created(durable, archive):
+    durable.create(id="bare", routing=SPEC)
+    assert archive().entries == 1
+    assert hot_entries(durable, "bare") == []
+    assert durable.backlog().trajectories == 0
+    assert archive().packs == 0
+
+
+def archived_while_running(store, *steps):
+    """What an archiver did until each of these was so, one after the other."""
+    stop = threading.Event()
+    archiver = Archiver(store, pack_seconds=0.0, abandon_seconds=3600.0)
+    thread = threading.Thread(target=archiver.run, kwargs={"stop": stop})
+    thread.start()
+    try:
+        for step in steps:
+            until(step)
+    finally:
+        stop.set()
+        thread.join(30)
+    return archiver.done
 
 
 def test_segment_that_moved_on_is_not_abandoned(durable, archive):
@@ -452,6 +505,7 @@ def test_partition_with_a_damaged_manifest_stops_no_other(tmp_path):
         Archiver(store).run(once=True)
     record = tmp_path / "store" / "archive" / "manifest" / "00" / "00000001.json"
     record.write_bytes(record.read_bytes()[:-9])
+    shutil.rmtree(tmp_path / "store" / "archive" / "index" / "00")  # it would tell what the record said
     with trajstore.open(tmp_path / "store", ack="fsync") as store:
         ids = (str(ULID()) for _ in range(100))
         stays = next(id for id in ids if store.keys.partition(id) == 0)

@@ -167,7 +167,7 @@ def test_a_file_in_the_way_is_unavailable(tmp_path):
         lambda: storage.create("x", b""),
         lambda: storage.publish("packs/1", {"x": b""}, lambda step: None),
     ):
-        with pytest.raises(Unavailable, match="stays in the hot log"):
+        with pytest.raises(Unavailable, match="holds is untouched"):
             write()
     assert paths(storage) == []
 

@@ -1,5 +1,7 @@
 """Records and lookup tables: what a fresh reader finds, at any number of records, with any table missing or damaged."""
 
+import tracemalloc
+
 import msgspec
 import numpy as np
 import pytest
@@ -158,3 +160,53 @@ def test_records_lost_below_a_table_of_sixteen_are_noticed(tmp_path):
         (tmp_path / "manifest" / "03" / f"{number:08}.json").unlink()
     with pytest.raises(trajstore.Corrupt, match="00000017"):
         manifest_of(storage).refresh()
+
+
+def test_table_is_written_though_a_reader_of_the_process_takes_the_record_first(tmp_path):
+    """As a store that reads beside its archiver does, between the record and what follows it."""
+
+    class Watched(LocalStorage):
+        def create(self, path, data):
+            super().create(path, data)
+            if path.startswith("manifest/"):
+                manifest.refresh()
+
+    storage = Watched(tmp_path)
+    manifest = manifest_of(storage)
+    for number in range(1, 18):
+        append(storage, manifest, number, [f"t{number}"])
+    tables = {path.name for path in (tmp_path / "index" / "03").iterdir()}
+    assert tables == {"00000001-00000016.safetensors", "00000017-00000017.safetensors"}
+    assert [record.number for record, _ in manifest.find("t17").parts] == [17]
+
+
+@pytest.mark.parametrize("number", [1, 2, 17, 18])
+def test_damaged_record_that_a_table_covers_concerns_only_what_is_in_its_pack(tmp_path, number):
+    storage = LocalStorage(tmp_path)
+    writer = manifest_of(storage)
+    for each in range(1, 19):
+        append(storage, writer, each, [f"t{each}"], replaces=[each - 1] if each == 18 else [])
+    path = tmp_path / "manifest" / "03" / f"{number:08}.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    fresh = manifest_of(storage)
+    assert fresh.refresh() == 18
+    assert not fresh.is_live(17), "the table tells what a damaged record replaced"
+    for other in range(1, 17):
+        if other != number:
+            assert [record.number for record, _ in fresh.find(f"t{other}").parts] == [other]
+    if number != 17:
+        with pytest.raises(trajstore.Corrupt, match=path.name):
+            fresh.find(f"t{number}")
+    append(storage, fresh, 19, ["t19"])
+    assert fresh.find("t19").parts
+
+
+def test_merging_holds_one_column_at_a_time(tmp_path):
+    tables = [make_table(number, [Line(f"t{number}-{i}", i, 1) for i in range(20_000)]) for number in range(1, 17)]
+    nbytes = sum(column.nbytes for table in tables for column in table.columns)
+    tracemalloc.start()
+    merged = merge_tables(tables)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(merged) == 16 * 20_000
+    assert peak < 2.2 * nbytes

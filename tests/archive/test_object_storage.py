@@ -1,5 +1,6 @@
 """An S3 server as the place of an archive: options and secrets, lost and odd replies, silence, and forks."""
 
+import re
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ from ulid import ULID
 from tests.archive.places import contents, paths, run
 from tests.s3 import Answer, Proxy
 from trajstore.archive.storage.local import open_storage
+from trajstore.archive.storage.object_errors import credentials_advice
 from trajstore.errors import SchemaError, Unavailable
 
 
@@ -48,6 +50,38 @@ def test_secrets_are_never_shown(s3):
     assert storage.location == f"{s3.url('x')}?endpoint={proxy.endpoint}&region=us-east-1"
 
 
+@pytest.mark.parametrize("code", ["AccessDenied", "InvalidAccessKeyId", "ExpiredToken"])
+def test_refused_credentials_are_an_error_that_names_what_to_set(s3, code):
+    with Proxy(s3, lambda request, ask: Answer.error(400 if code == "ExpiredToken" else 403, code)) as proxy:
+        storage = open_storage(s3.url("x"), proxy.options)
+        for use in (lambda: storage.read("x"), lambda: storage.create("x", b"")):
+            with pytest.raises(
+                Unavailable, match=f"{code}.*credentials.*AWS_ACCESS_KEY_ID.*secret_access_key.*archive_options"
+            ):
+                use()
+
+
+def test_missing_credentials_are_told_from_a_silent_server(s3, monkeypatch):
+    """Without any, the metadata service of a cloud's machine is asked; here it lies where nobody answers."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    options = {"endpoint": s3.endpoint, "region": "us-east-1", "timeout": "1"}
+    with pytest.raises(Unavailable, match=r"no credentials.*AWS_ACCESS_KEY_ID.*session_token"):
+        open_storage(s3.url("x"), options).read("x")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "text", "names"),
+    [
+        ("gs", "http://metadata.google.internal/token", "GOOGLE_SERVICE_ACCOUNT.*service_account in"),
+        ("az", "http://169.254.169.254/metadata/identity", "AZURE_STORAGE_ACCOUNT_KEY.*account_key in"),
+    ],
+)
+def test_each_kind_of_store_names_its_own_credentials(scheme, text, names):
+    assert re.search(names, credentials_advice(Exception(text), scheme))
+    assert credentials_advice(Exception("error sending request"), scheme) is None
+
+
 def test_folders_that_a_console_made_are_no_files(s3):
     name = str(ULID())
     s3.put(f"{name}/", b"")
@@ -86,7 +120,7 @@ def test_a_server_that_is_silent_or_gone_is_unavailable(use, silent_s3, s3):
     """The session's time limit per test is far above the deadline that is asked for, and far below for ever."""
     for options in (silent_s3, {**s3.options, "endpoint": "http://127.0.0.1:1"}):
         storage = open_storage(s3.url("x"), {**options, "timeout": "1"})
-        with pytest.raises(Unavailable, match=r"try again|hot log") as caught:
+        with pytest.raises(Unavailable, match=r"try again|untouched") as caught:
             USES[use](storage)
         assert storage.location in str(caught.value)
 

@@ -744,3 +744,89 @@ def test_file_that_is_cut_off_is_told(made, tmp_path):
     os.truncate(pack / "tokens" / "c" / "0", 10)
     done = rebuild_archive(ArchiveRoot.at(folder))
     assert any(pack.name in text and "tokens/c/0" in text for text in done.damaged)
+
+
+def test_pack_to_be_given_up_that_is_none_is_refused_before_anything_is_written(durable):
+    """A typo must not look like a decision."""
+    for _ in range(2):
+        record_seed_case(durable)
+        archived(durable)
+    place, names = archive_of(durable), packs(durable)
+    record = Path(place) / "manifest" / "00" / "00000002.json"
+    record.unlink()
+    before = files(place)
+    for name, said in (
+        (names[1][:-1] + "?", "no pack"),
+        ("09/00000001-01ARZ3NDEKTSV4RRFFQ69G5FAV", "no pack"),
+        ("nonsense", "no pack"),
+        (names[0], f"--pack {names[0]} --lost"),
+        (names[1], "can be read"),
+    ):
+        result = invoke("rebuild", place, "--without", name)
+        assert (result.exit_code, said in result.stderr, files(place)) == (1, True, before), name
+    assert invoke("rebuild", place).exit_code == 0
+    assert record.exists()
+
+
+def test_pack_that_was_given_up_is_a_leftover_from_then_on(durable):
+    ids = []
+    for _ in range(3):
+        ids.append(record_seed_case(durable).id)
+        archived(durable)
+    name = packs(durable)[1]
+    shard = packs_folder(durable) / name[3:] / "trajectories" / "c" / "0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    lose_manifest(durable)
+    assert invoke("rebuild", archive_of(durable), "--without", name).exit_code == 0
+    again = invoke("rebuild", archive_of(durable), "--json")
+    assert (again.exit_code, json.loads(again.stdout)["archive"]["leftovers"]) == (0, [name])
+    for command in ("ls", "verify"):
+        assert invoke(command, archive_of(durable)).exit_code == 0
+
+
+def test_number_of_partitions_that_the_archive_belies_is_refused(root):
+    before = files(root.location)
+    for harm in (None, "archive.json"):
+        if harm:
+            (Path(root.location) / harm).unlink()
+            before = files(root.location)
+        result = invoke("rebuild", root.location, "--partitions", "3")
+        assert (result.exit_code, "--partitions" in result.stderr, files(root.location)) == (1, True, before)
+    assert invoke("rebuild", root.location, "--partitions", "2").exit_code == 0
+
+
+def test_number_of_partitions_that_packs_of_version_1_belie_is_refused(tmp_path):
+    sample = Path(__file__).parent.parent / "data" / "stores" / "v1" / "archive"
+    archive = shutil.copytree(sample, tmp_path / "archive")
+    (archive / "archive.json").unlink()
+    right = read_archive(sample).info.partitions
+    with pytest.raises(trajstore.Conflict, match="--partitions"):
+        rebuild_archive(ArchiveRoot.at(archive), partitions=right + 7)
+    rebuild_archive(ArchiveRoot.at(archive), partitions=right)
+
+
+def test_options_of_a_run_and_of_an_archive_are_not_mixed(root, folder):
+    assert invoke("rebuild", root.location, "--archive", folder).exit_code == 2
+    assert invoke("rebuild", root.location, "--routing-order", "sorted").exit_code == 2
+    trajstore.open(folder).close()
+    assert invoke("rebuild", folder, "--partitions", "2").exit_code == 2
+
+
+def test_restored_older_manifest_shows_older_states_until_it_is_rebuilt(durable, tmp_path):
+    """As `docs/transfer.md` says of a copy of `manifest/` and `index/` that is older than `packs/`."""
+    grown, deleted = record_seed_case(durable), record_seed_case(durable)
+    archived(durable)
+    place = Path(archive_of(durable))
+    for part in ("manifest", "index"):
+        shutil.copytree(place / part, tmp_path / part)
+    durable.get(grown.id).close("completed")
+    durable.delete(deleted.id)
+    archived(durable)
+    for part in ("manifest", "index"):
+        shutil.rmtree(place / part)
+        shutil.copytree(tmp_path / part, place / part)
+    found = {summary.id: summary.status for summary in trajstore.open_archive(place).list()}
+    assert found == {grown.id: "open", deleted.id: "open"}
+    assert any(finding.kind == "leftover" and finding.severity == "warning" for finding in verify(place))
+    assert rebuild_archive(ArchiveRoot.at(place)).records == 1
+    assert [(one.id, one.status) for one in trajstore.open_archive(place).list()] == [(grown.id, "completed")]

@@ -136,14 +136,55 @@ def test_export_selects_by_id_group_and_status(durable, archive, tmp_path):
         return {summary.id for summary in trajstore.open_archive(tmp_path / name).list()}
 
     assert selected("ids", ids=[ids["open"], ids["plain"]]) == {ids["open"], ids["plain"]}
-    assert selected("groups", groups=["h", "nobody"]) == {ids["plain"]}
+    assert selected("groups", groups=["h"]) == {ids["plain"]}
     assert selected("statuses", statuses=["completed", "aborted"]) == {ids["archived"], ids["plain"]}
     assert selected("both", groups=["g"], statuses=["open"]) == {ids["half"]}
-    assert selected("none", groups=["nobody"]) == set()
-    with pytest.raises(trajstore.NotFound, match="nobody"):
-        export(durable, tmp_path / "missing", ids=["nobody"])
-    with pytest.raises(trajstore.SchemaError, match="status"):
-        export(durable, tmp_path / "wrong", statuses=["done"])
+    for wrong, message in (
+        ({"statuses": ["done"]}, "status"),
+        ({"ids": "one"}, "ids are several"),
+        ({"groups": "h"}, "groups are several"),
+        ({"options": {"region": "x"}}, "is a folder"),
+    ):
+        with pytest.raises(trajstore.SchemaError, match=message):
+            export(durable, tmp_path / "wrong", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ({"ids": ["nobody"]}, "nobody"),
+        ({"groups": ["nobody"]}, "no trajectory of group nobody; nothing was written"),
+        ({"groups": ["h", "nobody", "noone"]}, "group nobody, noone"),
+        ({"statuses": ["failed"]}, "none that the selection means; nothing was written"),
+        ({"groups": ["h"], "statuses": ["completed"]}, "none that the selection means"),
+    ],
+)
+def test_export_of_what_is_not_there_writes_nothing(durable, archive, tmp_path, selection, message):
+    ids = populate(durable, archive)
+    archive()
+    if "ids" in selection:
+        selection = {"ids": [ids["archived"], ids["half"], *selection["ids"]]}
+    for source in (durable, durable.archive):
+        with pytest.raises(trajstore.NotFound, match=message):
+            export(source, tmp_path / "copy", **selection)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_export_of_an_empty_run_and_import_of_an_empty_archive_write_nothing(durable, tmp_path, other):
+    with pytest.raises(trajstore.NotFound, match="no trajectory to export"):
+        export(durable, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    with pytest.raises(trajstore.NotFound, match="no trajectory to import"):
+        import_archive(other, read_archive(durable.archive.root.location))
+    assert packs(other) == []
+
+
+def test_export_of_nothing_is_an_error_of_the_command(durable, archive, folder, tmp_path):
+    populate(durable, archive)
+    result = invoke("export", folder, tmp_path / "copy", "--group", "nobody")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "no trajectory of group nobody; nothing was written" in result.stderr
+    assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.parametrize("archived", [False, True])

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 import trajstore
 from tests.builders import record_seed_case
-from tests.store.children import record_of, servers_of
+from tests.store.children import record_of, servers_of, until
 from trajstore.archiver import Archiver
+from trajstore.recovery import recover
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -155,12 +159,37 @@ def test_many_threads_open_one_new_folder_at_once(folder):
         ({"timeout": float("nan")}, "timeout must be positive"),
         ({"timeout": float("inf")}, "timeout must be positive"),
         ({"ack": "disk"}, "ack must be 'memory' or 'fsync'"),
+        ({"buffer_bytes": "1 GB"}, "buffer_bytes must be a non-negative integer"),
+        ({"archive": 7}, "a folder or a URL, not 7"),
+        ({"archive": b"cold"}, "a folder or a URL, not b'cold'"),
+        ({"archive_options": {"region": "x"}}, "archive_options need archive="),
+        (
+            {"archive_options": {"region": "x"}, "archive": "cold"},
+            "region are an object store's, but .*cold is a folder",
+        ),
+        ({"archive_options": "region=x"}, "a mapping of names to text, .* not str"),
+        ({"archive_options": {1: "x"}, "archive": "s3://b/x"}, "not dict with other keys"),
+        ({"archive_options": {"region": None}, "archive": "s3://b/x"}, "region of the object store must be text"),
+        ({"archive_options": {"regoin": "x"}, "archive": "s3://b/x"}, "regoin"),
     ],
 )
 def test_options_that_cannot_be_right_are_refused_before_anything_is_made(folder, options, message):
     with pytest.raises(trajstore.SchemaError, match=message):
         trajstore.open(folder, **options)
     assert not folder.exists()
+
+
+def test_options_of_an_object_store_are_refused_where_the_run_has_none(open_store, folder, tmp_path):
+    open_store()
+    with pytest.raises(trajstore.SchemaError, match="has no archive; leave them out, or give the archive"):
+        open_store(archive_options={"region": "x"})
+    open_store(archive=tmp_path / "cold")
+    with pytest.raises(trajstore.SchemaError, match=r"its archive in the folder .*cold; leave them out"):
+        open_store(archive_options={"region": "x"})
+    trajstore.open(folder, partitions=1).close()
+    with pytest.raises(trajstore.SchemaError, match="its archive in the folder"):
+        trajstore.open(folder, archive_options={"region": "x"})
+    assert servers_of(folder) == []
 
 
 def test_an_empty_location_is_not_the_current_folder(tmp_path, monkeypatch):
@@ -246,6 +275,62 @@ def test_a_password_is_not_shown_where_the_url_is_at_fault(url):
     assert "s3cret" not in str(error.value)
 
 
+@pytest.fixture
+def loading(own_server, run_name):
+    """Stops a server that holds a run, and starts it again as one that takes long to load its log."""
+    with ExitStack() as starting:
+
+        def load(microseconds: int) -> str:
+            with trajstore.open(own_server.url(run_name), partitions=1) as store:
+                for _ in range(3000):  # it looks at its clients only now and then
+                    store.create()
+            own_server.stop()
+            own_server.options["key-load-delay"] = str(microseconds)
+            thread = threading.Thread(target=own_server.start)
+            thread.start()
+            starting.callback(thread.join, 60)
+            retries = Retry(NoBackoff(), 0)  # by themselves they would wait until it has loaded
+            with redis.Redis(port=own_server.port, protocol=2, retry=retries) as client:
+                until(lambda: is_loading(client), what="a server that loads")
+            return own_server.url(run_name)
+
+        yield load
+
+
+def is_loading(client: "redis.Redis[bytes]") -> bool:
+    try:
+        client.ping()
+    except redis.BusyLoadingError:
+        return True
+    except redis.ConnectionError:
+        return False
+    raise AssertionError("it has loaded its log before anybody could look")
+
+
+@pytest.mark.parametrize("how", ["open", "recover"])
+def test_opening_waits_for_a_server_behind_a_url_that_is_loading_its_log(loading, how, caplog):
+    url = loading(100)
+    if how == "recover":
+        assert recover(url).summaries == 3000
+    with trajstore.open(url, create=False) as store:
+        assert len(store.list()) == 3000
+    assert caplog.text.count("the server is loading its log; waiting up to 30 s") == 1
+
+
+def test_waiting_for_a_server_that_is_loading_its_log_has_a_deadline_and_says_what_it_waited_for(loading):
+    with pytest.raises(trajstore.Unavailable, match=r"still loading its log after 0\.5 s.*longer timeout="):
+        trajstore.open(loading(200), timeout=0.5)
+
+
+def test_opening_waits_a_moment_for_a_server_that_has_just_been_started(own_server, run_name):
+    trajstore.open(own_server.url(run_name), partitions=1).close()
+    own_server.stop()
+    with ThreadPoolExecutor(1) as threads:
+        opening = threads.submit(trajstore.open, own_server.url(run_name), create=False)
+        own_server.start()
+        opening.result(30).close()
+
+
 def test_fsync_is_refused_on_a_server_that_does_not_fsync(own_server, run_name):
     with pytest.raises(trajstore.Conflict, match="appendfsync everysec"):
         trajstore.open(own_server.url(run_name), ack="fsync")
@@ -284,6 +369,19 @@ def test_an_archive_folds_as_the_store_does(archived):
             one, other = archive.load("old", policy=policy), store.load("old", policy=policy)
             assert one.routed_experts.tobytes() == other.routed_experts.tobytes()
             assert np.array_equal(one.logprobs, other.logprobs, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "message"),
+    [
+        (".", {"region": "x"}, "region are an object store's, but .* is a folder"),
+        ("archive", "region=x", "a mapping of names to text, .* not str"),
+        ("archive", [("region", "x")], "not list"),
+    ],
+)
+def test_open_archive_refuses_options_that_cannot_be_right(archived, place, options, message):
+    with pytest.raises(trajstore.SchemaError, match=message):
+        trajstore.open_archive(archived / place, options=options)
 
 
 @pytest.mark.parametrize("place", ["nowhere", "empty"])

@@ -164,19 +164,13 @@ class Manifest:
 
     def _list_again(self, number: int) -> None:
         """A pack's list that could not be read: needed no more, or restored from a copy, or an error still."""
-        if number in self._replaced or self._is_given_up(number):
+        if number in self._replaced or self.is_given_up(number):
             self._unlisted.discard(number)
             return
         single = next((i for i, known in enumerate(self._tables) if known.first == known.last == number), None)
         if single is not None:  # else a larger table, which knows its lines, has come in its place
             self._tables[single] = self._made_table(self.record(number))
         self._unlisted.discard(number)
-
-    def _is_given_up(self, number: int) -> bool:
-        if number not in self._dropped:
-            return False
-        later = (self._load(other) for other in range(number + 1, self._newest + 1))
-        return any(record is not None and number in record.lost for record in later)
 
     def _require_whole(self) -> None:
         """Once: is the newest record really that? One that is gone would hide all later ones."""
@@ -267,6 +261,21 @@ class Manifest:
             hits = self._hits(id) if self._dropped else []
             gone = [hit for hit in hits if hit.number in self._dropped and hit.number not in self._replaced]
         return any(self._holds(hit, id) for hit in gone)
+
+    def has_dropped(self, number: int) -> bool:
+        """A later record dropped this one's pack, as of the last refresh."""
+        with self._lock:
+            return number in self._dropped
+
+    def is_given_up(self, number: int) -> bool:
+        """A later record dropped this one's pack as a damaged one. Reads records only if the pack was dropped.
+
+        Raises:
+            Corrupt: a record cannot be read.
+        """
+        if not self.has_dropped(number):
+            return False
+        return any(number in self.record(other).lost for other in range(number + 1, self._newest + 1))
 
     def records(self) -> Iterator[Record]:
         """Every record up to the last refresh, oldest first."""

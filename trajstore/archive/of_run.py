@@ -1,13 +1,16 @@
 """Where a run is archived: given when it is opened, recorded beside it, found by stores that were opened before."""
 
+import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.root import ARCHIVE_FORMAT, ArchiveInfo, ArchiveRoot
 from trajstore.entries import EntryStamp
-from trajstore.errors import Conflict
+from trajstore.errors import Conflict, SchemaError, Unavailable
 from trajstore.events import EventId
 from trajstore.log.keys import Keys
 from trajstore.log.run import RunInfo, open_run, read_run
@@ -15,6 +18,10 @@ from trajstore.log.wire import Wire
 from trajstore.routing import RoutingOrder
 
 __all__ = ["RunArchive", "open_archived_run"]
+
+log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 
 class RunArchive:
@@ -24,7 +31,7 @@ class RunArchive:
         wire, run, info: of the run.
         home: folder of an embedded store, to which a recorded path is relative.
         options: of an object store.
-        reader: of the archive, None if the run has none yet.
+        root: where the archive was said to be, None to go by the run's record.
     """
 
     def __init__(
@@ -35,29 +42,49 @@ class RunArchive:
         *,
         home: Path | None,
         options: Mapping[str, str] | None,
-        reader: ArchiveReader | None,
+        root: ArchiveRoot | None,
     ) -> None:
         self._wire = wire
         self._run = run
         self._about = _about(run, info)
         self._home = home
         self._options = options
-        self._reader = reader
+        self._root = root
+        self._reader: ArchiveReader | None = None
+        self._silent: str | None = None
+        self._silent_until = 0.0
 
     def reader(self) -> ArchiveReader | None:
-        """The archive, None while the run has none; asked anew each time until it has.
+        """The archive, None while the run has none; asked anew each time until it has, and until the archive answers.
 
         Raises:
             Conflict: the archive does not lie, as seen from here, where the run has it; or is another run's.
+            Unavailable: it does not answer.
         """
         if self._reader is None:
-            root = _recorded(self._wire, self._run, self._home, self._options)
+            recorded = _recorded(self._wire, self._run, self._home, self._options)
+            root = self._root or recorded
             if root is not None:
-                if root.info() is None:
-                    raise _not_here(self._run, root, root)
-                root.claim(self._about)
-                self._reader = ArchiveReader(root, self._about)
+                known = root.info() is not None
+                if not known and recorded is not None:
+                    raise _not_here(self._run, recorded, root)
+                self.meet(root, recorded, known=known)
         return self._reader
+
+    def meet(self, root: ArchiveRoot, recorded: ArchiveRoot | None, *, known: bool) -> None:
+        """The first contact: make this the run's archive, or find that it is; only here it can show to be another's.
+
+        Args:
+            recorded: where the run has it.
+            known: there is an archive already.
+
+        Raises:
+            Conflict, Unavailable: as `reader`.
+        """
+        root.claim(self._about)
+        if recorded is None or not recorded.is_at(root):  # a full server takes no SET
+            _record(self._wire, self._run, root, self._home, self._options, moved=known)
+        self._reader = ArchiveReader(root, self._about)
 
     def knows(self, id: str) -> bool:
         """Something of the trajectory is archived."""
@@ -69,18 +96,32 @@ class RunArchive:
 
     def entry(self, id: str, at: EventId) -> EntryStamp | None:
         """What an archived entry was written as, None if it is not archived."""
-        reader = self.reader()
-        return None if reader is None else reader.entry(id, at)
+        return self._answer(lambda reader: reader.entry(id, at), None)
 
     def note(self, id: str, at: EventId) -> EntryStamp | None:
         """Likewise for a note."""
-        reader = self.reader()
-        return None if reader is None else reader.note(id, at)
+        return self._answer(lambda reader: reader.note(id, at), None)
 
     def last_note(self, id: str) -> int:
         """Number of the newest archived note, 0 for none."""
-        reader = self.reader()
-        return 0 if reader is None else reader.last_note(id)
+        return self._answer(lambda reader: reader.last_note(id), 0)
+
+    def _answer(self, ask: Callable[[ArchiveReader], _Answer], without: _Answer) -> _Answer:
+        """For a writer, whose other trajectories wait: what does not answer is let be for as long as that took.
+
+        Raises:
+            Unavailable: it does not answer, or did not a moment ago.
+        """
+        begun = time.monotonic()
+        if self._silent is not None and begun < self._silent_until:
+            raise Unavailable(self._silent)
+        try:
+            reader = self.reader()
+            return without if reader is None else ask(reader)
+        except Unavailable as error:
+            now = time.monotonic()
+            self._silent, self._silent_until = str(error), now + max(1.0, now - begun)
+            raise
 
 
 def open_archived_run(
@@ -96,35 +137,58 @@ def open_archived_run(
 ) -> tuple[RunInfo, RunArchive]:
     """The run's record and its archive, both of one incarnation.
 
+    A run that is known to have an archive opens while that does not answer, for a writer asks it only where it is in
+    doubt what became of an entry. Whoever needs it meets it later, by `RunArchive.reader`.
+
     Args:
         archive, options, partitions, routing_order: as given to `trajstore.open`.
         home: folder of an embedded store, which has its archive in `archive/` unless told otherwise.
 
     Raises:
-        NotFound, Conflict: see `trajstore.open`.
+        NotFound, Conflict, SchemaError: see `trajstore.open`.
+        Unavailable: the server does not answer, or the archive of a run that is not known to be archived there.
     """
     recorded = _recorded(wire, run, home, options)
     root = recorded if home is None or recorded is not None else ArchiveRoot.at(home / "archive")
     if archive is not None:
         root = ArchiveRoot.at(archive, options)
-    found = None if root is None else root.info()
+    if options and (root is None or root.is_local):
+        raise SchemaError(
+            f"archive_options are given, but run {run!r} has "
+            + (f"its archive in the folder {root.location}" if root is not None else "no archive")
+            + "; leave them out, or give the archive that they are for: archive='s3://bucket/name'"
+        )
+    found: ArchiveInfo | None = None
+    silent: Unavailable | None = None
+    try:
+        found = None if root is None else root.info()
+    except Unavailable as error:
+        if root is None or recorded is None or not _may_be(recorded, root):
+            raise
+        silent = error
     known = read_run(wire, run)  # after the archive, which is claimed once the run has its record
+    if known is None and silent is not None:
+        raise silent
     if known is None and found is not None and root is not None:
         raise Conflict(
             f"the server knows no run {run!r}, but {root.location} archives incarnation {found.incarnation} of run "
             f"{found.run!r}: the hot log was lost, or this is another server. `trajstore rebuild` continues the run "
             f"from its archive, trajstore.open_archive({root.location!r}) reads it; or begin a run in a new folder"
         )
-    if recorded is not None and found is None and root is not None:
+    if recorded is not None and found is None and root is not None and silent is None:
         raise _not_here(run, recorded, root)
     info = open_run(wire, run, partitions=partitions, routing_order=routing_order, create=create)
-    if root is None:
-        return info, RunArchive(wire, run, info, home=home, options=options, reader=None)
-    root.claim(_about(run, info))
-    if recorded is None or not recorded.is_at(root):  # a full server takes no SET
-        _record(wire, run, root, home, options, moved=found is not None)
-    reader = ArchiveReader(root, _about(run, info))
-    return info, RunArchive(wire, run, info, home=home, options=options, reader=reader)
+    run_archive = RunArchive(wire, run, info, home=home, options=options, root=root)
+    if silent is not None:
+        log.warning(
+            "run %r is opened without its archive: %s. New trajectories are written all the same; whatever needs the "
+            "archive asks it anew",
+            run,
+            silent,
+        )
+    elif root is not None:
+        run_archive.meet(root, recorded, known=found is not None)
+    return info, run_archive
 
 
 def _about(run: str, info: RunInfo) -> ArchiveInfo:
@@ -144,7 +208,14 @@ def _recorded(wire: Wire, run: str, home: Path | None, options: Mapping[str, str
     if recorded is None:
         return None
     text = os.fsdecode(recorded)
-    return ArchiveRoot.at(text if "://" in text else (home or Path()) / text, options)
+    if "://" in text:
+        return ArchiveRoot.at(text, options)
+    return ArchiveRoot.at((home or Path()) / text)
+
+
+def _may_be(recorded: ArchiveRoot, root: ArchiveRoot) -> bool:
+    """They are one place as far as can be told without asking: an endpoint has several names."""
+    return recorded.is_at(root) or recorded.location.partition("?")[0] == root.location.partition("?")[0]
 
 
 def _record(

@@ -116,13 +116,13 @@ def first_look(
         entries={entry.at: entry_digest(entry.data) for entry in entries},
         notes={note.at: entry_digest(note.data) for note in notes},
         nbytes=sum(event.payload.nbytes for event in new if event.payload is not None),
-        ripe_at=now + horizon if new else now,
+        ripe_at=now + horizon if new and not archived.dropped else now,
         server=server,
     )
 
 
 def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: str, look: Look) -> Part:
-    """Read a trajectory again and stage what is still the same and finished.
+    """Read a trajectory again and stage what is still the same and finished; nothing if retention has dropped it.
 
     Raises:
         SchemaError: an event that this version does not know, so cannot write as it was.
@@ -130,6 +130,8 @@ def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: 
     """
     entries, notes = hot.read(id)
     archived = manifest.find(id)
+    if archived.dropped:
+        return Part(id, look, [], None, None, None, entries, notes)
     last, last_note = archived.last, archived.last_note
     ripe = set(ripe_prefix([(e.at, entry_digest(e.data)) for e in entries], look.entries, last))
     decoded = [(entry, entry.events()) for entry in entries if entry.at in ripe]

@@ -15,9 +15,9 @@ import msgspec
 from trajstore.archive.sealed import seal, unseal
 from trajstore.archive.storage.local import LocalStorage, open_storage
 from trajstore.archive.storage.protocol import Storage
-from trajstore.errors import Conflict, Corrupt, NotFound
+from trajstore.errors import Conflict, Corrupt, NotFound, SchemaError
 
-__all__ = ["ARCHIVE_FORMAT", "ArchiveInfo", "ArchiveRoot"]
+__all__ = ["ARCHIVE_FORMAT", "ArchiveInfo", "ArchiveRoot", "check_options"]
 
 ARCHIVE_FORMAT = 2
 """Version of the archives that this version begins; it reads older ones. See `docs/format.md`."""
@@ -51,10 +51,22 @@ class ArchiveRoot:
     def at(cls, location: str | os.PathLike[str], options: Mapping[str, str] | None = None) -> "ArchiveRoot":
         """The root at a folder or URL, which need not hold anything yet.
 
+        Args:
+            options: of an object store; a folder has none.
+
         Raises:
-            SchemaError: it cannot name an archive.
+            SchemaError: it cannot name an archive, or options are given that cannot be right or with a folder.
         """
-        return cls(open_storage(location, options))
+        if not isinstance(location, str | os.PathLike):
+            raise SchemaError(f"an archive's location is a folder or a URL, not {location!r:.80}")
+        check_options(options)
+        root = cls(open_storage(location, options))
+        if options and root.is_local:
+            raise SchemaError(
+                f"the options {', '.join(sorted(options))} are an object store's, but {root.location} is a folder; "
+                "leave archive_options out, or give the URL of the archive: s3://bucket/name"
+            )
+        return root
 
     @property
     def is_local(self) -> bool:
@@ -124,6 +136,20 @@ class ArchiveRoot:
 
     def __repr__(self) -> str:
         return f"<ArchiveRoot {self.location}>"
+
+
+def check_options(options: Mapping[str, str] | None) -> None:
+    """Make sure that options are names with values; what they mean is the object store's to say.
+
+    Raises:
+        SchemaError: they are not.
+    """
+    if options is not None and not (isinstance(options, Mapping) and all(isinstance(name, str) for name in options)):
+        kind = type(options).__name__
+        raise SchemaError(
+            f"the options of an object store are a mapping of names to text, {{'region': 'us-east-1'}}, not {kind}"
+            + (" with other keys" if isinstance(options, Mapping) else "")
+        )
 
 
 def _is_ours(path: str) -> bool:

@@ -5,6 +5,7 @@ memory is full. Their order makes every crash in between repeatable: payloads go
 the hints that lead here are acknowledged last.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 
 from trajstore.archive.manifest import Manifest
@@ -17,11 +18,13 @@ from trajstore.log.reader import HotEntry
 from trajstore.log.stream import stream_last_id
 from trajstore.log.wire import Command, Wire
 
-__all__ = ["trim"]
+__all__ = ["free", "trim"]
+
+log = logging.getLogger(__name__)
 
 
 def trim(wire: Wire, keys: Keys, manifest: Manifest, parts: Sequence[Part], *, grace: float) -> None:
-    """Trim trajectories of one partition to what the manifest does not name.
+    """Trim trajectories of one partition to what the manifest does not name; of those that retention dropped, all goes.
 
     Args:
         grace: seconds after which the emptied keys of a final trajectory go, together.
@@ -29,6 +32,10 @@ def trim(wire: Wire, keys: Keys, manifest: Manifest, parts: Sequence[Part], *, g
     Raises:
         Unavailable: the server did not answer; trim again.
     """
+    gone = [part.id for part in parts if manifest.is_dropped(part.id)]
+    if gone:
+        free(wire, keys, gone)
+        log.warning("%d trajectories that retention has dropped were removed from the hot log: %s", len(gone), gone[0])
     wire.call_all([command for part in parts for command in _drop_archived(keys, manifest, part)])
     over = _unmoved(wire, keys, manifest, [part for part in parts if _is_over(manifest, part)])
     wire.call_all([("PEXPIRE", key, int(grace * 1000)) for part in over for key in _keys_of(keys, part)])
@@ -37,6 +44,18 @@ def trim(wire: Wire, keys: Keys, manifest: Manifest, parts: Sequence[Part], *, g
     moved = [part for part in over if part not in still]
     wire.call_all([("PERSIST", key) for part in moved for key in _keys_of(keys, part)])
     wire.call_all([("HDEL", keys.summaries(keys.partition(part.id)), part.id) for part in still])
+
+
+def free(wire: Wire, keys: Keys, ids: Sequence[str]) -> None:
+    """Remove all that the hot log holds of trajectories that are gone for good.
+
+    Without the stream a writer's next append is refused, and it learns from the archive what became of the trajectory.
+
+    Raises:
+        Unavailable: the server did not answer; do it again.
+    """
+    wire.call_all([("UNLINK", keys.payloads(id), keys.notes(id), keys.entries(id)) for id in ids])
+    wire.call_all([("HDEL", keys.summaries(keys.partition(id)), id) for id in ids])
 
 
 def _unmoved(wire: Wire, keys: Keys, manifest: Manifest, parts: Sequence[Part]) -> list[Part]:

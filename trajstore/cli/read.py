@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import click
 import msgspec
 
+from trajstore.cli.damage import Damage
 from trajstore.cli.documents import event_document, summary_document, trajectory_document
 from trajstore.cli.following import follow
 from trajstore.cli.page import SEGMENT_COLUMNS, Strip, header_fields, segment_row, strips, token_runs
@@ -40,20 +41,22 @@ _SEGMENT_STYLES = ("cyan", "green", "yellow", "magenta", "blue", "red")
 @store_argument
 @click.option("--status", multiple=True, type=click.Choice(ALL_STATUSES), help="Only these; repeatable.")
 @click.option("--group", help="Only members of this group.")
+@click.option("--mixed", is_flag=True, help="Only those with a segment that more than one weight version sampled.")
 @_as_json
-def ls(store: str, status: tuple[str, ...], group: str | None, as_json: bool) -> None:
+def ls(store: str, status: tuple[str, ...], group: str | None, mixed: bool, as_json: bool) -> None:
     """List trajectories, oldest id first.
 
     `rows` counts the routing rows of all recordings together, `tokens` what is left after rewinds. With --json: an
-    array of summaries.
+    array of summaries. What is damaged is named on stderr, and what can be read is listed; the exit code is 1 then.
 
     \b
     Examples:
       trajstore ls runs/exp1 --status open --status aborted
       trajstore ls --group prompt-17 --json | jq '.[].reward'
     """
+    damage = Damage()
     with open_reading(store) as archive:
-        found = archive.list(status=status or None, group=group)
+        found = archive.list(status=status or None, group=group, mixed=mixed, on_corrupt=damage.hear)
     if as_json:
         print_json([summary_document(summary) for summary in found])
     elif found:
@@ -65,7 +68,8 @@ def ls(store: str, status: tuple[str, ...], group: str | None, as_json: bool) ->
             styles=STATUS_STYLES,
         )
     else:
-        diagnostics().print("no trajectories" + (" like that" if status or group is not None else ""))
+        diagnostics().print("no trajectories" + (" like that" if status or mixed or group is not None else ""))
+    damage.fail("trajectories that have a part there are not listed, or only as the hot log knows them")
 
 
 @click.command()

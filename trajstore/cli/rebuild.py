@@ -23,7 +23,10 @@ _SERVERS = ("redis://", "rediss://", "unix://")
 @click.option("--archive", "folder", metavar="ARCHIVE", help="Where the run is archived; default what the run has.")
 @click.option("--digests", is_flag=True, help="Compare the content of every pack with its record, too.")
 @click.option(
-    "--without", multiple=True, metavar="PACK", help="Give this pack up, of which nothing can be read; may be repeated."
+    "--without",
+    multiple=True,
+    metavar="PACK",
+    help="Give this pack up, which has no record and cannot be read; may be repeated.",
 )
 @click.option("--partitions", type=click.IntRange(min=1), help="Of a lost archive.json, where packs do not tell.")
 @click.option(
@@ -55,8 +58,13 @@ def rebuild(
     """
     begun = time.monotonic()
     if location.startswith(_SERVERS) or (Path(location) / "store.json").exists():
+        if partitions is not None:
+            raise click.UsageError(f"--partitions is for an archive, and {location} is a run, which knows its own")
         found = recover(location, archive=folder, routing_order=routing_order, digests=digests, without=without)
     else:
+        for flag, given in (("--archive", folder), ("--routing-order", routing_order)):
+            if given is not None:
+                raise click.UsageError(f"{flag} is for a run, and {location} is none")
         root = ArchiveRoot.at(location)
         found = Recovered(archive=rebuild_archive(root, digests=digests, without=without, partitions=partitions))
     _account(found, begun=begun, as_json=as_json)

@@ -10,8 +10,10 @@ from rich.filesize import decimal
 
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.transfer.copies import Transferred
+from trajstore.cli.damage import Damage
 from trajstore.cli.place import is_archive, open_run
 from trajstore.cli.terminal import diagnostics, plain, print_json
+from trajstore.errors import NotFound
 from trajstore.events import CLOSED_STATUSES
 from trajstore.exchange import Exported, Imported, export, import_archive
 from trajstore.opening import read_archive
@@ -48,7 +50,8 @@ def export_command(
     """Copy trajectories to a new archive of their own.
 
     DEST is a new or empty folder, or an object store's URL. It gets every event, note and payload of the selected
-    trajectories as they stand now; deleted ones are left out. Every copy is folded and compared with its source.
+    trajectories as they stand now; deleted ones are left out. Every copy is folded and compared with its source. What
+    is damaged is named on stderr and left out, all else is exported; the exit code is 1 then.
 
     \b
     Examples:
@@ -56,17 +59,24 @@ def export_command(
       trajstore export 'redis://host:6379/0?run=exp1' s3://bucket/best --status completed --group prompt-17
     """
     begun = time.monotonic()
+    damage = Damage()
     with _opened(source) as opened, _progress(f"exporting {source}") as on_progress:
-        done = export(
-            opened,
-            dest,
-            ids=ids,
-            groups=groups,
-            statuses=statuses,
-            check=not no_check,
-            on_progress=lambda done: on_progress(_exported(done)),
-        )
+        try:
+            done = export(
+                opened,
+                dest,
+                ids=ids,
+                groups=groups,
+                statuses=statuses,
+                check=not no_check,
+                on_progress=lambda done: on_progress(_exported(done)),
+                on_corrupt=damage.hear,
+            )
+        except NotFound as error:
+            damage.fail(str(error))
+            raise
     _account(done, _exported(done), begun=begun, as_json=as_json)
+    damage.fail(f"all else is in {dest}")
 
 
 @click.command("import")

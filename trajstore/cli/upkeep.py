@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,12 @@ from trajstore.archive.storage.protocol import StoredFile
 from trajstore.archive.upkeep.candidates import Candidates
 from trajstore.archive.upkeep.compaction import compact as compact_packs
 from trajstore.archive.upkeep.garbage import Garbage, find_foreign, find_garbage, remove_garbage
-from trajstore.archive.upkeep.retention import drop, expired, named, nothing_hot, still_hot
+from trajstore.cli.damage import Damage
+from trajstore.cli.dropping import Choice, Dropped
 from trajstore.cli.place import is_archive, open_run, store_argument
 from trajstore.cli.signals import graceful_stop
-from trajstore.cli.terminal import diagnostics, print_json, print_table
-from trajstore.errors import Corrupt, Fenced, NotFound, SchemaError, TrajstoreError
+from trajstore.cli.terminal import diagnostics, plain, print_json, print_table
+from trajstore.errors import Corrupt, Fenced, NotFound, SchemaError
 from trajstore.log.feed import worker_name
 from trajstore.opening import read_archive
 from trajstore.store import Store
@@ -60,7 +61,8 @@ def compact(store: str, as_json: bool) -> None:
 
     STORE may also be an archive without its server. The packs that were replaced are removed by `trajstore gc`. A
     running archiver does the same while it is idle; beside one, either may have to look again. SIGTERM or Ctrl-C stops
-    it after the pack at hand, a second one at once; either is safe.
+    it after the pack at hand, a second one at once; either is safe. What is damaged is named on stderr and stays as it
+    is, all else is compacted; the exit code is 1 then.
 
     \b
     Examples:
@@ -68,35 +70,39 @@ def compact(store: str, as_json: bool) -> None:
       trajstore compact s3://bucket/exp1 --json
     """
     done: list[tuple[list[Record], Record]] = []
-    refused: list[TrajstoreError] = []
+    damage = Damage()
     with graceful_stop() as stopped, _opened(store) as (reader, _):
         for partition in range(reader.info.partitions):
             candidates = Candidates(reader, partition, remnants=True)
-            while not stopped.is_set():
-                if not candidates.look():
-                    continue
-                records = candidates.due()
-                if not records:
-                    break
-                try:
-                    done.append((records, _compact(reader, partition, candidates, records)))
-                except (SchemaError, Corrupt) as error:
-                    log.error("packs of partition %d were left as they are: %s", partition, error)
-                    candidates.pass_over(records)
-                    refused.append(error)
+            try:
+                while not stopped.is_set():
+                    if not candidates.look():
+                        continue
+                    records = candidates.due()
+                    if not records:
+                        break
+                    try:
+                        done.append((records, _compact(reader, partition, candidates, records)))
+                    except (SchemaError, Corrupt) as error:
+                        candidates.pass_over(records)
+                        damage.hear(error)
+            except (SchemaError, Corrupt) as error:  # of its manifest; the other partitions go on
+                damage.hear(error)
+            for fault in candidates.faults:
+                damage.hear(fault)
     old, new = [one for records, _ in done for one in records], [record for _, record in done]
     before, after = sum(map(_nbytes, old)), sum(map(_nbytes, new))
     if as_json:
         print_json({"compactions": len(new), "packs": len(old), "bytes_before": before, "bytes_after": after})
     diagnostics().print(f"{len(old)} packs of {decimal(before)} are {len(new)} of {decimal(after)}", soft_wrap=True)
-    if refused:
-        raise refused[0]
+    damage.fail("these stay as they are, the others were compacted as far as it is due")
 
 
 @click.command()
 @store_argument
 @click.option("--older-than", type=_DURATION, metavar="AGE", help="Drop packs whose newest events are older: 30d, 12h.")
 @click.option("--pack", "packs", multiple=True, metavar="NAME", help="Drop this pack; repeatable.")
+@click.option("--lost", is_flag=True, help="With --pack: these are damaged; give them up, with all that they held.")
 @click.option(
     "--whole-trajectories", is_flag=True, help="With --pack: drop also trajectories that have parts in other packs."
 )
@@ -113,6 +119,7 @@ def gc(
     store: str,
     older_than: float | None,
     packs: tuple[str, ...],
+    lost: bool,
     whole_trajectories: bool,
     grace: float,
     dry_run: bool,
@@ -121,39 +128,49 @@ def gc(
     """Remove what an archive does not need any more.
 
     That is files of packs that were replaced or dropped, and what crashes left. With --older-than or --pack, packs are
-    dropped for good first: their trajectories are not found any more, and their ids stay taken. Files that are not
-    trajstore's are listed and stay. STORE may also be an archive without its server; then nothing is known of what the
-    hot log still holds.
+    dropped for good first: their trajectories are not found any more, and their ids stay taken. An open trajectory is
+    never dropped by its age. Files that are not trajstore's are listed and stay. STORE may also be an archive without
+    its server; then nothing is known of what the hot log still holds.
+
+    What is damaged is named on stderr and stays, as does all that may be needed by it; the exit code is 1 then. With
+    --pack NAME --lost a damaged pack is given up, with every trajectory that has a part in it.
 
     \b
     Examples:
       trajstore gc runs/exp1 --dry-run
       trajstore gc 'redis://host:6379/0?run=exp1' --older-than 30d
+      trajstore gc runs/exp1 --pack 07/00000012-01M8A... --lost --dry-run
     """
-    if whole_trajectories and not packs:
-        raise click.UsageError("--whole-trajectories belongs to --pack")
+    for flag, given in (("--whole-trajectories", whole_trajectories), ("--lost", lost)):
+        if given and not packs:
+            raise click.UsageError(f"{flag} belongs to --pack")
+    damage = Damage()
     with _opened(store) as (reader, run):
-        choose = _chooser(
-            reader, run, None if older_than is None else time.time() - older_than, packs, whole_trajectories
-        )
+        before = None if older_than is None else time.time() - older_than
+        choice = Choice(reader, run, before, packs, whole=whole_trajectories, lost=lost, damage=damage)
         if packs:
-            choose(None)  # refused before anything is dropped
-        dropped: list[Record] = []
+            choice.named()  # refused before anything is dropped
+        dropped: list[Dropped] = []
         for partition in range(reader.info.partitions):
-            dropped += choose(partition) if dry_run else _drop(reader, partition, choose)
+            dropped += choice.look(partition) if dry_run else choice.drop(partition)
+        dropping = [one.record for one in dropped] if dry_run else ()
         removed: list[Garbage] = []
-        for found in find_garbage(reader, now=time.time(), grace=grace, dropping=dropped if dry_run else ()):
+        for found in find_garbage(
+            reader,
+            now=time.time(),
+            grace=grace,
+            dropping=dropping,
+            ledgers=choice.ledgers,
+            on_corrupt=damage.hear,
+        ):
             removed.append(found)
             if not dry_run and len(removed) % _REMOVED_AT_ONCE == 0:
                 remove_garbage(reader, removed[-_REMOVED_AT_ONCE:])
         if not dry_run:
             remove_garbage(reader, removed[len(removed) // _REMOVED_AT_ONCE * _REMOVED_AT_ONCE :])
-        foreign = sorted(find_foreign(reader))
+        foreign = sorted(find_foreign(reader, ledgers=choice.ledgers))
     _report(dropped, removed, foreign, dry_run=dry_run, as_json=as_json)
-
-
-_Choose = Callable[[int | None], list[Record]]
-"""Packs of one partition that may go, or of all."""
+    damage.fail("what is damaged stays, with all that it may need")
 
 
 @contextmanager
@@ -181,44 +198,12 @@ def _compact(reader: ArchiveReader, partition: int, candidates: Candidates, reco
     return compact_packs(reader, partition, records, writer=writer)
 
 
-def _chooser(
-    reader: ArchiveReader, run: Store | None, before: float | None, packs: tuple[str, ...], whole: bool
-) -> _Choose:
-    busy = nothing_hot if run is None else still_hot(run.wire, run.keys)
-
-    def choose(partition: int | None) -> list[Record]:
-        wanted = [pack for pack in packs if partition is None or pack.startswith(f"{partition:02}/")]
-        found = {record.number: record for record in named(reader, wanted, whole=whole, busy=busy)}
-        if before is not None and partition is not None:
-            found |= {record.number: record for record in expired(reader.manifest(partition), before=before, busy=busy)}
-        return [found[number] for number in sorted(found)]
-
-    return choose
-
-
-def _drop(reader: ArchiveReader, partition: int, choose: _Choose) -> list[Record]:
-    """Drop a partition's packs in one record; returns theirs."""
-    writer = worker_name()
-    for left in reversed(range(_TRIES)):
-        records = choose(partition)
-        if not records:
-            break
-        try:
-            drop(reader, partition, records, writer=writer)
-            return records
-        except Fenced as error:
-            if not left:
-                raise
-            log.info("%s", error)
-    return []
-
-
 def _nbytes(record: Record) -> int:
     return sum(file.size for file in record.files.values())
 
 
 def _report(
-    dropped: list[Record], removed: list[Garbage], foreign: list[StoredFile], *, dry_run: bool, as_json: bool
+    dropped: list[Dropped], removed: list[Garbage], foreign: list[StoredFile], *, dry_run: bool, as_json: bool
 ) -> None:
     nbytes = sum(garbage.nbytes for garbage in removed)
     if as_json:
@@ -226,8 +211,9 @@ def _report(
             {
                 "dry_run": dry_run,
                 "dropped": [
-                    {"pack": record.pack, "trajectories": record.counts.trajectories, "bytes": _nbytes(record)}
-                    for record in dropped
+                    {"pack": one.record.pack, "trajectories": one.record.trajectories, "bytes": one.record.nbytes}
+                    | ({"lost": True, "ids": one.ids} if one.lost else {})
+                    for one in dropped
                 ],
                 "removed": [
                     {
@@ -243,13 +229,29 @@ def _report(
             }
         )
     else:
-        rows = [("drop", str(_nbytes(record)), f"packs/{record.pack}", "asked for") for record in dropped]
+        rows = [("drop", str(one.record.nbytes), f"packs/{one.record.pack}", _why(one)) for one in dropped]
         rows += [("remove", str(garbage.nbytes), garbage.path, garbage.reason) for garbage in removed]
         rows += [("foreign", str(file.size), file.path, "not trajstore's; stays") for file in foreign]
         if rows:
             print_table(("what", "bytes", "path", "why"), rows, right=("bytes",), flexible=("path",))
     would = "would be " if dry_run else ""
+    for one in dropped:
+        if one.lost:
+            diagnostics().print(plain(_lost_with(one, would)), soft_wrap=True)
     diagnostics().print(
         f"{len(dropped)} packs {would}dropped, {decimal(nbytes)} {would}removed, {len(foreign)} foreign files",
         soft_wrap=True,
     )
+
+
+def _why(one: Dropped) -> str:
+    return "damaged and given up" if one.lost else "asked for"
+
+
+def _lost_with(one: Dropped, would: str) -> str:
+    if one.ids is None:
+        return (
+            f"{one.record.trajectories} trajectories {would}dropped with {one.record.pack}; which they are cannot be "
+            "read any more. Of one that has parts in other packs, too, `trajstore verify` tells what it misses"
+        )
+    return f"dropped with {one.record.pack}{', it would be' if would else ''}: {', '.join(one.ids)}"

@@ -28,7 +28,10 @@ __all__ = [
 
 
 class ArchiveIndex(Protocol):
-    """Looks entries up in a fresh manifest of the archive, by trajectory id and entry id."""
+    """Looks entries up in a fresh manifest of the archive, by trajectory id and entry id.
+
+    Raises NotFound for a trajectory that retention has dropped: nobody may write it on.
+    """
 
     def entry(self, id: str, at: EventId) -> EntryStamp | None: ...
     def note(self, id: str, at: EventId) -> EntryStamp | None: ...

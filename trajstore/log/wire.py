@@ -5,6 +5,7 @@ when a reply is lost (redis-py 8 retries ten times by default), so every retry i
 pinned. Large arguments go out by the Python packer, which sends them without a copy (hiredis' packer copies).
 """
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,12 @@ __all__ = [
 Argument: TypeAlias = str | bytes | bytearray | memoryview | int
 Command: TypeAlias = Sequence[Argument]
 
+log = logging.getLogger(__name__)
+
 _READ_SIZE = 1 << 20
+
+_STARTING = 2.0
+"""Seconds that a server between its start and its first `listen` gets; a wrong port is told apart by nothing else."""
 
 FULL_AT = 0.9
 """Share of `maxmemory` at which writing stops, so that what drains the server keeps room to work."""
@@ -148,9 +154,30 @@ class Wire:
             self._pool.release(connection)
 
     def wait_while_loading(self) -> None:
-        """Wait for a server that reads its log after a restart, up to the timeout; then the next call says so."""
-        deadline = time.monotonic() + self.timeout
-        while time.monotonic() < deadline and isinstance(self.exchange([("PING",)])[0], redis.BusyLoadingError):
+        """Wait up to the timeout for a server that reads its log after a restart; a moment for one that starts.
+
+        Raises:
+            Unavailable: it is loading still, or does not answer.
+        """
+        begun, told = time.monotonic(), False
+        while True:
+            try:
+                self.exchange([("PING",)])  # what the reply is does not matter: a user may lack the right to PING
+                return
+            except Unavailable as error:
+                waited = time.monotonic() - begun
+                # redis-py takes this reply for a lost connection, so it never comes as a value.
+                if isinstance(error.__cause__, redis.BusyLoadingError):
+                    if waited > self.timeout:
+                        raise Unavailable(
+                            f"the server is still loading its log after {self.timeout:g} s; try again once it is done, "
+                            "or give a longer timeout="
+                        ) from error
+                    if not told:
+                        log.warning("the server is loading its log; waiting up to %g s for it", self.timeout)
+                        told = True
+                elif not _is_refused(error) or waited > (self.timeout if told else min(self.timeout, _STARTING)):
+                    raise
             time.sleep(0.05)
 
     def session(self, *, timeout: float | None = None) -> "Session":
@@ -272,6 +299,12 @@ def translate(error: redis.RedisError, what: str) -> TrajstoreError:
     if isinstance(error, redis.ResponseError) and not isinstance(error, redis.BusyLoadingError | redis.ReadOnlyError):
         return Unavailable(f"the server refused {what}: {error}")
     return Unavailable(f"the server did not answer {what}: {error}")
+
+
+def _is_refused(error: Unavailable) -> bool:
+    """Nobody listens at the address, or there is no such socket."""
+    cause = error.__cause__
+    return cause is not None and isinstance(cause.__context__, ConnectionRefusedError | FileNotFoundError)
 
 
 class ServerInfo(NamedTuple):

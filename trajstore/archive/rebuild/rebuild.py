@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from trajstore.archive.pack_arrays import PackArrays
-from trajstore.archive.rebuild.found_packs import lines_of, pack_names, read_about
+from trajstore.archive.rebuild.found_packs import describe, find_packs, lines_of, pack_names, read_about
 from trajstore.archive.rebuild.records import Rebuilt, rebuild_records, set_aside
 from trajstore.archive.rebuild.tables import rebuild_tables
+from trajstore.archive.record import decode_record, record_path
 from trajstore.archive.root import ARCHIVE_FORMAT, ArchiveInfo, ArchiveRoot
 from trajstore.archive.sealed import seal
 from trajstore.archive.storage.protocol import Storage
@@ -37,14 +38,14 @@ def rebuild_archive(
 
     Args:
         digests: compare the content of every pack with its record, too: finds a record whose digest is wrong.
-        without: packs that cannot be read and are to be given up: "07/00000012-01M8...".
+        without: packs that no record names and that cannot be read, to be given up: "07/00000012-01M8...".
         partitions: P, needed only where neither `archive.json` nor a pack tells.
         on_partition: hears how many partitions of how many are done.
 
     Raises:
-        NotFound: nothing here is an archive's.
-        Conflict: packs of several runs, and no `archive.json` to tell whose archive this is; `partitions` is needed; an
-            archiver is at work.
+        NotFound: nothing here is an archive's, or there is no such pack as one of `without`.
+        Conflict: packs of several runs, and no `archive.json` to tell whose archive this is; `partitions` is needed, or
+            is not what the archive says; one of `without` need not be given up; an archiver is at work.
         SchemaError: written by a newer trajstore.
     """
     done = Rebuilt()
@@ -53,6 +54,10 @@ def rebuild_archive(
     if info is not None and said.runs:
         info = None
     found = info or said.identity(root, partitions)
+    if partitions not in (None, found.partitions):
+        raise Conflict(f"{root.location} has {found.partitions} partitions, not {partitions}; leave out --partitions")
+    for pack in sorted(without):
+        _require_unreadable(root, pack, found.partitions)
     for partition in range(found.partitions):
         tables = rebuild_records(root.storage, found, partition, done, digests=digests, without=without)
         done.tables += rebuild_tables(root.storage, partition, tables)
@@ -66,6 +71,31 @@ def rebuild_archive(
             raise Conflict(f"somebody else has written {root.location}/{_INFO} meanwhile; rebuild again") from error
         done.identity = True
     return done
+
+
+def _require_unreadable(root: ArchiveRoot, name: str, partitions: int) -> None:
+    """A pack to be given up is there, no record names it, and it cannot be read.
+
+    Raises:
+        NotFound, Conflict: it is not so.
+    """
+    folder = name.partition("/")[0]
+    partition = int(folder) if folder.isdecimal() and folder.isascii() else -1
+    packs = find_packs(root.storage, partition) if 0 <= partition < partitions else []
+    pack = next((one for one in packs if one.name == name), None)
+    if pack is None:
+        raise NotFound(f"{root.location} has no pack {name!r} to be rebuilt without; packs are named as below packs/")
+    with contextlib.suppress(FileNotFoundError, Corrupt):
+        path = record_path(partition, pack.number)
+        data = root.storage.read(path)
+        if decode_record(data, partition=partition, number=pack.number, where=path).pack == name:
+            raise Conflict(
+                f"pack {name} has a record, so nothing is rebuilt without it. A damaged one is given up with "
+                f"`trajstore gc {root.location} --pack {name} --lost`"
+            )
+    with contextlib.suppress(Corrupt):
+        describe(root.storage, PackArrays(root.storage), pack)
+        raise Conflict(f"pack {name} can be read, so a rebuild takes it in if it is needed; leave out --without")
 
 
 def _sound_identity(root: ArchiveRoot) -> ArchiveInfo | None:
@@ -127,8 +157,13 @@ class _Said(NamedTuple):
                 f"{root.location} holds packs of several runs or incarnations: {sorted(self.runs)}; restore "
                 "archive.json from a copy, or move away the packs that do not belong here"
             )
-        given = set() if partitions is None else {partitions}
-        known = self.partitions or given or set(_possible(root.storage, self.samples))
+        known = self.partitions or set(_possible(root.storage, self.samples))
+        if partitions is not None:
+            known &= {partitions}
+            if not known:
+                raise Conflict(
+                    f"--partitions {partitions}: the packs in {root.location} lie where they would not be then"
+                )
         if len(known) != 1:
             raise Conflict(
                 f"the packs in {root.location} are of version 1 and do not tell the run's number of partitions; give "

@@ -33,7 +33,7 @@ from trajstore.archive.rebuild.found_packs import (
     table_of,
 )
 from trajstore.archive.rebuild.planned import PlannedStorage
-from trajstore.archive.rebuild.tables import stored_tables
+from trajstore.archive.rebuild.tables import lines_told, stored_tables
 from trajstore.archive.record import RECORD_FORMAT, Record, encode_record, record_path
 from trajstore.archive.root import ArchiveInfo, ArchiveRoot
 from trajstore.archive.storage.protocol import Storage
@@ -173,7 +173,9 @@ class _Partition:
             if number not in self._sound and number in free:
                 self._new[number] = max(free[number], key=lambda record: (_is_whole(record), record.pack))
         for pack, error in unreadable:
-            if pack.number > newest or pack.number in self._sound or pack.number in self._new:
+            if self._was_given_up(pack):
+                self._done.leftovers.append(pack.name)
+            elif pack.number > newest or pack.number in self._sound or pack.number in self._new:
                 self._done.damaged.append(f"pack {pack.name} has no record and cannot be read: {error}")
             elif pack.name not in without:
                 self._done.unreadable.append(f"{pack.name}: {error}")
@@ -213,17 +215,26 @@ class _Partition:
         """The lookup table of each record, but of those whose pack cannot be read or is not the record's."""
         records = {**self._sound, **self._new}
         ended = {number for record in records.values() for number in (*record.replaces, *record.drops)}
+        lost = {number for record in records.values() for number in record.lost}
         found = {}
         for number, record in sorted(records.items()):
-            if number in self._sound and record.pack:
+            if number in self._sound and record.pack and number not in lost:
                 findings = check_files(self._storage, record, digests=self._digests, ended=number in ended)
                 self._done.damaged += [f"pack {record.pack}: {finding.what}" for finding in findings]
             try:
                 require_listed(self._storage, record)
                 found[number] = table_of(self._packs, record)
             except Corrupt as error:
-                self._done.damaged.append(str(error))
+                if number in lost:
+                    found[number] = lines_told(stored_tables(self._storage, self._partition), record)
+                else:
+                    self._done.damaged.append(str(error))
         return found
+
+    def _was_given_up(self, pack: FoundPack) -> bool:
+        """An earlier rebuild has filled its number."""
+        record = self._sound.get(pack.number)
+        return record is not None and record.writer == FILLER and not record.pack
 
     def _described(self, named: Collection[str]) -> tuple[dict[int, list[Record]], list[tuple[FoundPack, Corrupt]]]:
         """By number the records that packs without one can have; and the packs that can have none."""

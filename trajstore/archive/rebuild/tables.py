@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from trajstore.archive.index import FAN_OUT, Table, decode_table, encode_table, merge_tables, spans
+from trajstore.archive.index import FAN_OUT, Table, decode_table, encode_table, make_table, merge_tables, spans
+from trajstore.archive.record import Record
 from trajstore.archive.storage.protocol import Storage
 from trajstore.errors import Corrupt
 
-__all__ = ["rebuild_tables", "stored_tables"]
+__all__ = ["lines_told", "rebuild_tables", "stored_tables"]
 
 _TABLE = re.compile(r"index/[0-9]{2,}/([0-9]{8,})-([0-9]{8,})\.safetensors")
 
@@ -30,6 +31,27 @@ def stored_tables(storage: Storage, partition: int) -> dict[tuple[int, int], Tab
         if (table.first, table.last) == (first, last) and (first, last) in spans(first - 1):
             found[first, last] = table
     return dict(sorted(found.items(), key=lambda item: item[0][1] - item[0][0]))
+
+
+def lines_told(stored: Mapping[tuple[int, int], Table], record: Record) -> Table:
+    """The table of a record as far as those over it tell: for a pack whose list cannot be read any more.
+
+    Args:
+        stored: as `stored_tables` gives them.
+    """
+    over = (table for (first, last), table in stored.items() if first <= record.number <= last)
+    columns = next((table.columns for table in over), None)
+    table = make_table(record.number, (), replaced=record.replaces, dropped=record.drops)
+    if columns is None:
+        return table
+    own = columns[1] == record.number
+    return Table(
+        record.number,
+        record.number,
+        [column[own] for column in columns],
+        replaced=table.replaced,
+        dropped=table.dropped,
+    )
 
 
 def rebuild_tables(storage: Storage, partition: int, singles: Mapping[int, Table]) -> int:

@@ -120,7 +120,7 @@ class ObjectStorage:
         named = {f"{check_path(folder)}/{check_path(name)}": b"".join(parts_of(files[name])) for name in files}
         on_step("staged")
         try:
-            with self._asking(f"write {folder}", "Nothing is lost, it stays in the hot log"):
+            with self._asking(f"write {folder}", "What the archive holds is untouched"):
                 self._each(self._put, list(named.items()))
             on_step("synced")
         except BaseException:
@@ -197,7 +197,7 @@ class ObjectStorage:
         under way and may still fail. So it is read back.
         """
         began, pause, doubtful = time.monotonic(), FIRST_PAUSE, False
-        advice = "Nothing is lost, it stays in the hot log"
+        advice = "What the archive holds is untouched"
         while True:
             with self._asking(f"write {path}", advice):
                 try:

@@ -88,6 +88,9 @@ class Candidates:
         pack_bytes: payload bytes up to which packs are merged.
         since: records up to this one are not looked at. Packs among them count if a later tombstone is about them.
         remnants: packs that hold something of a dropped trajectory count, too. Looks up every trajectory.
+
+    Attributes:
+        faults: why packs take part in no compaction.
     """
 
     def __init__(
@@ -106,23 +109,26 @@ class Candidates:
         self._remnants = remnants
         self._found: dict[int, Candidate] = {}
         self._refused: set[int] = set()
+        self.faults: list[Corrupt] = []
 
     def look(self) -> bool:
         """Look at some of the records written since; True once there are no more.
 
         Raises:
-            Corrupt, SchemaError: a record cannot be read.
+            Corrupt, SchemaError: the manifest cannot be read to its end.
         """
         newest = self._manifest.refresh()
         stop = min(newest, self._seen + _AT_ONCE)
         for number in range(self._seen + 1, stop + 1):
-            record = self._manifest.record(number)
-            if record.pack and self._manifest.is_live(number):
+            if self._manifest.is_live(number):
                 try:
-                    self._look_at(record)
+                    record = self._manifest.record(number)
+                    if record.pack:
+                        self._look_at(record)
                 except Corrupt as error:
-                    log.error("pack %s takes part in no compaction: %s", record.pack, error)
+                    log.error("the pack of record %d takes part in no compaction: %s", number, error)
                     self._refused.add(number)
+                    self.faults.append(error)
             self._seen = number
         return self._seen == newest
 

@@ -13,9 +13,10 @@ from trajstore.archive.pack import PackedTrajectory, ReadEntry
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.record import RECORD_FORMAT, Record
 from trajstore.archive.repeats import known_rows
-from trajstore.archive.writer import PackWriter, PublishStep, StagedEntry
-from trajstore.errors import Conflict, Corrupt, Fenced, SchemaError
-from trajstore.events import EventId, Header, TrajectoryDeleted, TrajectoryOpened
+from trajstore.archive.transfer.source import Source
+from trajstore.archive.writer import PackWriter, PublishStep
+from trajstore.errors import Conflict, Corrupt, Fenced, NotFound
+from trajstore.events import EventId, TrajectoryDeleted, TrajectoryOpened
 from trajstore.routing import RoutingSpec
 from trajstore.summary import Summary
 
@@ -66,6 +67,8 @@ def compact(
         manifest.refresh()
         _require_live(manifest, partition, records, error)
         raise
+    except NotFound as error:  # its tombstone came meanwhile
+        raise Fenced(f"{error}; look again at what wants compaction") from error
     replaces = sorted(record.number for record in records)
     if added:
         return pack.publish(manifest, number, writer=writer, on_step=on_step, replaces=replaces)
@@ -133,7 +136,7 @@ def _add(
             f"trajectory {id} has rows of shape {_shape(own)}, others in these packs of shape {_shape(spec)}; one pack "
             "holds one shape, compact them apart"
         )
-    staged = _stage(reader, id, [moved[key] for key in sorted(moved)])
+    staged = list(Source(None, reader).stage(id, [moved[key] for key in sorted(moved)]))
     old = _independent([entry for entry in entries if _pack_of(entry) not in packs], moved.values())
     known = known_rows(reader, id, old, staged, spec.row_bytes) if spec is not None and old else None
     pack.add(id, staged, summary=summary, known=known)
@@ -146,34 +149,6 @@ def _read(reader: ArchiveReader, archived: Archived, id: str) -> list[ReadEntry]
     if archived.summary is None or archived.summary.status != "deleted":
         return entries
     return [entry for entry in entries if isinstance(entry.events[-1].header, TrajectoryDeleted)]
-
-
-def _stage(reader: ArchiveReader, id: str, entries: Sequence[ReadEntry]) -> list[StagedEntry]:
-    """Entries as the hot log held them, with their payloads; reads them in pages."""
-    headers = [_known_headers(id, entry) for entry in entries]
-    payloads = reader.payloads(id, [event for entry in entries for event in entry.events])
-    staged = []
-    for entry, known in zip(entries, headers, strict=True):
-        found = []
-        for event in entry.events:
-            data = next(payloads)
-            if data is None:
-                raise Corrupt(f"trajectory {id}: the payload of event {event.id} was moved while it was read")
-            found.append(data)
-        staged.append(StagedEntry(entry.at, entry.note, entry.nonce, entry.digest, entry.time, known, found))
-    return staged
-
-
-def _known_headers(id: str, entry: ReadEntry) -> list[Header]:
-    headers: list[Header] = []
-    for event in entry.events:
-        if not isinstance(event.header, Header):
-            raise SchemaError(
-                f"{id}: event {event.id} of pack {event.stored} is a {event.type} that this version does not know and "
-                "cannot write anew; upgrade trajstore"
-            )
-        headers.append(event.header)
-    return headers
 
 
 def _independent(stays: Sequence[ReadEntry], moved: Iterable[ReadEntry]) -> list[ReadEntry]:

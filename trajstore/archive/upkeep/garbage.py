@@ -5,14 +5,14 @@ makes its lookup tables anew reads it, and by the list of a dropped pack ids are
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from trajstore.archive.manifest import Manifest
 from trajstore.archive.pack import decode_entries, decode_trajectory
 from trajstore.archive.reader import ArchiveReader
-from trajstore.archive.record import Record
 from trajstore.archive.storage.protocol import StoredFile, staged_since
+from trajstore.archive.upkeep.ledger import Ledger, Ledgers, Noted
 from trajstore.errors import Corrupt, SchemaError
 
 __all__ = ["ORPHAN_SECONDS", "Garbage", "find_foreign", "find_garbage", "remove_garbage"]
@@ -47,37 +47,57 @@ class Garbage(NamedTuple):
 
 
 def find_garbage(
-    reader: ArchiveReader, *, now: float, grace: float, dropping: Iterable[Record] = ()
+    reader: ArchiveReader,
+    *,
+    now: float,
+    grace: float,
+    dropping: Iterable[Noted] = (),
+    ledgers: Ledgers | None = None,
+    on_corrupt: Callable[[Corrupt], None] | None = None,
 ) -> Iterator[Garbage]:
-    """Files that nothing needs. Never one that a live record names.
+    """Files that nothing needs. Never one that a live record names, nor of a pack whose record is damaged.
 
     Args:
         now: Unix seconds.
         grace: seconds since a pack was replaced or dropped, during which readers that found it before go on.
         dropping: records that count as dropped at this moment.
+        ledgers: what was read of the records before.
+        on_corrupt: hears which records cannot be read; what they may need stays.
 
     Raises:
-        Corrupt: a record cannot be read; what it needs is not known.
+        Corrupt: without `on_corrupt`, if a record cannot be read.
     """
-    ending = {(record.partition, record.number) for record in dropping}
+    ledgers = ledgers or Ledgers(reader)
+    ending = {(one.partition, one.number) for one in dropping}
     for partition in range(reader.info.partitions):
         listed = _by_folder(reader.root.storage.list(f"packs/{partition:02}"), depth=3)
-        manifest = reader.manifest(partition)
-        newest = manifest.refresh()  # after the listing: a pack that was listed before its record was there has it now
-        ended = _ended(manifest)
-        ended |= {number: now for part, number in ending if part == partition}
+        ledger = ledgers.of(partition)
+        ledger.read()  # after the listing: a pack that was listed before its record was there has it now
+        for error in ledger.errors:
+            if on_corrupt is None:
+                raise error
+            on_corrupt(error)
+        if ledger.failure is not None:
+            continue
+        ended = {**ledger.ended, **{number: now for part, number in ending if part == partition}}
         for folder, files in sorted(listed.items()):
-            found = _garbage_of(reader, manifest, folder, files, ended, newest, now=now, grace=grace)
+            found = _garbage_of(reader, ledger, folder, files, ended, now=now, grace=grace)
             if found is not None:
                 yield found
     yield from _left_over(reader, now)
 
 
-def find_foreign(reader: ArchiveReader) -> Iterator[StoredFile]:
-    """Files that are no part of an archive. They are nobody's garbage."""
-    newest = [reader.manifest(partition).refresh() for partition in range(reader.info.partitions)]
+def find_foreign(reader: ArchiveReader, *, ledgers: Ledgers | None = None) -> Iterator[StoredFile]:
+    """Files that are no part of an archive. They are nobody's garbage.
+
+    Args:
+        ledgers: what was read of the records before.
+    """
+    ledgers = ledgers or Ledgers(reader)
+    for partition in range(reader.info.partitions):
+        ledgers.of(partition).read()
     for file in reader.root.storage.list(""):
-        if not _is_ours(reader, file.path, newest):
+        if not _is_ours(reader, file.path, ledgers):
             yield file
 
 
@@ -87,11 +107,6 @@ def remove_garbage(reader: ArchiveReader, found: Sequence[Garbage]) -> None:
     for garbage in found:
         if garbage.path.startswith("packs/"):
             reader.packs.forget(garbage.path.removeprefix("packs/"))
-
-
-def _ended(manifest: Manifest) -> dict[int, float]:
-    """By record: when its pack was replaced or dropped."""
-    return {number: record.created for record in manifest.records() for number in (*record.replaces, *record.drops)}
 
 
 def _is_elsewhere(reader: ArchiveReader, manifest: Manifest, pack: str) -> bool:
@@ -117,11 +132,10 @@ def _is_elsewhere(reader: ArchiveReader, manifest: Manifest, pack: str) -> bool:
 
 def _garbage_of(
     reader: ArchiveReader,
-    manifest: Manifest,
+    ledger: Ledger,
     folder: str,
     files: Sequence[StoredFile],
     ended: Mapping[int, float],
-    newest: int,
     *,
     now: float,
     grace: float,
@@ -130,12 +144,12 @@ def _garbage_of(
     if match is None:
         return None
     number = int(match[2])
-    if not 1 <= number <= newest:
-        return None  # its record may still be written
-    record = manifest.record(number)
+    record = ledger.get(number)
+    if record is None:
+        return None  # it may still be written, or cannot be read
     if f"packs/{record.pack}" != folder:
         recent = max(file.modified for file in files) > now - ORPHAN_SECONDS
-        if recent or not _is_elsewhere(reader, manifest, folder.removeprefix("packs/")):
+        if recent or not _is_elsewhere(reader, ledger.manifest, folder.removeprefix("packs/")):
             return None
         return _garbage(folder, f"record {number} is another pack's, and others hold all that is in it", files)
     if number not in ended or ended[number] > now - grace:
@@ -159,7 +173,7 @@ def _left_over(reader: ArchiveReader, now: float) -> Iterator[Garbage]:
                 yield _garbage(file.path, "a temporary file", [file])
 
 
-def _is_ours(reader: ArchiveReader, path: str, newest: Sequence[int]) -> bool:
+def _is_ours(reader: ArchiveReader, path: str, ledgers: Ledgers) -> bool:
     if path == "archive.json" or _TEMPORARY.fullmatch(path):
         return True
     parts = path.split("/")
@@ -167,17 +181,15 @@ def _is_ours(reader: ArchiveReader, path: str, newest: Sequence[int]) -> bool:
         return len(parts) > 1 and staged_since(parts[1]) is not None
     folder = "/".join(parts[:3])
     match = _RECORD.fullmatch(path) or _TABLE.fullmatch(path) or _PACK.fullmatch(folder)
-    if match is None or match[1] != f"{int(match[1]):02}" or int(match[1]) >= len(newest):
+    if match is None or match[1] != f"{int(match[1]):02}" or int(match[1]) >= reader.info.partitions:
         return False
-    partition = int(match[1])
     if parts[0] == "index":
         return True
     if parts[0] == "manifest":
         return int(match[2]) > 0 and parts[2] == f"{int(match[2]):08}.json"
-    number = int(match[2])
-    if number > newest[partition]:
-        return True
-    record = reader.manifest(partition).record(number)
+    record = ledgers.of(int(match[1])).get(int(match[2]))
+    if record is None:
+        return int(match[2]) > 0
     return f"packs/{record.pack}" != folder or "/".join(parts[3:]) in record.files
 
 

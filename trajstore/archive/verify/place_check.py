@@ -76,6 +76,8 @@ def check_record(storage: Storage, manifest: Manifest, partition: int, number: i
     ended = [*record.replaces, *record.drops]
     if len(set(ended)) != len(ended) or any(not 0 < other < number for other in ended):
         yield _of_place("record", f"{where} replaces or drops records {ended}, not all of them earlier ones", _REBUILD)
+    if not set(record.lost) <= set(record.drops):
+        yield _of_place("record", f"{where} gives up records {list(record.lost)}, not all of which it drops", _REBUILD)
 
 
 def names_own_pack(record: Record) -> bool:

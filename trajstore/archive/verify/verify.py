@@ -182,6 +182,7 @@ def _check_partition(
         if record is not None and (record.replaces or record.drops):
             ended[number] = record
     gone = {other for record in ended.values() for other in (*record.replaces, *record.drops)}
+    lost = {other: record for record in ended.values() for other in record.lost}
     tables = Tables(storage, partition, newest)
     running: deque[Future[list[Finding]]] = deque()
     for number in range(1, newest + 1):
@@ -193,7 +194,9 @@ def _check_partition(
             yield 1, ()
             continue
         missing.discard(record.pack)
-        if number in gone:
+        if number in lost:
+            yield 1, [_given_up(record, lost[number])]
+        elif number in gone:
             running.append(pool.submit(_check_ended, reader, record))
         else:
             running.append(pool.submit(_check_pack, reader, manifest, record, tables.covering(number), quick))
@@ -229,6 +232,17 @@ def _check_pack(
 def _check_ended(reader: ArchiveReader, record: Record) -> list[Finding]:
     """What stays of a pack that was replaced or dropped."""
     return list(check_files(reader.root.storage, record, digests=True, ended=True))
+
+
+def _given_up(record: Record, by: Record) -> Finding:
+    return Finding(
+        kind="given-up",
+        severity="information",
+        pack=record.pack,
+        what=f"the pack was damaged, and record {by.number} has given it up: {record.counts.trajectories} trajectories "
+        "had a part in it",
+        what_to_do="",
+    )
 
 
 def _check_trajectories(reader: ArchiveReader, manifest: Manifest, pack: OpenPack) -> Iterator[Finding]:
