@@ -5,100 +5,27 @@ reader that has seen *n* records asks for *n + 1* and never lists a folder. Wher
 tables of `index.py`, so that what a process holds does not grow with the run.
 """
 
-import hashlib
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple, Protocol
 
-from trajstore.archive.index import (
-    FAN_OUT,
-    Hit,
-    Line,
-    Table,
-    decode_table,
-    encode_table,
-    make_table,
-    merge_tables,
-    spans,
-)
+from trajstore.archive.archived import Archived, OfPack
+from trajstore.archive.index import Hit, Line, Table, make_table
 from trajstore.archive.pack import PackedTrajectory, decode_trajectory, encode_trajectory
 from trajstore.archive.pack_arrays import PackArrays
-from trajstore.archive.record import Record, decode_record, encode_record, record_path
+from trajstore.archive.record import Record, decode_record, encode_record, record_path, require_listed
 from trajstore.archive.storage.protocol import Storage
+from trajstore.archive.stored_tables import StoredTables
 from trajstore.errors import Corrupt, Fenced
 from trajstore.events import EventId
 from trajstore.summary import Summary
 
-__all__ = ["Archived", "Manifest", "OfPack", "require_listed"]
+__all__ = ["Manifest"]
 
 log = logging.getLogger(__name__)
 
 _RECORDS = 1024
-
-
-class OfPack(Protocol):
-    """What says which pack: a record, or what is kept of one."""
-
-    @property
-    def pack(self) -> str: ...
-
-
-class Archived(NamedTuple):
-    """What the archive holds of one trajectory.
-
-    Attributes:
-        parts: (record, line) of each pack that it lies in, by the record's number.
-        dropped: retention has removed a part of it, and with that the whole.
-    """
-
-    parts: list[tuple[Record, PackedTrajectory]]
-    dropped: bool
-
-    @property
-    def kept(self) -> "Archived":
-        """What counts of it: of a deleted trajectory the part with its tombstone, whatever became of the others."""
-        summary = self.summary
-        if summary is None or summary.status != "deleted":
-            return self
-        return Archived([part for part in self.parts if part[1].last == summary.last], self.dropped)
-
-    @property
-    def last(self) -> EventId | None:
-        """Newest archived entry."""
-        return max((EventId.parse(line.last) for _, line in self.parts if line.last), default=None)
-
-    @property
-    def last_note(self) -> int:
-        """Number of its newest archived note, 0 for none."""
-        return max((line.last_note for _, line in self.parts), default=0)
-
-    @property
-    def summary(self) -> Summary | None:
-        """As of the newest archived entry."""
-        newest = [line for _, line in self.parts if line.summary is not None]
-        return max(newest, key=lambda line: EventId.parse(line.last)).summary if newest else None
-
-
-def require_listed(storage: Storage, record: Record) -> None:
-    """Before a pack's list of trajectories is believed: its files are those of the record, not another pack's.
-
-    Raises:
-        Corrupt: a file is missing, or its digest is another.
-    """
-    for name, file in record.files.items():
-        if name.startswith("trajectories/"):
-            path = f"packs/{record.pack}/{name}"
-            try:
-                found = hashlib.sha256(storage.read(path)).hexdigest()
-            except FileNotFoundError as error:
-                raise Corrupt(f"pack {record.pack} is damaged: {name} is missing; restore it from a copy") from error
-            if found != file.sha256:
-                raise Corrupt(
-                    f"pack {record.pack} is damaged: {name} is not what record {record.number} says; restore it from a "
-                    "copy"
-                )
 
 
 class Manifest:
@@ -108,6 +35,7 @@ class Manifest:
         self._storage = storage
         self._partition = partition
         self._packs = packs
+        self._stored = StoredTables(storage, partition)
         self._lock = threading.RLock()
         self._newest = 0
         self._is_whole = False
@@ -134,7 +62,7 @@ class Manifest:
             while (table := self._next()) is not None:
                 self._take(table)
             if self._newest > before:
-                self._consolidate(write=False)
+                self._tables = self._stored.consolidated(self._tables, self._newest, write=False)
             if not self._is_whole:
                 self._require_whole()
             for number in sorted(self._unlisted.difference(without)):
@@ -147,13 +75,13 @@ class Manifest:
         try:
             record = self._load(number)
         except Corrupt:
-            table = self._stored_table(self._newest)
+            table = self._stored.after(self._newest)
             if table is None:
                 raise
             return table
         if record is None:
             return None
-        table = self._stored_table(self._newest)
+        table = self._stored.after(self._newest)
         if table is not None:
             return table
         try:
@@ -175,7 +103,7 @@ class Manifest:
     def _require_whole(self) -> None:
         """Once: is the newest record really that? One that is gone would hide all later ones."""
         number = self._newest + 1
-        later = self._load(number + 1) is not None or self._stored_table(self._newest) is not None
+        later = self._load(number + 1) is not None or self._stored.after(self._newest) is not None
         if later and self._load(number) is None:  # in this order: all may be written meanwhile
             raise Corrupt(
                 f"the manifest record {self._where(number)} is missing, though what is written after it is there; "
@@ -212,8 +140,8 @@ class Manifest:
             if record.number == self._newest + 1:  # else a reader of this process has read it meanwhile
                 self._remember(record)
                 self._take(table)
-            self._write_table(table)
-            self._consolidate(write=True)
+            self._stored.write(table)
+            self._tables = self._stored.consolidated(self._tables, self._newest, write=True)
 
     def find(self, id: str) -> Archived:
         """What is archived of a trajectory, as of the last refresh.
@@ -295,7 +223,7 @@ class Manifest:
         """
         return (record for record in map(self.record, self.live_numbers()) if record.pack)
 
-    def lines(self, record: "OfPack") -> Iterator[PackedTrajectory]:
+    def lines(self, record: OfPack) -> Iterator[PackedTrajectory]:
         """What a record's pack holds of each trajectory.
 
         Raises:
@@ -366,58 +294,6 @@ class Manifest:
         self._replaced |= table.replaced
         self._dropped |= table.dropped
 
-    def _consolidate(self, *, write: bool) -> None:
-        """Put one table in the place of those that it merges, where it exists; or make it."""
-        size = FAN_OUT
-        while size <= self._newest:
-            small = {(table.first - 1) // size * size for table in self._tables if table.last - table.first + 1 < size}
-            for before in sorted(small):
-                first, last = before + 1, before + size
-                if last > self._newest:
-                    continue
-                covered = [table for table in self._tables if first <= table.first and table.last <= last]
-                merged = self._open_table(first, last)
-                if merged is None and write:
-                    self._write_table(merge_tables(covered))
-                    merged = self._open_table(first, last)
-                if merged is not None:
-                    where = self._tables.index(covered[0])
-                    self._tables[where : where + len(covered)] = [merged]
-                    if write:
-                        self._remove_tables(covered)
-            size *= FAN_OUT
-
-    def _write_table(self, table: Table) -> None:
-        try:
-            self._storage.create(self._table_path(table.first, table.last), encode_table(table))
-        except FileExistsError:
-            pass  # a damaged one, or another archiver's a moment ago
-        except OSError as error:
-            log.warning("a lookup table of partition %d could not be written: %s", self._partition, error)
-
-    def _remove_tables(self, tables: Sequence[Table]) -> None:
-        """Others in whose place a larger one stands; whoever has them open keeps them."""
-        try:
-            self._storage.remove(self._table_path(table.first, table.last) for table in tables)
-        except OSError as error:
-            log.warning("lookup tables of partition %d could not be removed: %s", self._partition, error)
-
-    def _stored_table(self, position: int) -> Table | None:
-        """The largest table that begins after record `position`, if there is one."""
-        found = (self._open_table(first, last) for first, last in spans(position))
-        return next((table for table in found if table is not None), None)
-
-    def _open_table(self, first: int, last: int) -> Table | None:
-        path = self._table_path(first, last)
-        try:
-            table = decode_table(self._storage.open_map(path), path=path)
-        except FileNotFoundError:
-            return None
-        except Corrupt as error:
-            log.warning("%s; what it says is read from the packs. Remove it, and an archiver writes it anew", error)
-            return None
-        return table if (table.first, table.last) == (first, last) else None
-
     def _remember(self, record: Record) -> None:
         self._records[record.number] = record
         if len(self._records) > _RECORDS:
@@ -443,6 +319,3 @@ class Manifest:
 
     def _path(self, number: int) -> str:
         return record_path(self._partition, number)
-
-    def _table_path(self, first: int, last: int) -> str:
-        return f"index/{self._partition:02}/{first:08}-{last:08}.safetensors"

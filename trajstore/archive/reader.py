@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from trajstore.archive.manifest import Archived, Manifest
+from trajstore.archive.archived import Archived
+from trajstore.archive.manifest import Manifest
 from trajstore.archive.pack import Piece, ReadEntry, decode_entries, payload_array
 from trajstore.archive.pack_arrays import PackArrays, Span
 from trajstore.archive.root import ArchiveInfo, ArchiveRoot

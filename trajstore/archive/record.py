@@ -1,13 +1,24 @@
 """A manifest record: one numbered step of a partition's archive, and how it is written."""
 
+import hashlib
 from collections.abc import Sequence
 
 import msgspec
 
 from trajstore.archive.sealed import seal, unseal
+from trajstore.archive.storage.protocol import Storage
 from trajstore.errors import Corrupt
 
-__all__ = ["RECORD_FORMAT", "FileDigest", "PackCounts", "Record", "decode_record", "encode_record", "record_path"]
+__all__ = [
+    "RECORD_FORMAT",
+    "FileDigest",
+    "PackCounts",
+    "Record",
+    "decode_record",
+    "encode_record",
+    "record_path",
+    "require_listed",
+]
 
 RECORD_FORMAT = 2
 """Of the records that this version writes; it reads older ones."""
@@ -100,3 +111,23 @@ def decode_record(data: bytes, *, partition: int, number: int, where: str) -> Re
 def record_path(partition: int, number: int) -> str:
     """Where a record lies below the archive's root."""
     return f"manifest/{partition:02}/{number:08}.json"
+
+
+def require_listed(storage: Storage, record: Record) -> None:
+    """Before a pack's list of trajectories is believed: its files are those of the record, not another pack's.
+
+    Raises:
+        Corrupt: a file is missing, or its digest is another.
+    """
+    for name, file in record.files.items():
+        if name.startswith("trajectories/"):
+            path = f"packs/{record.pack}/{name}"
+            try:
+                found = hashlib.sha256(storage.read(path)).hexdigest()
+            except FileNotFoundError as error:
+                raise Corrupt(f"pack {record.pack} is damaged: {name} is missing; restore it from a copy") from error
+            if found != file.sha256:
+                raise Corrupt(
+                    f"pack {record.pack} is damaged: {name} is not what record {record.number} says; restore it from a "
+                    "copy"
+                )

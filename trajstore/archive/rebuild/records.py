@@ -20,7 +20,7 @@ import msgspec
 from ulid import ULID
 
 from trajstore.archive.index import Table
-from trajstore.archive.manifest import Manifest, require_listed
+from trajstore.archive.manifest import Manifest
 from trajstore.archive.pack_arrays import PackArrays
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.rebuild.checks import faults, is_belied, is_needed
@@ -34,7 +34,7 @@ from trajstore.archive.rebuild.found_packs import (
 )
 from trajstore.archive.rebuild.planned import PlannedStorage
 from trajstore.archive.rebuild.tables import lines_told, stored_tables
-from trajstore.archive.record import RECORD_FORMAT, Record, encode_record, record_path
+from trajstore.archive.record import RECORD_FORMAT, Record, encode_record, record_path, require_listed
 from trajstore.archive.root import ArchiveInfo, ArchiveRoot
 from trajstore.archive.storage.protocol import Storage
 from trajstore.archive.verify.pack_check import check_files

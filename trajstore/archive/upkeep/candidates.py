@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
-from trajstore.archive.manifest import Archived
+from trajstore.archive.archived import Archived
 from trajstore.archive.pack import PackedTrajectory
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.record import Record

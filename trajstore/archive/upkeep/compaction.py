@@ -8,7 +8,8 @@ them.
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from trajstore.archive.manifest import Archived, Manifest
+from trajstore.archive.archived import Archived
+from trajstore.archive.manifest import Manifest
 from trajstore.archive.pack import PackedTrajectory, ReadEntry
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.record import RECORD_FORMAT, Record

@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeAlias
 
-from trajstore.archive.manifest import Manifest, require_listed
+from trajstore.archive.manifest import Manifest
 from trajstore.archive.reader import ArchiveReader
-from trajstore.archive.record import RECORD_FORMAT, Record
+from trajstore.archive.record import RECORD_FORMAT, Record, require_listed
 from trajstore.archive.trim import free
 from trajstore.archive.upkeep.ledger import Ledger, Noted, noted, numbers_of
 from trajstore.archive.verify.pack_check import check_files

@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+from trajstore.archive.archived import Archived
 from trajstore.archive.index import Table
-from trajstore.archive.manifest import Archived, Manifest
+from trajstore.archive.manifest import Manifest
 from trajstore.archive.pack import decode_entries
 from trajstore.archive.reader import ArchiveReader, resolve
 from trajstore.archive.record import Record
