@@ -10,20 +10,16 @@ windows of it side by side have the shape of a large one.
 
 import argparse
 import json
-import operator
-import os
-import platform
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from benchmarks.archive_growth import measure_archiver, measure_growth
 from benchmarks.archive_reading import measure_reading
 from benchmarks.archive_writing import measure_resumed, measure_writing
-from benchmarks.tables import Goal, Scale, Table, Topic
+from benchmarks.tables import Report, Scale, Table, Topic
 
-__all__ = ["FULL", "QUICK", "Report", "run"]
+__all__ = ["FULL", "QUICK", "run"]
 
 FULL = Scale(
     pack_bytes=64 << 20,
@@ -51,19 +47,6 @@ TOPICS: dict[str, Callable[[Scale, Path], Topic]] = {
     "growth": measure_growth,
     "archiver": measure_archiver,
 }
-
-
-class Report(NamedTuple):
-    """Everything that was measured, and what became of the goals."""
-
-    tables: list[Table]
-    goals: list[Goal]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data; ratios unrounded."""
-        goals = [{**goal._asdict(), "met": goal.met} for goal in self.goals]
-        machine = {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
-        return {"machine": machine, "goals": goals, "tables": [table._asdict() for table in self.tables]}
 
 
 def run(
@@ -103,8 +86,7 @@ def main() -> None:
             only=options.only,
             show=lambda table: print(table.as_text(), end="\n\n", flush=True),
         )
-    for goal in sorted(report.goals, key=operator.attrgetter("met")):
-        print(goal.as_text())
+    print(report.goals_as_text())
     if options.json:
         options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Comparison", "compare", "in_turns", "peak_memory"]
+__all__ = ["Comparison", "Spent", "compare", "in_turns", "peak_memory", "spent_in_turns"]
 
 
 class Comparison(NamedTuple):
@@ -19,6 +19,14 @@ class Comparison(NamedTuple):
     def ratio(self) -> float:
         """Baseline seconds / our seconds."""
         return self.baseline / self.ours
+
+
+class Spent(NamedTuple):
+    """Seconds: by the clock, of processor time of the calling thread, and of that of all threads of this process."""
+
+    wall: float
+    caller: float
+    process: float
 
 
 def compare(ours: Callable[[], object], baseline: Callable[[], object], *, repeats: int) -> Comparison:
@@ -42,16 +50,29 @@ def in_turns(
         before: runs before each, untimed: makes room, or empties a cache.
         warm_up: begin with one round that is not measured.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    spent = spent_in_turns(ways, repeats=repeats, before=before, warm_up=warm_up)
+    return {name: [one.wall for one in found] for name, found in spent.items()}
+
+
+def spent_in_turns(
+    ways: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    before: Callable[[], object] = lambda: None,
+    warm_up: bool = True,
+) -> dict[str, list[Spent]]:
+    """As `in_turns`, with the processor time."""
+    clocks = (time.perf_counter, time.thread_time, time.process_time)
+    spent: dict[str, list[Spent]] = {name: [] for name in ways}
     for repeat in range(-warm_up, repeats):
         for name, way in ways.items():
             before()
-            begun = time.perf_counter()
+            begun = [clock() for clock in clocks]
             way()
-            taken = time.perf_counter() - begun
+            ended = [clock() for clock in clocks]
             if repeat >= 0:
-                seconds[name].append(taken)
-    return seconds
+                spent[name].append(Spent(*(b - a for a, b in zip(begun, ended, strict=True))))
+    return spent
 
 
 def peak_memory() -> int:

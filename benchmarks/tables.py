@@ -1,9 +1,12 @@
 """What a benchmark of several topics measures at which scale, and how it is shown: tables of figures, and goals."""
 
+import operator
+import os
+import platform
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-__all__ = ["Cell", "Goal", "Scale", "Table", "Topic"]
+__all__ = ["Cell", "Goal", "Report", "Scale", "Table", "Topic"]
 
 Cell: TypeAlias = str | int | float | None
 """None: not measured."""
@@ -74,6 +77,23 @@ class Topic(NamedTuple):
 
     tables: list[Table]
     goals: list[Goal]
+
+
+class Report(NamedTuple):
+    """Everything that was measured, and what became of the goals."""
+
+    tables: list[Table]
+    goals: list[Goal]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; ratios unrounded."""
+        goals = [{**goal._asdict(), "met": goal.met} for goal in self.goals]
+        machine = {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
+        return {"machine": machine, "goals": goals, "tables": [table._asdict() for table in self.tables]}
+
+    def goals_as_text(self) -> str:
+        """A line each, those first that are not met."""
+        return "\n".join(goal.as_text() for goal in sorted(self.goals, key=operator.attrgetter("met")))
 
 
 def _shown(cell: Cell) -> str:
