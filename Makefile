@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench soak clean
+.PHONY: demo test engines-live check bench soak clean
 
 demo: .venv/installed ## run the main job end to end over an embedded store
 	@$(BIN)/trajstore demo $(DIR)
 
 test: .venv/installed ## the test suite
 	@$(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
+
+engines-live: ## the suites over a real vLLM, SGLang and verl on this CPU; builds their environments (13 GB; ENGINES=vllm for one)
+	@PYTHON=$(PYTHON) tests/live/run.sh $(ENGINES)
 
 check: .venv/installed ## lint, format and types
 	@$(BIN)/ruff check .
@@ -19,13 +22,15 @@ bench: .venv/installed ## throughput, as ratios measured in one run
 	@$(BIN)/python -m benchmarks.append
 	@$(BIN)/python -m benchmarks.fold
 	@$(BIN)/python -m benchmarks.archive
+	@$(BIN)/python -m benchmarks.engines
+	@$(BIN)/python -m benchmarks.router_replay
 
 soak: .venv/installed ## the crash loop of the archive: hundreds of kills, on a disk and on an S3 server (about half an hour)
 	@$(BIN)/python -m tests.soak.archive --kills 300
 	@$(BIN)/python -m tests.soak.archive --kills 200 --s3
 
 clean:
-	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "trajstore needs Python 3.11 or newer; name one with PYTHON=")'

@@ -81,7 +81,7 @@ def fresh_tokens(
         return found, None
     for probs, ids in (
         (reply.logprobs[part], None if reply.logprob_ids is None else reply.logprob_ids[part])
-        for part in (slice(0, count), slice(len(held), reply.total))
+        for part in (slice(len(held), reply.total), slice(0, count))  # a token may come again: the whole list first
     ):
         if len(probs) == count and (ids is None or np.array_equal(ids, found)):
             return found, probs

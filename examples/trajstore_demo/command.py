@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from rich.table import Table
 
 import trajstore
 from trajstore_demo.plan import DemoPlan, Journal
-from trajstore_demo.report import gather, next_commands, render
+from trajstore_demo.report import DemoReport, gather, next_commands, render
 
-__all__ = ["demo"]
+__all__ = ["demo", "run_demo"]
 
 _DEADLINE = 900.0
 _PARTITIONS = 2
@@ -47,21 +47,8 @@ def demo(directory: Path | None, groups: int, seed: int, as_json: bool) -> None:
     """
     _require_parts()
     folder = directory or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise trajstore.Conflict(f"{folder} is not empty; a demonstration wants a folder of its own")
     console = Console(stderr=as_json)
-    plan = DemoPlan(groups=groups, seed=seed)
-    begun = time.monotonic()
-    with trajstore.open(folder, partitions=_PARTITIONS) as store:
-        plan.write(folder)
-        console.print(
-            f"[bold]trajstore demo[/]: {plan.trajectories} rollouts of {plan.groups} prompts, a trainer that updates "
-            f"the weights after every {plan.groups_per_step} groups, all through the store in [bold]{folder}[/]",
-            soft_wrap=True,
-        )
-        _run(store, folder, plan, console)
-        report = gather(store, folder, plan, seconds=time.monotonic() - begun)
-    (folder / "demo" / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+    report = run_demo(folder, DemoPlan(groups=groups, seed=seed), console, rollout="trajstore_demo.rollout")
     if as_json:
         click.echo(msgspec.json.encode(report).decode())
     else:
@@ -73,6 +60,32 @@ def demo(directory: Path | None, groups: int, seed: int, as_json: bool) -> None:
         )
 
 
+def run_demo(folder: Path, plan: DemoPlan, console: Console, *, rollout: str) -> DemoReport:
+    """The main job over a new embedded store in `folder`; the account of it is `demo/summary.json` there, too.
+
+    Args:
+        rollout: module of the rollout process, which is run with the folder as its argument.
+
+    Raises:
+        Conflict: the folder is not empty.
+        click.ClickException: a process failed, or the run does not end.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise trajstore.Conflict(f"{folder} is not empty; a demonstration wants a folder of its own")
+    begun = time.monotonic()
+    with trajstore.open(folder, partitions=_PARTITIONS) as store:
+        plan.write(folder)
+        console.print(
+            f"[bold]trajstore demo[/]: {plan.trajectories} rollouts of {plan.groups} prompts, a trainer that updates "
+            f"the weights after every {plan.groups_per_step} groups, all through the store in [bold]{folder}[/]",
+            soft_wrap=True,
+        )
+        _run(store, folder, plan, console, [sys.executable, "-m", rollout, str(folder)])
+        report = gather(store, folder, plan, seconds=time.monotonic() - begun)
+    (folder / "demo" / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+    return report
+
+
 def _require_parts() -> None:
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
@@ -81,14 +94,14 @@ def _require_parts() -> None:
         )
 
 
-def _run(store: trajstore.Store, folder: Path, plan: DemoPlan, console: Console) -> None:
+def _run(store: trajstore.Store, folder: Path, plan: DemoPlan, console: Console, rollout: Sequence[str]) -> None:
     """All processes, from start to end; what the archiver had not come to is archived last."""
     trajstore_command = [sys.executable, "-m", "trajstore"]
     commands = {
         "archiver": [*trajstore_command, "archive", str(folder), "--json"],
         "materializer": [*trajstore_command, "materialize", str(folder), "--json"],
         "trainer": [sys.executable, "-m", "trajstore_demo.training", str(folder)],
-        "rollout": [sys.executable, "-m", "trajstore_demo.rollout", str(folder)],
+        "rollout": [*rollout],
     }
     with _processes(folder, commands) as processes:
         _watch(store, folder, plan, console, processes)

@@ -613,6 +613,23 @@ def test_an_error_in_a_stream_is_told(store):
     assert trajectory.token_ids[8:].tolist() == [58, 52]
 
 
+@pytest.mark.parametrize("form", [list, incremental])
+def test_a_token_that_comes_again_in_a_stream_keeps_its_own_logprob(store, form):
+    tokens, logprobs = [9, 9, 4, 9, 9], [-0.5, -1.5, -2.5, -3.5, -4.5]
+    lines = []
+    for n in (1, 2, 3, 5):
+        meta = {"id": "r", "prompt_tokens": 3, "completion_tokens": n, "finish_reason": None}
+        meta["output_token_logprobs"] = [
+            [value, token, None] for value, token in zip(logprobs[:n], tokens, strict=False)
+        ]
+        lines.append(b"data: " + json.dumps({"output_ids": tokens[:n], "meta_info": meta}).encode() + b"\n")
+    trajectory, segment = opened(store, [5, 6, 7])
+    record_stream(segment, form(lines))
+    folded = store.load(trajectory.id)
+    assert folded.token_ids[3:].tolist() == tokens
+    assert folded.logprobs[3:].tolist() == logprobs
+
+
 def test_a_streams_lines_may_be_added_one_by_one(store):
     trajectory, segment = opened(store, request_of("12a")["input_ids"])
     recording = StreamRecording(segment)
