@@ -14,6 +14,13 @@ _RETRACTED = (
 )
 _BATCHES = "in a batch in which not every request asks for routing, the rows of those that do are misaligned"
 _START = "a start of the rows can be asked for, and all rows come back all the same"
+_IN_PLACE = (
+    "the first token after new weights under an in-place pause was sampled by the old ones, though its span says new"
+)
+_KEPT_ROW = (
+    "the last row of an aborted request stays in the prefix cache: after new weights without a flush a resume returns "
+    "the old one as if it were computed"
+)
 _VERSIONS = "an answer names one weight version, the last, for all of its tokens"
 
 _NEWEST = (1 << 30,)
@@ -35,9 +42,7 @@ def capabilities(version: str | None = None) -> EngineCapabilities:
         except importlib.metadata.PackageNotFoundError:
             raise NotFound("sglang is not installed here; give the version that the server reports") from None
     release = _release(version)
-    losses = [_RETRACTED]
-    if release < (0, 5, 19):
-        losses.append(_VERSIONS)
+    losses = [_RETRACTED, _KEPT_ROW, _VERSIONS if release < (0, 5, 19) else _IN_PLACE]
     if release <= (0, 5, 12, 1):
         losses.append(_BATCHES)
     if release < (0, 5, 12):

@@ -31,6 +31,9 @@ _RERECORDS: tuple[Rerecord, ...] = get_args(Rerecord)
 _REPEAT = 1.0
 """Seconds after which an abort is sent again: one that comes before its request has no effect."""
 
+_FLUSH = 5.0
+"""Seconds for which a refused flush is asked for again."""
+
 _UPDATED = "Weights were updated"
 """How SGLang begins to say that only the flush of its cache was refused."""
 
@@ -177,19 +180,35 @@ class SGLangRecorder:
     ) -> None:
         """Load weights from a path that the server can read, and label what is sampled from now on.
 
+        A moment after an abort SGLang still refuses to flush its cache, though it has changed the weights; then the
+        flush is asked for again, for some seconds.
+
         Raises:
-            Conflict: SGLang says that it failed. If it is the flush of the cache that was refused, the weights and
-                their version have changed all the same, and so has `weight_version`.
+            Conflict: SGLang says that it failed. If it is the flush of the cache that was refused, because requests run
+                or wait, the weights and their version have changed all the same, and so has `weight_version`.
         """
         try:
             await self.client.update_weights_from_disk(
                 model_path, weight_version=weight_version, flush_cache=flush_cache, timeout=timeout
             )
         except Conflict as refused:
-            if _UPDATED in str(refused):  # its answers then tell the new version, its /model_info the old one
-                self.weight_version = weight_version
-            raise
+            if _UPDATED not in str(refused):
+                raise
+            self.weight_version = weight_version  # as its answers tell from now on, though /model_info tells the old
+            if not await self._flushed():
+                raise
         self.weight_version = weight_version
+
+    async def _flushed(self) -> bool:
+        """Whether the cache could be flushed soon after all."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + _FLUSH
+        while not self._flights and clock() < deadline:
+            with contextlib.suppress(Conflict):
+                await self.client.flush_cache()
+                return True
+            await asyncio.sleep(_FLUSH / 20)
+        return False
 
     async def update_weight_version(self, weight_version: str) -> None:
         """Label the weights that the server has, which came by another way (NCCL, shared memory)."""
