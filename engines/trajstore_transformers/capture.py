@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from trajstore import SchemaError
 
-__all__ = ["ROUTERS", "RouterCapture", "find_routers"]
+__all__ = ["ROUTERS", "RouterCapture", "find_routers", "read_answer"]
 
 ROUTERS = ("TopKRouter", "TopkRouter", "TokenChoiceRouter", "MoEV1Gate")
 """Endings of the names of router classes whose forward returns `(logits [N, E], weights [N, K], expert ids [N, K])`, or
@@ -133,17 +133,26 @@ class Recorded:
         if tuple(layers) != self._capture.layer_ids:
             raise SchemaError(f"routers of layers {layers} ran in one forward, expected {self._capture.layer_ids}")
         for layer_id, router, output in self._calls:
-            logits, weights, experts = output[:3] if isinstance(output, tuple) and len(output) >= 3 else (None,) * 3
-            if not (
-                isinstance(logits, Tensor)
-                and isinstance(weights, Tensor)
-                and isinstance(experts, Tensor)
-                and experts.ndim == 2
-                and weights.shape == experts.shape
-                and not experts.is_floating_point()
-            ):
-                raise SchemaError(
-                    f"{type(router).__name__} of layer {layer_id} does not return (logits, weights, expert ids), the "
-                    "last two [tokens, top_k]; its routing cannot be read with this version of transformers"
-                )
-            yield layer_id, logits, weights, experts
+            yield layer_id, *read_answer(layer_id, router, output)
+
+
+def read_answer(layer_id: int, router: nn.Module, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What a router's forward returned: logits `[N, E]`, weights `[N, K]` and expert ids `[N, K]`.
+
+    Raises:
+        SchemaError: it is something else.
+    """
+    logits, weights, experts = output[:3] if isinstance(output, tuple) and len(output) >= 3 else (None,) * 3
+    if not (
+        isinstance(logits, Tensor)
+        and isinstance(weights, Tensor)
+        and isinstance(experts, Tensor)
+        and experts.ndim == 2
+        and weights.shape == experts.shape
+        and not experts.is_floating_point()
+    ):
+        raise SchemaError(
+            f"{type(router).__name__} of layer {layer_id} does not return (logits, weights, expert ids), the "
+            "last two [tokens, top_k]; its routing cannot be read with this version of transformers"
+        )
+    return logits, weights, experts
