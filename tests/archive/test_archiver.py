@@ -10,6 +10,7 @@ import pytest
 from ulid import ULID
 
 import trajstore
+from tests.archive.places import age
 from tests.builders import SPEC, record_seed_case, rows, seed_rows
 from trajstore.archiver import Archiver
 from trajstore.blob import to_blob
@@ -187,6 +188,9 @@ def test_entry_that_differs_between_hot_log_and_archive_is_corrupt_and_both_are_
     durable.wire.call("XADD", stream, "1-0", "e", forged)
     with pytest.raises(trajstore.Corrupt, match=r"hot log \(nonce 0+3039\) and pack 00/00000001"):
         durable.load(trajectory.id)
+    durable.wire.call("XADD", durable.keys.feed(0), "*", "t", trajectory.id, "k", "TrajectoryOpened", "e", "1-0")
+    assert archive().refused == 1
+    assert [entry.data for entry in hot_entries(durable, trajectory.id)] == [forged], "trimming would destroy it"
 
 
 def test_event_of_unknown_type_is_not_archived_and_stops_nobody_else(durable, archive):
@@ -283,6 +287,7 @@ def test_what_killed_archivers_staged_is_removed_after_an_hour(durable, archive,
     old, young = ULID.from_timestamp(time.time() - 3700), ULID()
     for name in (str(old), str(young), "mine"):
         (staging / name / "pack").mkdir(parents=True)
+    age(staging)
     archive()
     assert {path.name for path in staging.iterdir()} == {str(young), "mine"}
 

@@ -159,7 +159,10 @@ def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: 
         if tombstone is not None or not now or find_tombstone(now[-1].events()) is None:
             raise
         return second_look(hot, archive, manifest, id, look)  # it was deleted since it was read
-    old = archive.read_parts(id, archived) if staged and tombstone is None else []
+    both = any(last is not None and entry.at <= last for entry in entries)
+    both |= any(note.at.epoch <= last_note for note in notes)
+    old = archive.read_parts(id, archived) if (staged or both) and tombstone is None else []
+    _require_copies(id, entries, notes, old)
     spec = _spec(decoded, old) if staged else None
     return Part(
         id=id,
@@ -171,6 +174,19 @@ def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: 
         entries=entries,
         notes=notes,
     )
+
+
+def _require_copies(id: str, entries: Sequence[HotEntry], notes: Sequence[HotEntry], old: Sequence[ReadEntry]) -> None:
+    """What the hot log still has of what is archived must be the same, or trimming would destroy it."""
+    archived = {(entry.note, entry.at): entry.digest for entry in old}
+    for note, some in ((False, entries), (True, notes)):
+        for entry in some:
+            if archived.get((note, entry.at), entry_digest(entry.data)) != entry_digest(entry.data):
+                raise Corrupt(
+                    f"{'note' if note else 'entry'} {entry.at} of {id} differs between hot log and archive: the server "
+                    "came back with an older state, and was written on. It stays in the hot log; export it from "
+                    "there, or delete the trajectory"
+                )
 
 
 def _known(
