@@ -122,6 +122,7 @@ class Archiver:
         )
         self._compacts = compact
         self._next_lease = self._next_sweep = self._next_compaction = 0.0
+        self._cleared = False
 
     def run(
         self,
@@ -136,10 +137,10 @@ class Archiver:
         holder is alive and at work.
 
         Raises:
-            Unavailable: with `once`, when the server does not answer or a pack cannot be written (a full disk); else it
-                keeps trying.
+            Unavailable: with `once`, when server or archive do not answer or a pack cannot be written (a full disk);
+                else it keeps trying.
         """
-        self._archive.root.storage.clear_staging(older_than=_STAGING_SECONDS)
+        self._cleared = False
         try:
             self._work(stop or threading.Event(), once=once, on_progress=on_progress)
         finally:
@@ -171,6 +172,9 @@ class Archiver:
 
     def _turn(self, *, once: bool, stopped: threading.Event) -> bool:
         """One round; True if there were hints."""
+        if not self._cleared:
+            self._archive.root.storage.clear_staging(older_than=_STAGING_SECONDS)
+            self._cleared = True
         now = time.monotonic()
         hints: list[Hint] = []
         if now >= self._next_lease:

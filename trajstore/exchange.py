@@ -118,16 +118,23 @@ def export(
     reading = Archive(view, about.partitions)
     copy = ArchiveReader(root, about)
     where = source.location if isinstance(source, Store) else source.root.location
-    named = [_summary_of(reading, id) for id in dict.fromkeys(ids)]
+    named = []
+    for id in dict.fromkeys(ids):
+        try:
+            named.append(_summary_of(reading, id))
+        except Corrupt as error:
+            if on_corrupt is None:
+                raise
+            on_corrupt(error)
     early: list[Corrupt] = []  # what is damaged is told once, in the pass that copies
     heard = None if on_corrupt is None else early.append
     known = (one for partition in range(about.partitions) for one in view.summaries(partition, on_corrupt=heard))
     try:
-        _require_selected(named or known, groups=groups, statuses=wanted, where=where)
+        _require_selected(named if ids else known, groups=groups, statuses=wanted, where=where)
     except NotFound:
         if on_corrupt is not None:
-            for error in early:
-                on_corrupt(error)
+            for damage in early:
+                on_corrupt(damage)
         raise
     done = Exported()
     for partition in range(about.partitions):

@@ -114,7 +114,7 @@ class Archive:
             Corrupt: without `on_corrupt`, if something cannot be read: a list is whole or none.
         """
         wanted = wanted_statuses(status)
-        self._settle(None)
+        self._settle_all()
         found = [
             summary
             for partition in range(self._partitions)
@@ -128,10 +128,12 @@ class Archive:
         self._settle(id)
         return self._view.tombstone(id)
 
-    def _settle(self, id: str | None) -> None:
-        """Before anything is read: nothing is ever on its way into a bare archive."""
-        if id is not None:
-            require_id(id)
+    def _settle(self, id: str) -> None:
+        """Before a trajectory is read."""
+        require_id(id)
+
+    def _settle_all(self) -> None:
+        """Before any are: nothing is ever on its way into a bare archive."""
 
 
 def wanted_statuses(status: str | Collection[str] | None) -> frozenset[str]:

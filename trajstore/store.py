@@ -150,6 +150,7 @@ class Store(Archive):
 
         Raises:
             NotFound: no such trajectory, or it was deleted.
+            Unavailable: the server or the archive did not answer; only both together tell how it stands.
         """
         self._settle(id)
         return TrajectoryWriter.resume(self._view.read(id), self._flusher, self._load_tokens)
@@ -225,8 +226,9 @@ class Store(Archive):
         """Wait until everything written so far, of one trajectory or of all, is acknowledged.
 
         Raises:
-            TrajstoreError: what could not be written; several in an `ExceptionGroup`. With `id` the error is sticky,
-                without it each failure is raised once.
+            TrajstoreError: what could not be written; several in an `ExceptionGroup`. With `id` the error is sticky.
+                Without it each failure is raised once, and not at all where a call of the trajectory's handle has
+                raised it.
         """
         self._require_open()
         self._flusher.flush(id)
@@ -286,7 +288,7 @@ class Store(Archive):
 
     def rebuild_summaries(self) -> int:
         """Write all hot trajectories' summaries anew, from the log; returns how many. For a lost summary hash."""
-        self._settle(None)
+        self._settle_all()
         count = 0
         for partition in range(self.partitions):
             for found in self.hot.ids(partition):
@@ -359,11 +361,16 @@ class Store(Archive):
     def _load_tokens(self, id: str, until: EventId) -> npt.NDArray[np.int32]:
         return self._view.token_ids(id, until)
 
-    def _settle(self, id: str | None) -> None:
+    def _settle(self, id: str) -> None:
         """Read what this process has written: wait for what is on its way, and leave its errors to `flush`."""
         self._require_open()
         super()._settle(id)
         self._flusher.drain(id)
+
+    def _settle_all(self) -> None:
+        """Likewise of all trajectories."""
+        self._require_open()
+        self._flusher.drain(None)
 
     def _check_connection(self) -> None:
         """Before anything is written over a fresh connection: is this still the server that the run lies on?"""

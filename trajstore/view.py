@@ -4,7 +4,6 @@ The order matters: hot headers first, then a fresh manifest, then the plan, then
 between the two reads would lose events silently.
 """
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -20,6 +19,7 @@ from trajstore.errors import Corrupt, NotFound, SchemaError
 from trajstore.events import EventId, TrajectoryOpened
 from trajstore.fold import Plan, Policy, plan
 from trajstore.history import Recording, deleted_error, find_tombstone
+from trajstore.ingest import check_count
 from trajstore.log.reader import HotEntry, HotReader
 from trajstore.log.stream import nonce_of
 from trajstore.routing import RoutingArray, RoutingSpec
@@ -192,16 +192,22 @@ class View:
     def routing(
         self, id: str, policy: Policy, until: EventId | None, rows: tuple[int, int] | None, layers: Sequence[int] | None
     ) -> RoutedRows:
-        """Some rows and layers of a trajectory's folded routing; from the archive only they are read."""
+        """Some rows and layers of a trajectory's folded routing; from the archive only they are read.
+
+        Raises:
+            SchemaError: the trajectory has no routing, or no such rows or layers.
+        """
+        bounds = None if rows is None else _bounds(rows)
+        ids = None if layers is None else _layer_ids(layers)
 
         def fold() -> RoutedRows:
             decided = self.plan(id, policy, until)
             hot: dict[str, Buffer] = {}
             spec = decided.history.opened.routing
-            start, stop = (0, decided.history.length) if rows is None else _bounds(rows)
-            if spec is None or layers is None:
+            start, stop = bounds or (0, decided.history.length)
+            if spec is None or ids is None:
                 return decided.routed(start, stop, lambda *wanted: self._routed(id, spec, slice(None), hot, *wanted))
-            columns = _columns(spec, layers)
+            columns = _columns(spec, ids)
             span = slice(min(columns), max(columns) + 1)
             found = decided.routed(start, stop, lambda *wanted: self._routed(id, spec, span, hot, *wanted))
             return found.only([column - span.start for column in columns])
@@ -272,18 +278,22 @@ class View:
 
 def _bounds(rows: tuple[int, int]) -> tuple[int, int]:
     try:
-        start, stop = (operator.index(row) for row in rows)
+        start, stop = rows
     except (TypeError, ValueError) as error:
         raise SchemaError(f"rows are positions (start, stop), not {rows!r:.80}") from error
-    return start, stop
+    return check_count(start, name="the first of rows"), check_count(stop, name="the end of rows")
+
+
+def _layer_ids(layers: Iterable[int]) -> list[int]:
+    try:
+        return [check_count(layer, name="each of layers") for layer in layers]
+    except TypeError as error:
+        raise SchemaError(f"layers are several global layer ids, not {layers!r:.80}") from error
 
 
 def _columns(spec: RoutingSpec, layers: Sequence[int]) -> list[int]:
     """Places of global layer ids in the layer axis."""
-    try:
-        missing = [layer for layer in layers if layer not in spec.layer_ids]
-    except TypeError as error:
-        raise SchemaError(f"layers are several global layer ids, not {layers!r:.80}") from error
+    missing = [layer for layer in layers if layer not in spec.layer_ids]
     if missing or not layers:
         raise SchemaError(f"layers must name routing layers by global id, not {missing}; they are {spec.layer_ids}")
     return [spec.layer_ids.index(layer) for layer in layers]

@@ -1,9 +1,11 @@
 """Looking at the places that keep an archive's files, and at them from another process."""
 
+import os
 import subprocess
 import sys
+import time
 
-__all__ = ["contents", "paths", "run"]
+__all__ = ["age", "contents", "paths", "run"]
 
 
 def paths(storage, prefix=""):
@@ -13,6 +15,13 @@ def paths(storage, prefix=""):
 def contents(storage):
     """Content of every file by its path."""
     return {path: storage.read(path) for path in paths(storage)}
+
+
+def age(path, seconds=7200.0):
+    """Let a file, or a folder with all that is in it, have been written so long ago."""
+    then = time.time() - seconds
+    for found in (*path.rglob("*"), path):
+        os.utime(found, (then, then))
 
 
 def run(script, *arguments):

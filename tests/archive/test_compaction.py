@@ -8,6 +8,7 @@ import threading
 import time
 from itertools import combinations
 
+import msgspec
 import numpy as np
 import pytest
 import zarr
@@ -18,8 +19,11 @@ import trajstore
 from tests.archive.test_archiver import everything
 from tests.archive.test_stored_once import WIDE, counts, rollout
 from tests.builders import SPEC, record_seed_case, rows
+from tests.cli.running import invoke
 from tests.data.stores import make
+from trajstore.archive.index import encode_table, make_table
 from trajstore.archive.pack import ARRAYS
+from trajstore.archive.record import encode_record
 from trajstore.archive.upkeep.candidates import Candidate, Candidates, due
 from trajstore.archive.upkeep.compaction import compact
 from trajstore.archive.upkeep.garbage import find_garbage, remove_garbage
@@ -320,6 +324,61 @@ def test_a_damaged_pack_stays_as_it_is_and_is_named(durable, archive, folder):
     assert broken in str(caught.value)
     assert len(live(durable.archive)) == 2
     assert everything(durable, whole) == before
+
+
+def test_pack_to_which_lookup_tables_do_not_lead_stays_as_it_is(durable, archive, folder):
+    """A table that is right in itself and forgets a trajectory, which then seems to have had nothing to be kept."""
+    ids = []
+    for _ in range(9):
+        ids.append(record_seed_case(durable).id)
+        archive(grace_seconds=0.001)
+    before = {id: everything(durable, id) for id in ids}
+    pack = live(durable.archive)[3].pack
+    table = folder / "archive" / "index" / "00" / "00000004-00000004.safetensors"
+    table.write_bytes(encode_table(make_table(4, []), incarnation=durable.archive.info.incarnation, partition=0))
+    with pytest.raises(trajstore.Corrupt, match=f"{ids[3]}.*rebuild"):
+        compacted(read_archive(folder))
+    assert len(live(durable.archive)) == 9
+    result = invoke("compact", folder)
+    assert (result.exit_code, ids[3] in result.stderr) == (1, True)
+    assert [record.pack for record in live(read_archive(folder)) if not record.replaces] == [pack], "the others are one"
+    assert invoke("gc", folder, "--grace", "0s").exit_code == 0
+    assert invoke("rebuild", folder).exit_code == 0
+    again = trajstore.open_archive(folder)
+    assert {id: everything(again, id) for id in ids} == before
+
+
+def test_pack_that_lists_the_trajectories_of_another_stays_as_it_is(durable, archive, folder):
+    for _ in range(9):
+        record_seed_case(durable)
+        archive()
+    packs = [record.pack for record in live(durable.archive)]
+    one, other = (folder / "archive" / "packs" / pack / "trajectories" for pack in packs[2:4])
+    aside = one.with_name("aside")
+    for source, target in ((one, aside), (other, one), (aside, other)):
+        source.rename(target)
+    with pytest.raises(trajstore.Corrupt, match=f"{packs[2]} .*not what record 3 says"):
+        compacted(read_archive(folder))
+    result = invoke("compact", folder)
+    assert (result.exit_code, packs[2] in result.stderr, packs[3] in result.stderr) == (1, True, True)
+    assert [record.pack for record in live(read_archive(folder))] == packs
+
+
+@pytest.mark.parametrize("field", ["entries", "notes"])
+def test_pack_of_which_less_is_found_than_its_record_counts_stays_as_it_is(durable, archive, field):
+    trajectory = record_seed_case(durable)
+    trajectory.observe(rows(4), start=0, source="trainer")
+    archive()
+    (record,) = live(durable.archive)
+    more = {field: getattr(record.counts, field) + 1}
+    path = f"manifest/00/{record.number:08}.json"
+    durable.archive.root.storage.remove([path])
+    counts = msgspec.structs.replace(record.counts, **more)
+    durable.archive.root.storage.create(path, encode_record(msgspec.structs.replace(record, counts=counts)))
+    reader = read_archive(durable.archive.root.location)
+    with pytest.raises(trajstore.Corrupt, match=f"pack {record.pack} .* its record counts"):
+        compacted(reader)
+    assert [one.pack for one in live(reader)] == [record.pack]
 
 
 COMPACT_AND_DIE = """

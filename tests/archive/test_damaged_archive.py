@@ -15,6 +15,7 @@ from trajstore.archive.rebuild.rebuild import rebuild_archive
 from trajstore.archive.root import ArchiveRoot
 from trajstore.archive.storage.local import LocalStorage
 from trajstore.archiver import Archiver
+from trajstore.exchange import export
 from trajstore.opening import read_archive
 
 PACKS = 8
@@ -148,6 +149,28 @@ def test_what_is_sound_is_exported_and_what_is_damaged_is_named(sample, place, t
     assert (found, again.exit_code) == (sound, 0)
     assert folds(trajstore.open_archive(tmp_path / "copy"), sound) == {id: sample.folds[id] for id in sound}
     assert invoke("verify", tmp_path / "copy").exit_code == 0
+
+
+@pytest.mark.parametrize("how", [*UNREADABLE, "payload"])
+def test_damaged_ids_are_named_and_the_others_exported(sample, place, tmp_path, how):
+    pack = sample.pack()
+    name = harm(place, pack, how)
+    damaged, sound = sorted(sample.within(pack)), sorted(sample.parts.keys() - unlisted(sample, pack, how))[:3]
+    asked = [*damaged, *sound]
+    with pytest.raises(trajstore.Corrupt):
+        export(read_archive(place), tmp_path / "strict", ids=asked)
+    options = [part for id in asked for part in ("--id", id)]
+    result = invoke("export", place, tmp_path / "copy", *options)
+    assert (result.exit_code, name in result.stderr) == (1, True)
+    found, again = listed(tmp_path / "copy")
+    assert (found, again.exit_code) == (set(sound), 0)
+    nobody = invoke("export", place, tmp_path / "none", *options, "--id", "nobody")
+    assert (nobody.exit_code, "'nobody'" in nobody.stderr) == (1, True)
+    assert name in nobody.stderr or how == "payload", "payloads are read after all that was asked for was found"
+    alone = invoke("export", place, tmp_path / "none", "--id", damaged[0])
+    assert (alone.exit_code, name in alone.stderr) == (1, True)
+    assert ("nothing was written" in alone.stderr) == (how != "payload")
+    assert not (tmp_path / "none").exists()
 
 
 def test_export_of_what_is_damaged_alone_names_it(sample, place, tmp_path):

@@ -2,11 +2,13 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
+from ulid import ULID
 
-from tests.archive.places import paths, run
+from tests.archive.places import age, paths, run
 from trajstore.archive.storage.local import LocalStorage, open_storage
 from trajstore.errors import SchemaError, Unavailable
 
@@ -225,6 +227,24 @@ for use in (
     else:
         raise AssertionError("was written")
 """
+
+
+def test_what_another_host_is_still_writing_stays_whatever_the_clocks_say(tmp_path, monkeypatch):
+    storage = LocalStorage(tmp_path)
+    slow, ours, killed = (ULID.from_timestamp(time.time() - seconds) for seconds in (7200, 60, 7201))
+    for name in (slow, ours, killed):
+        (tmp_path / "staging" / str(name) / "tokens").mkdir(parents=True)
+        (tmp_path / "staging" / str(name) / "tokens" / "zarr.json").write_bytes(b"{}")
+    age(tmp_path / "staging" / str(killed))
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 5000)  # this host's is fast, that of `slow` two hours behind
+    storage.clear_staging(older_than=3600)
+    assert {path.name for path in (tmp_path / "staging").iterdir()} == {str(slow), str(ours)}
+
+
+def test_clearing_a_place_that_never_had_anything_staged_makes_nothing(tmp_path):
+    LocalStorage(tmp_path / "archive").clear_staging(older_than=3600)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_unavailable_and_leaves_nothing(tmp_path):

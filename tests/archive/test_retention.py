@@ -1,5 +1,6 @@
 """What may go for good, by age and by name; and which files `gc` removes, and which it never touches."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,11 +16,13 @@ from tests.archive.test_archiver import everything
 from tests.archive.test_compaction import collect, compact_all, compacted, data_files, live
 from tests.builders import record_seed_case, rows
 from trajstore.archive.arrays.builder import encode_array
+from trajstore.archive.index import encode_table, make_table
 from trajstore.archive.pack import PackedTrajectory, encode_trajectory
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.record import FileDigest, PackCounts, Record
 from trajstore.archive.root import ArchiveInfo, ArchiveRoot
 from trajstore.archive.storage.local import LocalStorage
+from trajstore.archive.storage.protocol import parts_of
 from trajstore.archive.upkeep.garbage import find_foreign, find_garbage, remove_garbage
 from trajstore.archive.upkeep.ledger import Ledger
 from trajstore.archive.upkeep.retention import drop, expired, named, nothing_hot, still_hot
@@ -123,6 +126,25 @@ def test_pack_stays_while_the_hot_log_holds_something_of_it(durable, archive):
     durable.get(trajectory.id).observe(rows(3), start=0, source="trainer")
     durable.flush()
     assert old(durable) == []
+
+
+def test_pack_to_which_lookup_tables_do_not_lead_is_not_dropped(durable, archive, folder):
+    """Whoever cannot be told the state of its trajectories does not know that they have come to their end."""
+    ids = []
+    for _ in range(2):
+        ids.append(finished(durable))
+        archive()
+    table = folder / "archive" / "index" / "00" / "00000002-00000002.safetensors"
+    table.write_bytes(encode_table(make_table(2, []), incarnation=durable.archive.info.incarnation, partition=0))
+    reader = read_archive(folder)
+    heard = []
+    at = time.time() + HOUR
+    found = expired(Ledger(reader.manifest(0)), before=at, busy=nothing_hot, on_corrupt=heard.append)
+    assert [one.number for one in found] == [1]
+    assert ids[1] in str(heard)
+    pack = live(reader)[1].pack
+    with pytest.raises(trajstore.Corrupt, match=ids[1]):
+        named(reader, [pack], whole=False, busy=nothing_hot)
 
 
 def test_what_retention_dropped_is_not_found_and_its_id_stays_taken(durable, archive, folder):
@@ -257,7 +279,7 @@ def many(folder, *, packs, each):
         files = {}
         for array in ("trajectories", "events"):
             encoded = encode_array(np.frombuffer(data, "u1"), chunk_bytes=1 << 16).files
-            files |= {f"{array}/{name}": body for name, body in encoded.items()}
+            files |= {f"{array}/{name}": b"".join(parts_of(body)) for name, body in encoded.items()}
         pack = f"00/{number:08}-{ULID()}"
         storage.publish(f"packs/{pack}", files, lambda _: None)
         record = Record(
@@ -269,7 +291,7 @@ def many(folder, *, packs, each):
             writer="t",
             pack=pack,
             counts=PackCounts(trajectories=each),
-            files=dict.fromkeys(files, FileDigest(1, "")),
+            files={name: FileDigest(len(body), hashlib.sha256(body).hexdigest()) for name, body in files.items()},
         )
         reader.manifest(0).append(record, lines)
     storage.calls.clear()

@@ -1,6 +1,7 @@
 """One array as one shard: others read what we write, we read what others write, and no damage passes for data."""
 
 import contextlib
+import hashlib
 import json
 import subprocess
 import sys
@@ -53,6 +54,14 @@ def reader(folder: Path, **options: object) -> ShardReader:
 
 def shard_of(folder: Path) -> Path:
     return next(path for path in (folder / "array" / "c").rglob("*") if path.is_file())
+
+
+def forget_checksums(folder: Path) -> None:
+    """Let the array be one of a version that wrote no checksums of chunks."""
+    path = folder / "array" / "zarr.json"
+    document = json.loads(path.read_bytes())
+    del document["attributes"]["chunk_checksums"]
+    path.write_text(json.dumps(document))
 
 
 each_codec = pytest.mark.parametrize("codec", CODECS)
@@ -282,8 +291,43 @@ def test_a_shard_of_another_size_than_known_is_corrupt(tmp_path):
     put(tmp_path, encode_array(rows_like("uint8", (10, 4, 4))))
     size = shard_of(tmp_path).stat().st_size
     for wrong in (size - 1, size + 1):
-        with pytest.raises(Corrupt, match="array array in"):
+        with pytest.raises(Corrupt, match=f"array array in .* it has {size} bytes, not the {wrong} that were written"):
             reader(tmp_path, shard_size=wrong).read(0, 10)
+
+
+def test_a_shard_of_another_array_is_corrupt_though_all_its_checksums_are_right(tmp_path):
+    some, other = np.random.default_rng(0).integers(0, 256, (2, 1000, 4, 4), np.uint8)
+    put(tmp_path, encode_array(other, chunk_bytes=4000))
+    shard = shard_of(tmp_path).read_bytes()
+    put(tmp_path, encode_array(some, chunk_bytes=4000))
+    assert shard_of(tmp_path).stat().st_size == len(shard)
+    shard_of(tmp_path).write_bytes(shard)
+    for at in (0, 990):
+        with pytest.raises(Corrupt, match=f"chunk {at // 250} of .* its checksum is not the one in zarr.json"):
+            reader(tmp_path).read(at, at + 1)
+    forget_checksums(tmp_path)
+    np.testing.assert_array_equal(reader(tmp_path).read(0, 1000), other)
+
+
+@pytest.mark.parametrize("text", ["", "00" * 3, "00" * 8, "zz" * 4])
+def test_checksums_that_cannot_be_are_corrupt(tmp_path, text):
+    path = put(tmp_path, encode_array(rows_like("uint8", (10, 4, 4)))) / "zarr.json"
+    document = json.loads(path.read_bytes())
+    document["attributes"]["chunk_checksums"] = text
+    path.write_text(json.dumps(document))
+    with pytest.raises(Corrupt, match=r"array array in .* does not tell the checksums of its chunks"):
+        reader(tmp_path)
+
+
+def test_a_document_of_another_digest_than_known_is_corrupt(tmp_path):
+    """Another array's has a right `crc32`, too."""
+    document = put(tmp_path, encode_array(rows_like("uint8", (10, 4, 4)))) / "zarr.json"
+    known = hashlib.sha256(document.read_bytes()).hexdigest()
+    reader(tmp_path, sha256=known).read(0, 10)
+    put(tmp_path, encode_array(rows_like("uint8", (11, 4, 4))))
+    reader(tmp_path).read(0, 10)
+    with pytest.raises(Corrupt, match=r"array array in .* its zarr\.json is not the one that was written"):
+        reader(tmp_path, sha256=known)
 
 
 def test_a_shard_cut_off_after_its_index_was_read_is_corrupt(tmp_path):
@@ -306,6 +350,7 @@ def test_a_missing_file_is_corrupt_and_named(tmp_path, name):
 def test_a_whole_chunk_of_another_length_is_corrupt(tmp_path):
     put(tmp_path, encode_array(rows_like("uint8", (100, 4, 4)), chunk_bytes=800))
     shard = shard_of(tmp_path)
+    forget_checksums(tmp_path)
     foreign = encode("zstd", np.zeros(801, np.uint8))
     data = shard.read_bytes()
     shard.write_bytes(foreign + data)

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ulid import ULID
 
-from tests.archive.places import paths
-from trajstore.archive.storage.local import open_storage
+from tests.archive.places import age, paths
+from trajstore.archive.storage.local import LocalStorage, open_storage
 from trajstore.archive.storage.object_ranges import PART_BYTES, cut, requests
 from trajstore.errors import SchemaError, Unavailable
 
@@ -276,6 +276,8 @@ def test_staging_is_cleared_of_what_is_old_and_ours(storage):
     old, new = ULID.from_timestamp(time.time() - 7200), ULID()
     for path in (f"staging/{old}", f"staging/{new}", "staging/foreign"):
         storage.create(path, b"x")
+    if isinstance(storage, LocalStorage):
+        age(storage.path / "staging")
     storage.clear_staging(older_than=3600)
     assert paths(storage) == ["staging/" + name for name in sorted([str(new), "foreign"])]
 

@@ -148,10 +148,13 @@ def test_partial_reads_give_the_rows_and_layers_asked_for(durable, archive):
         np.testing.assert_array_equal(durable.load_routing(id).routed_experts, hot)
     with pytest.raises(trajstore.SchemaError, match="rows"):
         durable.load_routing(id, rows=(0, 10**6))
-    for bad in ((0, 10**6), 5, (3,), ("a", "b")):
+    for bad in ((0, 10**6), 5, (3,), ("a", "b"), (-1, 3), (3, 1), (True, 3), (0, np.True_), (0, 2.0), (0, None), "ab"):
         with pytest.raises(trajstore.SchemaError, match="rows"):
             durable.load_routing(id, rows=bad)
-    for bad in ((99,), 1, ()):
+    for layers in (np.array([6, 2]), iter([6, 2]), [np.uint8(6), 2], {6: 0, 2: 0}):
+        found = durable.load_routing(id, rows=np.array([900, 2100]), layers=layers)
+        np.testing.assert_array_equal(found.routed_experts, hot[900:2100][:, [6, 2]])
+    for bad in ((99,), 1, (), iter(()), [True], [np.True_], [1.0], [None], ["x"], "1", [[1]], np.array([1.0]), (-1,)):
         with pytest.raises(trajstore.SchemaError, match="layers"):
             durable.load_routing(id, layers=bad)
 

@@ -332,7 +332,7 @@ def test_table_that_leads_elsewhere_is_found(durable, archive, folder):
     assert [(one.kind, one.severity) for one in found if "missing" in one.what] == [("lookup-table", "information")]
     wrong = make_table(1, [Line("somebody", 0, 5)])
     wrong.last = 16
-    path.write_bytes(encode_table(wrong))
+    path.write_bytes(encode_table(wrong, incarnation=durable.archive.info.incarnation, partition=0))
     assert ("lookup-table", "error") in kinds(folder)
 
 
@@ -352,6 +352,18 @@ def test_pack_without_a_record_is_told_and_how_much_it_matters(hand):
     (found,) = verify(hand.root.location)
     assert (found.kind, found.severity) == ("leftover", "information")
     assert found.pack.startswith("00/00000001-")
+
+
+def test_staged_pack_is_told_once(hand):
+    hand.write("t", {1: [opened()], 2: segment(np.arange(30), rows(30, spec=WIDE))})
+    staging = Path(hand.root.location, "staging")
+    for name in (str(ULID()), str(ULID())):
+        for file in ("zarr.json", "tokens/zarr.json", "tokens/c/0", "routed/c/0/0/0"):
+            (staging / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name / file).write_bytes(b"")
+    (staging / str(ULID())).write_bytes(b"")
+    told = [finding.what.partition(" ")[0] for finding in verify(hand.root.location)]
+    assert sorted(told) == sorted(f"staging/{path.name}" for path in staging.iterdir())
 
 
 def test_archive_that_was_rebuilt_is_sound_and_tells_what_was_set_aside(hand):

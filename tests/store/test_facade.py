@@ -94,6 +94,18 @@ def test_an_unknown_id_is_not_found_whatever_it_looks_like(embedded, id):
             call(id)
 
 
+@pytest.mark.parametrize("id", [None, 7, b"t", ["t"]])
+def test_what_is_no_string_names_no_trajectory(embedded, folder, id):
+    reading = ("load", "load_routing", "events", "notes", "overlaps", "plan", "tombstone")
+    for call in (embedded.get, embedded.wait, *(getattr(embedded, name) for name in reading)):
+        with pytest.raises(trajstore.SchemaError, match="named by its id, a string"):
+            call(id)
+    bare = trajstore.open_archive(folder)
+    for name in reading:
+        with pytest.raises(trajstore.SchemaError, match="named by its id, a string"):
+            getattr(bare, name)(id)
+
+
 # Listing
 
 

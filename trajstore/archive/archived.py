@@ -11,7 +11,10 @@ __all__ = ["Archived", "OfPack"]
 
 
 class OfPack(Protocol):
-    """What says which pack: a record, or what is kept of one."""
+    """What says which pack, and its record's number: a record, or what is kept of one."""
+
+    @property
+    def number(self) -> int: ...
 
     @property
     def pack(self) -> str: ...

@@ -2,8 +2,8 @@
 
 A table is sorted by a hash of the id and mapped from its file, so a lookup is a binary search, and what a process holds
 does not grow with the run. Each record has one; sixteen are merged into one of 16 records, sixteen of those into one of
-256, and so on: a fresh reader opens a handful. A table that is missing or damaged is made up for by those below it, or
-by the packs.
+256, and so on: a fresh reader opens a handful. A table that is missing, damaged or another partition's is made up for
+by those below it, or by the packs.
 """
 
 import hashlib
@@ -17,14 +17,26 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from trajstore.errors import Corrupt
+from trajstore.errors import Corrupt, SchemaError
 
-__all__ = ["FAN_OUT", "Hit", "Line", "Table", "decode_table", "encode_table", "make_table", "merge_tables", "spans"]
+__all__ = [
+    "FAN_OUT",
+    "Hit",
+    "Line",
+    "Table",
+    "decode_table",
+    "encode_table",
+    "hash_of",
+    "make_table",
+    "merge_tables",
+    "spans",
+]
 
 FAN_OUT = 16
 """Tables of one level that the next level merges."""
 
-_FORMAT = "1"
+_FORMAT = "2"
+"""Those of format 1 do not say whose they are, so nobody can know that they are right: they are not read."""
 
 
 class Line(NamedTuple):
@@ -130,11 +142,13 @@ def merge_tables(tables: Sequence[Table]) -> Table:
     )
 
 
-def encode_table(table: Table) -> bytes:
-    """A table as a safetensors file."""
+def encode_table(table: Table, *, incarnation: str, partition: int) -> bytes:
+    """A table as a safetensors file, which says whose it is."""
     data = dict(zip(_COLUMNS, table.columns, strict=True))
     about = {
         "format": _FORMAT,
+        "incarnation": incarnation,
+        "partition": str(partition),
         "first": str(table.first),
         "last": str(table.last),
         "replaced": msgspec.json.encode(sorted(table.replaced)).decode(),
@@ -148,11 +162,12 @@ def encode_table(table: Table) -> bytes:
     return safetensors.numpy.save(data, metadata={**about, "crc": str(crc)})
 
 
-def decode_table(buffer: memoryview | mmap, *, path: str) -> Table:
-    """A table over a mapped file, without a copy.
+def decode_table(buffer: memoryview | mmap, *, incarnation: str, partition: int, path: str) -> Table:
+    """A table of a partition over a mapped file, without a copy.
 
     Raises:
-        Corrupt: it is damaged, or no such table.
+        Corrupt: it is damaged, no such table, or another partition's or incarnation's.
+        SchemaError: of another format than this version writes; do without it.
     """
     view = memoryview(buffer)
     try:
@@ -169,18 +184,25 @@ def decode_table(buffer: memoryview | mmap, *, path: str) -> Table:
             found = zlib.crc32(about[name].encode(), found)
         for column in columns:
             found = zlib.crc32(column.data.cast("B") if len(column) else b"", found)
-        if found != crc or about["format"] != _FORMAT:
+        if found != crc:
             raise ValueError("its checksum does not match")
-        return Table(
-            int(about["first"]),
-            int(about["last"]),
-            columns,
-            replaced=msgspec.json.decode(about["replaced"], type=frozenset[int]),
-            dropped=msgspec.json.decode(about["dropped"], type=frozenset[int]),
-            backing=buffer,
-        )
+        if about["format"] == _FORMAT:
+            if (about["incarnation"], about["partition"]) != (incarnation, str(partition)):
+                raise ValueError(
+                    f"it says that it is of partition {about['partition']} of incarnation {about['incarnation']}: "
+                    "somebody has copied it"
+                )
+            return Table(
+                int(about["first"]),
+                int(about["last"]),
+                columns,
+                replaced=msgspec.json.decode(about["replaced"], type=frozenset[int]),
+                dropped=msgspec.json.decode(about["dropped"], type=frozenset[int]),
+                backing=buffer,
+            )
     except (ValueError, KeyError, TypeError, IndexError, msgspec.MsgspecError) as error:
         raise Corrupt(f"the lookup table {path} is damaged: {error}") from error
+    raise SchemaError(f"the lookup table {path} has format {about['format']}, and this trajstore reads {_FORMAT}")
 
 
 def spans(position: int) -> list[tuple[int, int]]:

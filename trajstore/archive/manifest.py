@@ -8,16 +8,16 @@ tables of `index.py`, so that what a process holds does not grow with the run.
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from trajstore.archive.archived import Archived, OfPack
-from trajstore.archive.index import Hit, Line, Table, make_table
+from trajstore.archive.index import Hit, Line, Table, hash_of, make_table
 from trajstore.archive.pack import PackedTrajectory, decode_trajectory, encode_trajectory
 from trajstore.archive.pack_arrays import PackArrays
 from trajstore.archive.record import Record, decode_record, encode_record, record_path, require_listed
 from trajstore.archive.storage.protocol import Storage
 from trajstore.archive.stored_tables import StoredTables
-from trajstore.errors import Corrupt, Fenced
+from trajstore.errors import Corrupt, Fenced, SchemaError
 from trajstore.events import EventId
 from trajstore.summary import Summary
 
@@ -29,18 +29,26 @@ _RECORDS = 1024
 
 
 class Manifest:
-    """The records of one partition, read incrementally. Thread-safe."""
+    """The records of one partition, read incrementally. Thread-safe.
 
-    def __init__(self, storage: Storage, partition: int, packs: PackArrays) -> None:
+    Args:
+        storage, incarnation: of the archive.
+        partition: whose.
+        packs: the archive's.
+    """
+
+    def __init__(self, storage: Storage, partition: int, packs: PackArrays, *, incarnation: str) -> None:
         self._storage = storage
         self._partition = partition
         self._packs = packs
-        self._stored = StoredTables(storage, partition)
+        self._stored = StoredTables(storage, partition, incarnation=incarnation)
         self._lock = threading.RLock()
         self._newest = 0
         self._is_whole = False
         self._tables: list[Table] = []
         self._unlisted: set[int] = set()
+        self._listed: set[int] = set()
+        self._unstored: set[int] = set()
         self._records: OrderedDict[int, Record] = OrderedDict()
         self._replaced: frozenset[int] = frozenset()
         self._dropped: frozenset[int] = frozenset()
@@ -85,7 +93,9 @@ class Manifest:
         if table is not None:
             return table
         try:
-            return self._made_table(record)
+            made = self._made_table(record)
+            self._unstored.add(number)
+            return made
         except Corrupt:  # a later record may have given it up
             self._unlisted.add(number)
             return make_table(number, (), replaced=record.replaces, dropped=record.drops)
@@ -98,6 +108,7 @@ class Manifest:
         single = next((i for i, known in enumerate(self._tables) if known.first == known.last == number), None)
         if single is not None:  # else a larger table, which knows its lines, has come in its place
             self._tables[single] = self._made_table(self.record(number))
+            self._unstored.add(number)
         self._unlisted.discard(number)
 
     def _require_whole(self) -> None:
@@ -112,7 +123,7 @@ class Manifest:
         self._is_whole = True
 
     def append(self, record: Record, packed: Sequence[PackedTrajectory]) -> None:
-        """Publish a record durably, then the lookup tables that it completes.
+        """Publish a record durably, then the lookup tables that it completes, and those that were found missing.
 
         Its number is one above the newest that the archiver knew when it decided what to archive: a record written
         since by another makes that decision stale, and has taken the number.
@@ -126,10 +137,11 @@ class Manifest:
         try:
             self._storage.create(self._path(record.number), encode_record(record))
         except FileExistsError as error:
-            raise Fenced(
-                f"record {record.number} of partition {record.partition} was written by another archiver; this one's "
-                "lease is over, and its pack stays unpublished"
-            ) from error
+            if not self._is_written(record):
+                raise Fenced(
+                    f"record {record.number} of partition {record.partition} was written by another archiver; this "
+                    "one's lease is over, and its pack stays unpublished"
+                ) from error
         with self._lock:
             lines, offset = [], 0
             for line in packed:
@@ -142,12 +154,34 @@ class Manifest:
                 self._take(table)
             self._stored.write(table)
             self._tables = self._stored.consolidated(self._tables, self._newest, write=True)
+            for known in self._tables:
+                if known.first == known.last and known.first in self._unstored:
+                    self._stored.write(known)
+            self._unstored.clear()
 
-    def find(self, id: str) -> Archived:
+    def _is_written(self, record: Record) -> bool:
+        """Whoever stands between may send a put twice, and the answer to the second is that the first was there."""
+        try:
+            return self._storage.read(self._path(record.number)) == encode_record(record)
+        except FileNotFoundError:
+            return False
+
+    def is_refused(self, number: int, pack: str) -> bool:
+        """A record is another pack's, so no record will ever name this one. False where that cannot be told."""
+        try:
+            return self.record(number).pack != pack
+        except (Corrupt, SchemaError):
+            return False
+
+    def find(self, id: str, *, listed: Iterable[int] = ()) -> Archived:
         """What is archived of a trajectory, as of the last refresh.
 
+        Args:
+            listed: records whose packs are known to list it.
+
         Raises:
-            Corrupt: a record or a pack's list of trajectories cannot be read.
+            Corrupt: a record or a pack's list of trajectories cannot be read, or the lookup tables lead to another
+                trajectory, or not to one of `listed`.
         """
         with self._lock:
             hits = self._hits(id)
@@ -160,11 +194,17 @@ class Manifest:
                 continue
             try:
                 record = self.record(hit.number)
-                line = self._line(record, hit)
+                line = self._line(record, hit, id)
             except Corrupt as error:
                 raise Corrupt(f"trajectory {id}: {error}") from error
             if line.id == id:
                 parts.append((record, line))
+        missing = set(listed).difference(replaced, dropped, (record.number for record, _ in parts))
+        if missing:
+            raise Corrupt(
+                f"trajectory {id} lies in the pack of record {min(missing)} of partition {self._partition}, to which "
+                f"the lookup tables in {self._storage.location} do not lead; `trajstore rebuild` makes them anew"
+            )
         return Archived(parts, False)
 
     def record(self, number: int) -> Record:
@@ -227,8 +267,9 @@ class Manifest:
         """What a record's pack holds of each trajectory.
 
         Raises:
-            Corrupt: the list cannot be read.
+            Corrupt: the list cannot be read, or is another pack's.
         """
+        self._require_listed(record)
         data = self._packs.whole(record.pack, "trajectories")
         return (decode_trajectory(line, pack=record.pack) for line in data.splitlines())
 
@@ -266,13 +307,21 @@ class Manifest:
     def _holds(self, hit: Hit, id: str) -> bool:
         """A dropped pack held a trajectory. Where its list is damaged, the hash of the id says so."""
         try:
-            return self._line(self.record(hit.number), hit).id == id
+            return self._line(self.record(hit.number), hit, id).id == id
         except Corrupt:
             return True
 
-    def _line(self, record: Record, hit: Hit) -> PackedTrajectory:
+    def _line(self, record: Record, hit: Hit, id: str) -> PackedTrajectory:
+        """The line that was found for an id: its own, or that of one with the same hash."""
         data = self._packs.text(record.pack, "trajectories", hit.offset, hit.offset + hit.length)
-        return decode_trajectory(data, pack=record.pack)
+        line = decode_trajectory(data, pack=record.pack)
+        if hash_of(line.id) != hash_of(id):
+            raise Corrupt(
+                f"pack {record.pack} lists trajectory {line.id} where the lookup tables lead: its list is another "
+                "pack's and is to be restored from a copy, or the tables are wrong and `trajstore rebuild` makes them "
+                "anew"
+            )
+        return line
 
     def _made_table(self, record: Record) -> Table:
         """The table of one record, from its pack."""
@@ -282,11 +331,17 @@ class Manifest:
     def _lines_of(self, record: Record) -> Iterator[Line]:
         if not record.pack:
             return
-        require_listed(self._storage, record)
+        self._require_listed(record)
         offset = 0
         for text in self._packs.whole(record.pack, "trajectories").splitlines(keepends=True):
             yield Line(decode_trajectory(text, pack=record.pack).id, offset, len(text))
             offset += len(text)
+
+    def _require_listed(self, record: OfPack) -> None:
+        """Once in a process: a pack's list of trajectories is that of its record."""
+        if record.number not in self._listed:
+            require_listed(self._storage, record if isinstance(record, Record) else self.record(record.number))
+            self._listed.add(record.number)
 
     def _take(self, table: Table) -> None:
         self._tables.append(table)

@@ -3,13 +3,14 @@
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
 from trajstore.archive.arrays.chunk_cache import ChunkCache
 from trajstore.archive.arrays.shard import Job, ShardReader, decode_all
+from trajstore.archive.record import FileDigest
 from trajstore.archive.storage.protocol import Storage
 from trajstore.errors import Corrupt
 
@@ -31,10 +32,19 @@ class Span(NamedTuple):
 
 
 class PackArrays:
-    """Reads rows of packs' arrays. Thread-safe."""
+    """Reads rows of packs' arrays. Thread-safe.
 
-    def __init__(self, storage: Storage) -> None:
+    Args:
+        storage: of the archive.
+        files_of: what the record of a pack says of its files, None for a pack without one; asked with every array
+            that is opened. Without it packs are taken as they are.
+    """
+
+    def __init__(
+        self, storage: Storage, files_of: Callable[[str], Mapping[str, FileDigest] | None] = lambda _: None
+    ) -> None:
         self._storage = storage
+        self._files_of = files_of
         self._open: OrderedDict[tuple[str, str], ShardReader] = OrderedDict()
         self._chunks = ChunkCache(_CACHED_BYTES)
         self._lock = threading.Lock()
@@ -111,12 +121,30 @@ class PackArrays:
             if reader is not None:
                 self._open.move_to_end(key)
                 return reader
-        reader = ShardReader(self._storage, f"packs/{pack}/{array}", cache=self._chunks)
+        reader = self._opened(pack, array)
         with self._lock:
             self._open[key] = reader
             if len(self._open) > _OPEN:
                 self._open.popitem(last=False)
         return reader
+
+    def _opened(self, pack: str, array: str) -> ShardReader:
+        """An array, which must be the one that its pack's record names; that costs no request of its own."""
+        path = f"packs/{pack}/{array}"
+        files = self._files_of(pack)
+        if files is None:
+            return ShardReader(self._storage, path, cache=self._chunks)
+        document = files.get(f"{array}/zarr.json")
+        if document is None:
+            raise Corrupt(f"the record of the pack names no file {array}/zarr.json")
+        shards = [file.size for name, file in files.items() if name.startswith(f"{array}/c/")]
+        return ShardReader(
+            self._storage,
+            path,
+            shard_size=shards[0] if len(shards) == 1 else None,
+            sha256=document.sha256,
+            cache=self._chunks,
+        )
 
 
 def _run(span: Span, job: Job) -> None:

@@ -1,6 +1,7 @@
 """Reading an archive: entries and payloads of a trajectory, from the packs that its manifest names."""
 
 import os
+import re
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,9 +17,10 @@ from trajstore.archive.archived import Archived
 from trajstore.archive.manifest import Manifest
 from trajstore.archive.pack import Piece, ReadEntry, decode_entries, payload_array
 from trajstore.archive.pack_arrays import PackArrays, Span
+from trajstore.archive.record import FileDigest
 from trajstore.archive.root import ArchiveInfo, ArchiveRoot
-from trajstore.entries import Buffer, EntryStamp, Event, Extent, partition_of
-from trajstore.errors import Corrupt, NotFound
+from trajstore.entries import Buffer, EntryStamp, Event, Extent, check_payload, partition_of
+from trajstore.errors import Corrupt, NotFound, SchemaError
 from trajstore.events import EventId, Tokens, UnknownEvent
 from trajstore.routing import RoutingArray
 from trajstore.summary import Summary
@@ -26,6 +28,8 @@ from trajstore.summary import Summary
 __all__ = ["ArchiveReader", "Extents", "resolve"]
 
 _READ_BYTES = 16 << 20
+
+_PACK = re.compile(r"([0-9]{2,9})/([0-9]{8,18})-.+")
 
 Place: TypeAlias = tuple[str, str]
 """(pack, array)."""
@@ -46,9 +50,10 @@ class ArchiveReader:
         _readers.add(self)
 
     def _begin(self) -> None:
-        self.packs = PackArrays(self.root.storage)
+        self.packs = PackArrays(self.root.storage, self._files_of)
         self._manifests = [
-            Manifest(self.root.storage, partition, self.packs) for partition in range(self.info.partitions)
+            Manifest(self.root.storage, partition, self.packs, incarnation=self.info.incarnation)
+            for partition in range(self.info.partitions)
         ]
 
     def manifest(self, partition: int) -> Manifest:
@@ -118,7 +123,7 @@ class ArchiveReader:
     def routed(self, id: str, event: Event, first: int, stop: int, layers: slice | None = None) -> RoutingArray | None:
         """Rows `[first, stop)` of an archived recording, `[stop - first, layers, K]`, and no others.
 
-        None where a compaction has moved them.
+        None where a compaction has moved them. Where that is all of the recording, it is compared with its header.
 
         Raises:
             Corrupt: naming the pack and the trajectory.
@@ -135,7 +140,12 @@ class ArchiveReader:
             if self._moved(id, extents):
                 return None
             raise Corrupt(f"trajectory {id}: {error}") from error
-        return np.concatenate([read["routed", extent] for extent in extents])
+        rows = np.concatenate([read["routed", extent] for extent in extents])
+        if event.payload is not None and rows.nbytes == event.payload.nbytes:
+            check_payload(
+                _bytes(rows), event.payload, what=f"{id}: the payload of event {event.id} in pack {event.stored}"
+            )
+        return rows
 
     def summaries(self, partition: int, *, on_corrupt: Callable[[Corrupt], None] | None = None) -> list[Summary]:
         """The newest archived summary of every trajectory of a partition.
@@ -194,6 +204,17 @@ class ArchiveReader:
         manifest = self._manifests[partition_of(id, self.info.partitions)]
         manifest.refresh()
         return manifest
+
+    def _files_of(self, pack: str) -> Mapping[str, FileDigest] | None:
+        """What a pack's record says of its files; None where none that can be read is its record."""
+        match = _PACK.fullmatch(pack)
+        if match is None or int(match[1]) >= len(self._manifests):
+            return None
+        try:
+            record = self._manifests[int(match[1])].record(int(match[2]))
+        except (Corrupt, SchemaError):  # an error for whoever needs the record
+            return None
+        return record.files if record.pack == pack else None
 
     def _read_page(self, id: str, events: Sequence[Event]) -> Iterator[Buffer | None]:
         wanted: dict[Place, list[Extent]] = {}

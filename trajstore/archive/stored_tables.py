@@ -1,6 +1,7 @@
 """The lookup tables of a partition, as files: found, opened, written, and put in the place of those that they merge.
 
-What a table holds is in `index.py`. None of them is needed: what a missing or damaged one says is read from the packs.
+What a table holds is in `index.py`. None of them is needed: what a missing or damaged one says is read from the packs,
+and whoever writes the next record writes it anew.
 """
 
 import logging
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 
 from trajstore.archive.index import FAN_OUT, Table, decode_table, encode_table, merge_tables, spans
 from trajstore.archive.storage.protocol import Storage
-from trajstore.errors import Corrupt
+from trajstore.errors import Corrupt, SchemaError
 
 __all__ = ["StoredTables"]
 
@@ -16,11 +17,12 @@ log = logging.getLogger(__name__)
 
 
 class StoredTables:
-    """Of one partition."""
+    """Of one partition of the archive of an incarnation."""
 
-    def __init__(self, storage: Storage, partition: int) -> None:
+    def __init__(self, storage: Storage, partition: int, *, incarnation: str) -> None:
         self._storage = storage
         self._partition = partition
+        self._incarnation = incarnation
 
     def after(self, position: int) -> Table | None:
         """The largest table that begins after record `position`, if there is one."""
@@ -28,23 +30,28 @@ class StoredTables:
         return next((table for table in found if table is not None), None)
 
     def open(self, first: int, last: int) -> Table | None:
-        """The table of records `first` to `last`; None where it is not there, or damaged."""
+        """The table of records `first` to `last`; None where it is not there, damaged, or of another format."""
         path = self._path(first, last)
         try:
-            table = decode_table(self._storage.open_map(path), path=path)
-        except FileNotFoundError:
+            table = decode_table(
+                self._storage.open_map(path), incarnation=self._incarnation, partition=self._partition, path=path
+            )
+        except (FileNotFoundError, SchemaError):
             return None
         except Corrupt as error:
-            log.warning("%s; what it says is read from the packs. Remove it, and an archiver writes it anew", error)
+            log.warning("%s; what it says is read from the packs until an archiver writes it anew", error)
             return None
         return table if (table.first, table.last) == (first, last) else None
 
     def write(self, table: Table) -> None:
-        """Store a table; one that cannot be stored is only slower to do without."""
+        """Store a table, in the place of one that cannot be used. One that cannot be stored is slower to do without."""
+        path = self._path(table.first, table.last)
+        data = encode_table(table, incarnation=self._incarnation, partition=self._partition)
         try:
-            self._storage.create(self._path(table.first, table.last), encode_table(table))
-        except FileExistsError:
-            pass  # a damaged one, or another archiver's a moment ago
+            if self._create(path, data) or self.open(table.first, table.last) is not None:
+                return
+            self._storage.remove([path])
+            self._create(path, data)
         except OSError as error:
             log.warning("a lookup table of partition %d could not be written: %s", self._partition, error)
 
@@ -74,6 +81,14 @@ class StoredTables:
                         self._remove(covered)
             size *= FAN_OUT
         return found
+
+    def _create(self, path: str, data: bytes) -> bool:
+        """False if there is one: a damaged one, or another archiver's a moment ago."""
+        try:
+            self._storage.create(path, data)
+        except FileExistsError:
+            return False
+        return True
 
     def _remove(self, tables: Sequence[Table]) -> None:
         """Others in whose place a larger one stands; whoever has them open keeps them."""

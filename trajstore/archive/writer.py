@@ -185,7 +185,8 @@ class PackWriter:
         try:
             manifest.append(record, self._trajectories)
         except Fenced:
-            self._storage.remove(f"packs/{pack}/{name}" for name in files)  # no record names it, and none ever will
+            if manifest.is_refused(number, pack):  # else `gc` finds out
+                self._storage.remove(f"packs/{pack}/{name}" for name in files)
             raise
         on_step("recorded")
         return record

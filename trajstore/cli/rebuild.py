@@ -26,7 +26,8 @@ _SERVERS = ("redis://", "rediss://", "unix://")
     "--without",
     multiple=True,
     metavar="PACK",
-    help="Give this pack up, which has no record and cannot be read; may be repeated.",
+    help="Give this pack up: one without a record that cannot be read, or a damaged one while the packs that it was "
+    "compacted from are still there, which are live again then; may be repeated.",
 )
 @click.option("--partitions", type=click.IntRange(min=1), help="Of a lost archive.json, where packs do not tell.")
 @click.option(
@@ -97,6 +98,7 @@ def _archive_lines(done: Rebuilt) -> list[str]:
         ("left over from a crash and not needed", done.leftovers),
         ("dropped by retention", done.dropped),
         ("gone, whatever these records said", done.gaps),
+        ("given up, and what they were compacted from is live again", done.undone),
         ("of another run, left alone", done.foreign),
     ):
         if found:

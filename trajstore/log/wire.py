@@ -7,9 +7,9 @@ pinned. Large arguments go out by the Python packer, which sends them without a 
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, urlencode
 
 import redis
@@ -19,6 +19,7 @@ from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
 from trajstore.errors import Corrupt, SchemaError, StoreFull, TrajstoreError, Unavailable
+from trajstore.log.bulk import Value, fetch
 
 __all__ = [
     "FULL_AT",
@@ -36,6 +37,8 @@ __all__ = [
 
 Argument: TypeAlias = str | bytes | bytearray | memoryview | int
 Command: TypeAlias = Sequence[Argument]
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +112,20 @@ class Wire:
             connection = self._pool.get_connection()
             try:
                 return _exchange(connection, commands)
+            finally:
+                self._pool.release(connection)
+
+    def fetch(self, keys: Sequence[str], read: Callable[[Value], T]) -> list[T | None]:
+        """Values of keys, each read while it arrives; None for one that is not there.
+
+        Raises:
+            Unavailable: the server refused, or the connection was lost.
+            Exception: what `read` raises.
+        """
+        with translated("GET"):
+            connection = self._pool.get_connection()
+            try:
+                return fetch(connection, keys, read)
             finally:
                 self._pool.release(connection)
 

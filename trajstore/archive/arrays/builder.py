@@ -117,9 +117,11 @@ class ShardBuilder:
             self._begin_run()
         if not self._codec:
             self._choose()
-        files: dict[str, Iterable[bytes]] = {"zarr.json": [describe(layout, self._codec)]}
+        files: dict[str, Iterable[bytes]] = {}
+        checksums = bytearray()
         if layout.chunks:
-            files[layout.shard_name] = _shard(self._chunks)
+            files[layout.shard_name] = _shard(self._chunks, checksums)
+        files["zarr.json"] = _document(layout, self._codec, checksums)
         return ArrayFiles(files, self._codec)
 
     def _begin_run(self) -> None:
@@ -184,13 +186,24 @@ def _chunk(parts: Sequence[Array], group: int, shape: Sequence[int]) -> Array:
     return chunk
 
 
-def _shard(chunks: list[Future[bytes]]) -> Iterator[bytes]:
-    """Chunks in order, and behind them the index that says where each lies. Each is let go once it is taken."""
+def _document(layout: Layout, codec: str, checksums: bytearray) -> Iterator[bytes]:
+    """The `zarr.json` of a shard that was taken."""
+    assert len(checksums) == 4 * layout.chunks
+    yield describe(layout, codec, bytes(checksums))
+
+
+def _shard(chunks: list[Future[bytes]], checksums: bytearray) -> Iterator[bytes]:
+    """Chunks in order, and behind them the index that says where each lies. Each is let go once it is taken.
+
+    Args:
+        checksums: gets the last four bytes of each chunk.
+    """
     lengths = []
     chunks.reverse()
     while chunks:
         chunk = chunks.pop().result()
         lengths.append(len(chunk))
+        checksums += chunk[-4:]
         yield chunk
     places = np.array([(end - length, length) for end, length in zip(accumulate(lengths), lengths, strict=True)], "<u8")
     index = places.tobytes()

@@ -16,7 +16,7 @@ import numpy as np
 from trajstore.archive.arrays.codecs import chain_of, is_checked
 from trajstore.errors import SchemaError
 
-__all__ = ["Layout", "Piece", "describe", "is_intact", "recognize"]
+__all__ = ["Layout", "Piece", "checksums_of", "describe", "is_intact", "recognize"]
 
 _DTYPES = frozenset(
     f"{kind}{bits}"
@@ -130,8 +130,12 @@ class Layout(NamedTuple):
                 )
 
 
-def describe(layout: Layout, codec: str) -> bytes:
-    """The array's `zarr.json`. Its attribute `crc32` covers all the rest, see `is_intact`."""
+def describe(layout: Layout, codec: str, checksums: bytes) -> bytes:
+    """The array's `zarr.json`. Its attribute `crc32` covers all but the attributes, see `is_intact`.
+
+    Args:
+        checksums: the last four bytes of every chunk, see `checksums_of`.
+    """
     name = layout.dtype.name
     little = {} if layout.dtype.itemsize == 1 else {"configuration": {"endian": "little"}}
     sharding = {
@@ -151,7 +155,8 @@ def describe(layout: Layout, codec: str) -> bytes:
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "storage_transformers": [],
     }
-    return msgspec.json.format(msgspec.json.encode({**document, "attributes": {"crc32": _checksum(document)}}))
+    attributes = {"crc32": _checksum(document), "chunk_checksums": checksums.hex()}
+    return msgspec.json.format(msgspec.json.encode({**document, "attributes": attributes}))
 
 
 def is_intact(document: dict[str, Any]) -> bool:
@@ -163,6 +168,21 @@ def is_intact(document: dict[str, Any]) -> bool:
         case {"attributes": {"crc32": crc32}}:
             return bool(_checksum({key: value for key, value in document.items() if key != "attributes"}) == crc32)
     return True
+
+
+def checksums_of(document: dict[str, Any]) -> bytes | None:
+    """The checksum in which each chunk ends, four bytes for each in the order of the shard's index.
+
+    They tie the shard to this document, and so to whatever knows its digest: another array's chunks are as sound as its
+    own. None in a document from another writer, or of a version that did not write them yet.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    match document:
+        case {"attributes": {"crc32": _, "chunk_checksums": str(text)}}:
+            return bytes.fromhex(text)
+    return None
 
 
 def recognize(document: dict[str, Any]) -> tuple[Layout, str] | None:

@@ -7,6 +7,7 @@ layout is read through it, and so is everything local where the user has chosen 
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from trajstore.archive.arrays.chunk_cache import ChunkCache
 from trajstore.archive.arrays.codecs import crc32c, decode, decode_into
 from trajstore.archive.arrays.foreign import ForeignArray, other_pipeline
-from trajstore.archive.arrays.layout import Layout, Piece, is_intact, recognize
+from trajstore.archive.arrays.layout import Layout, Piece, checksums_of, is_intact, recognize
 from trajstore.archive.arrays.threads import run_all
 from trajstore.archive.storage.local import LocalStorage
 from trajstore.archive.storage.protocol import Range, Storage
@@ -78,6 +79,7 @@ class ShardReader:
         path: str,
         *,
         shard_size: int | None = None,
+        sha256: str | None = None,
         cache: ChunkCache | None = None,
         threads: Executor | None = None,
     ) -> None:
@@ -85,12 +87,14 @@ class ShardReader:
 
         Args:
             storage, path: the array's folder.
-            shard_size: bytes of the shard file, where known: saves asking for it.
+            shard_size: bytes of the shard file, where known: saves asking for it, and another array's shard, which
+                has another size, is found out.
+            sha256: of `zarr.json` (hex), where known.
             cache: where to keep chunks of which a part was read; any number of arrays may share it.
             threads: where to decompress; by default an executor that the process shares.
 
         Raises:
-            Corrupt: `zarr.json` is missing or damaged.
+            Corrupt: `zarr.json` is missing, damaged, or another one.
             Conflict: see `read`.
         """
         self.storage = storage
@@ -100,7 +104,7 @@ class ShardReader:
         self._cache = cache
         self._shard_size = shard_size
         self._index: Array | None = None
-        document = self._document()
+        document = self._document(sha256)
         self._layout: Layout | None
         self._layout, self._codec = recognize(document) or (None, "")
         self._foreign: ForeignArray | None = None
@@ -113,6 +117,7 @@ class ShardReader:
         self.dtype = found.dtype
         self.chunk_shape = found.chunk_shape
         if self._layout is not None:  # asked for with every chunk
+            self._checksums = self._known_checksums(self._layout, document)
             self._flat_chunk = self._layout.flat(self._layout.chunk_shape)
             self._chunk_bytes = self._layout.chunk_bytes
 
@@ -207,6 +212,8 @@ class ShardReader:
             chunk = blocks[block][begin : begin + place[1]]
             if len(chunk) != place[1]:
                 raise self._damaged(layout, number, f"the file ends before it does, {len(chunk)} of {place[1]} bytes")
+            if self._checksums is not None and chunk[-4:] != self._checksums[4 * number : 4 * number + 4]:
+                raise self._damaged(layout, number, "its checksum is not the one in zarr.json; it may be another's")
             chunks.append(chunk)
         return chunks
 
@@ -221,7 +228,7 @@ class ShardReader:
             if len(data) != nbytes or crc32c(data[:-4]) != data[-4:]:
                 raise Corrupt(
                     f"{self._where} is damaged: the index at the end of its shard does not match its checksum, or the "
-                    "shard is cut off; restore it from a copy"
+                    f"shard is cut off{self._other_size(layout)}; restore it from a copy"
                 )
             index = np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
             self._check_index(layout, index, size - nbytes)
@@ -238,12 +245,20 @@ class ShardReader:
             raise self._damaged(layout, int(outside[0]), "the index says that it lies outside of the shard")
 
     def _size_of_shard(self, layout: Layout) -> int:
-        if self._shard_size is not None:
-            return self._shard_size
+        return self._found_size(layout) if self._shard_size is None else self._shard_size
+
+    def _found_size(self, layout: Layout) -> int:
         try:
             return self.storage.size(self._shard_path(layout))
         except FileNotFoundError as error:
             raise self._absent(self._shard_path(layout)) from error
+
+    def _other_size(self, layout: Layout) -> str:
+        """What to add to an error where the shard has not the size that was known: it is another array's, perhaps."""
+        found = self._found_size(layout)
+        if self._shard_size in (None, found):
+            return ""
+        return f", or it is another one: it has {found} bytes, not the {self._shard_size} that were written"
 
     def _read_shard(self, layout: Layout, ranges: Sequence[Range]) -> list[bytes]:
         try:
@@ -253,7 +268,7 @@ class ShardReader:
         self.bytes_read += sum(map(len, blocks))
         return blocks
 
-    def _document(self) -> dict[str, Any]:
+    def _document(self, sha256: str | None) -> dict[str, Any]:
         path = f"{self.path}/zarr.json"
         try:
             data = self.storage.read(path)
@@ -265,7 +280,20 @@ class ShardReader:
             raise Corrupt(f"{self._where} is damaged: its zarr.json cannot be read: {error}; restore it") from error
         if not is_intact(document):
             raise Corrupt(f"{self._where} is damaged: its zarr.json is not what was written; restore it from a copy")
+        if sha256 not in (None, hashlib.sha256(data).hexdigest()):
+            raise Corrupt(f"{self._where} is damaged: its zarr.json is not the one that was written; restore it")
         return document
+
+    def _known_checksums(self, layout: Layout, document: dict[str, Any]) -> bytes | None:
+        try:
+            found = checksums_of(document)
+        except ValueError:
+            found = b""
+        if found is not None and len(found) != 4 * layout.chunks:
+            raise Corrupt(
+                f"{self._where} is damaged: its zarr.json does not tell the checksums of its chunks; restore it"
+            )
+        return found
 
     def _layer_range(self, layers: slice | None) -> tuple[int, int]:
         count = self.shape[1] if len(self.shape) > 1 else 1

@@ -9,14 +9,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from trajstore.archive.pack_arrays import PackArrays
+from trajstore.archive.reader import ArchiveReader
+from trajstore.archive.rebuild.checks import faults
 from trajstore.archive.rebuild.found_packs import describe, find_packs, lines_of, pack_names, read_about
 from trajstore.archive.rebuild.records import Rebuilt, rebuild_records, set_aside
 from trajstore.archive.rebuild.tables import rebuild_tables
-from trajstore.archive.record import decode_record, record_path
+from trajstore.archive.record import Record
 from trajstore.archive.root import ARCHIVE_FORMAT, ArchiveInfo, ArchiveRoot
 from trajstore.archive.sealed import seal
 from trajstore.archive.storage.protocol import Storage
-from trajstore.archive.verify.place_check import check_identity
+from trajstore.archive.upkeep.originals import is_sound, known, originals_of
+from trajstore.archive.verify.place_check import check_identity, record_numbers
 from trajstore.entries import partition_of
 from trajstore.errors import Conflict, Corrupt, NotFound
 from trajstore.log.run import MAX_PARTITIONS
@@ -38,7 +41,8 @@ def rebuild_archive(
 
     Args:
         digests: compare the content of every pack with its record, too: finds a record whose digest is wrong.
-        without: packs that no record names and that cannot be read, to be given up: "07/00000012-01M8...".
+        without: packs to be given up, "07/00000012-01M8...": those that no record names and that cannot be read, and
+            damaged ones whose compaction can be taken back, so that the packs that they replaced are live again.
         partitions: P, needed only where neither `archive.json` nor a pack tells.
         on_partition: hears how many partitions of how many are done.
 
@@ -56,11 +60,14 @@ def rebuild_archive(
     found = info or said.identity(root, partitions)
     if partitions not in (None, found.partitions):
         raise Conflict(f"{root.location} has {found.partitions} partitions, not {partitions}; leave out --partitions")
+    undone: dict[int, set[int]] = {}
     for pack in sorted(without):
-        _require_unreadable(root, pack, found.partitions)
+        numbers = _without(root, found, pack)
+        undone.setdefault(int(pack.partition("/")[0]), set()).update(numbers)
     for partition in range(found.partitions):
-        tables = rebuild_records(root.storage, found, partition, done, digests=digests, without=without)
-        done.tables += rebuild_tables(root.storage, partition, tables)
+        back = undone.get(partition, ())
+        tables = rebuild_records(root.storage, found, partition, done, digests=digests, without=without, undone=back)
+        done.tables += rebuild_tables(root.storage, partition, tables, incarnation=found.incarnation)
         on_partition(partition + 1, found.partitions)
     if info is None:  # last: until then a lost manifest is not taken for a whole one
         with contextlib.suppress(FileNotFoundError):
@@ -73,29 +80,47 @@ def rebuild_archive(
     return done
 
 
-def _require_unreadable(root: ArchiveRoot, name: str, partitions: int) -> None:
-    """A pack to be given up is there, no record names it, and it cannot be read.
+def _without(root: ArchiveRoot, info: ArchiveInfo, name: str) -> set[int]:
+    """Numbers of the records of compactions that are taken back with a pack; none for one that nothing is known of.
 
     Raises:
-        NotFound, Conflict: it is not so.
+        NotFound: there is no such pack.
+        Conflict: it need not be given up, or there is another way.
     """
     folder = name.partition("/")[0]
     partition = int(folder) if folder.isdecimal() and folder.isascii() else -1
-    packs = find_packs(root.storage, partition) if 0 <= partition < partitions else []
+    is_there = 0 <= partition < info.partitions
+    reader = ArchiveReader(root, info)
+    records = _records(reader, partition) if is_there else []
+    packs = find_packs(root.storage, partition) if is_there else []
+    named = next((one for one in records if one.pack == name), None)
     pack = next((one for one in packs if one.name == name), None)
-    if pack is None:
+    record = named
+    if pack is not None and record is None:
+        try:
+            record = describe(root.storage, PackArrays(root.storage), pack)
+        except Corrupt:
+            return set()
+    if record is None:
         raise NotFound(f"{root.location} has no pack {name!r} to be rebuilt without; packs are named as below packs/")
-    with contextlib.suppress(FileNotFoundError, Corrupt):
-        path = record_path(partition, pack.number)
-        data = root.storage.read(path)
-        if decode_record(data, partition=partition, number=pack.number, where=path).pack == name:
-            raise Conflict(
-                f"pack {name} has a record, so nothing is rebuilt without it. A damaged one is given up with "
-                f"`trajstore gc {root.location} --pack {name} --lost`"
-            )
-    with contextlib.suppress(Corrupt):
-        describe(root.storage, PackArrays(root.storage), pack)
-        raise Conflict(f"pack {name} can be read, so a rebuild takes it in if it is needed; leave out --without")
+    is_ended = any(record.number in (*other.replaces, *other.drops) for other in records)
+    if not is_ended and (not is_sound(root.storage, record) if named else faults(reader, record)):
+        originals = originals_of(root.storage, reader.manifest(partition), record)
+        if originals.packs:  # but for what a rebuild that was killed has done already
+            return originals.undone - {one.number for one in records if not one.pack}
+    if named:
+        raise Conflict(
+            f"pack {name} has a record, and is not a damaged pack that others which it was compacted from can stand "
+            "in for, so nothing is rebuilt without it. A damaged one is given up with "
+            f"`trajstore gc {root.location} --pack {name} --lost`"
+        )
+    raise Conflict(f"pack {name} can be read, so a rebuild takes it in if it is needed; leave out --without")
+
+
+def _records(reader: ArchiveReader, partition: int) -> list[Record]:
+    """Those of a partition that can be read."""
+    found = (known(reader.manifest(partition), one) for one in record_numbers(reader.root.storage, partition))
+    return [record for record in found if record is not None]
 
 
 def _sound_identity(root: ArchiveRoot) -> ArchiveInfo | None:

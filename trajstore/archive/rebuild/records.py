@@ -14,7 +14,7 @@ the list of trajectories is left. Where neither tells, its number is filled and 
 """
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 from ulid import ULID
@@ -33,7 +33,7 @@ from trajstore.archive.rebuild.found_packs import (
     table_of,
 )
 from trajstore.archive.rebuild.planned import PlannedStorage
-from trajstore.archive.rebuild.tables import lines_told, stored_tables
+from trajstore.archive.rebuild.tables import lines_told, remove_tables, stored_tables
 from trajstore.archive.record import RECORD_FORMAT, Record, encode_record, record_path, require_listed
 from trajstore.archive.root import ArchiveInfo, ArchiveRoot
 from trajstore.archive.storage.protocol import Storage
@@ -59,6 +59,7 @@ class Rebuilt(msgspec.Struct, kw_only=True):
         leftovers: packs without a record of which nothing is needed; `trajstore gc` removes them.
         dropped: records whose packs retention had dropped, as was found out, "<pp>/<nnnnnnnn>".
         gaps: records of which nothing is left: they may have named a pack that is gone, or dropped others.
+        undone: damaged packs that were given up: the packs that they were compacted from are live again.
         foreign: packs of another run or incarnation, left alone.
         damaged: what cannot be read in packs that got a record.
         unreadable: packs without a record whose list of trajectories cannot be read; their partitions were left alone.
@@ -72,13 +73,21 @@ class Rebuilt(msgspec.Struct, kw_only=True):
     leftovers: list[str] = []
     dropped: list[str] = []
     gaps: list[str] = []
+    undone: list[str] = []
     foreign: list[str] = []
     damaged: list[str] = []
     unreadable: list[str] = []
 
 
 def rebuild_records(
-    storage: Storage, info: ArchiveInfo, partition: int, done: Rebuilt, *, digests: bool, without: Collection[str]
+    storage: Storage,
+    info: ArchiveInfo,
+    partition: int,
+    done: Rebuilt,
+    *,
+    digests: bool,
+    without: Collection[str],
+    undone: Collection[int] = (),
 ) -> dict[int, Table]:
     """Write the records of a partition that are missing or damaged.
 
@@ -86,6 +95,7 @@ def rebuild_records(
         done: the account to keep.
         digests: compare the content of every pack with its record, too.
         without: packs to pass over, though no record has their number and nothing of them can be read.
+        undone: numbers of records that are to be taken back: they replaced packs, and now replace none.
 
     Returns:
         The lookup table of each record, but of those whose pack cannot be read.
@@ -94,7 +104,7 @@ def rebuild_records(
         Conflict: an archiver is writing records meanwhile.
         SchemaError: a record of a newer version.
     """
-    work = _Partition(storage, info, partition, done)
+    work = _Partition(storage, info, partition, done, undone)
     work.read(digests=digests)
     if not work.plan(without):
         return {}
@@ -122,11 +132,15 @@ def set_aside(storage: Storage, path: str, done: Rebuilt) -> None:
 class _Partition:
     """The work on one partition, in the order `read`, `plan`, `write`."""
 
-    def __init__(self, storage: Storage, info: ArchiveInfo, partition: int, done: Rebuilt) -> None:
+    def __init__(
+        self, storage: Storage, info: ArchiveInfo, partition: int, done: Rebuilt, undone: Collection[int]
+    ) -> None:
         self._storage = storage
         self._info = info
         self._partition = partition
         self._done = done
+        self._undone = frozenset(undone)
+        self._revived: set[int] = set()
         self._packs = PackArrays(storage)
         self._abouts: dict[str, PackAbout | None] = {}
         self._found: list[FoundPack] = []
@@ -134,6 +148,7 @@ class _Partition:
         self._damaged: set[int] = set()
         self._new: dict[int, Record] = {}
         self._again: list[FoundPack] = []
+        self._stored: dict[tuple[int, int], Table] = {}
         self._digests = False
 
     def read(self, *, digests: bool) -> None:
@@ -143,10 +158,13 @@ class _Partition:
             about = read_about(self._storage, pack.name)
             if about is not None and (about.run, about.incarnation) != (self._info.run, self._info.incarnation):
                 self._done.foreign.append(pack.name)
+            elif pack.number in self._undone:  # also the one that is there where a rebuild was killed
+                self._done.undone.append(pack.name)
+                self._revived.update(about.replaces if about is not None else ())
             else:
                 self._abouts[pack.name] = about
                 self._found.append(pack)
-        manifest = Manifest(self._storage, self._partition, self._packs)
+        manifest = Manifest(self._storage, self._partition, self._packs, incarnation=self._info.incarnation)
         reader = ArchiveReader(ArchiveRoot(self._storage), self._info)
         by_name = {pack.name: pack for pack in self._found}
         for number in sorted(record_numbers(self._storage, self._partition)):
@@ -154,6 +172,12 @@ class _Partition:
             try:
                 record = manifest.record(number)
             except Corrupt:
+                self._damaged.add(number)
+                continue
+            if number in self._undone:
+                if record.pack not in self._done.undone:  # nothing of it is there
+                    self._done.undone.append(record.pack)
+                self._revived.update(record.replaces)
                 self._damaged.add(number)
                 continue
             wrong = any(finding.severity == "error" for finding in findings)
@@ -166,9 +190,9 @@ class _Partition:
     def plan(self, without: Collection[str]) -> bool:
         """Decide on every missing number and every pack without a record; False where that cannot be done."""
         free, unreadable = self._described({record.pack for record in self._sound.values()})
-        tables = stored_tables(self._storage, self._partition)
+        self._stored = stored_tables(self._storage, self._partition, incarnation=self._info.incarnation)
         whole = [number for number, records in free.items() if any(_is_whole(record) for record in records)]
-        newest = max([*self._sound, *self._damaged, *whole, *(last for _, last in tables)], default=0)
+        newest = max([*self._sound, *self._damaged, *whole, *(last for _, last in self._stored)], default=0)
         for number in range(1, newest + 1):
             if number not in self._sound and number in free:
                 self._new[number] = max(free[number], key=lambda record: (_is_whole(record), record.pack))
@@ -181,25 +205,34 @@ class _Partition:
                 self._done.unreadable.append(f"{pack.name}: {error}")
         if any(name.startswith(f"{self._partition:02}/") for name in self._done.unreadable):
             return False
-        self._fill(newest, tables)
+        self._fill(newest)
         named = {record.pack for record in (*self._sound.values(), *self._new.values())}
         broken = {pack.name for pack, _ in unreadable}
         rest = [pack for pack in self._found if pack.name not in named and pack.name not in broken]
         if not self._new and not rest:
             return True
         reader = self._as_planned()
-        for record in self._new.values():
+        dropped = {number for record in self._new.values() for number in record.drops}
+        revived = [self._sound[number] for number in sorted(self._revived - dropped) if number in self._sound]
+        for record in (*self._new.values(), *revived):
             self._done.damaged += faults(reader, record)
         for pack in rest:
-            if is_needed(reader, pack):
+            if is_needed(reader, pack) and not (self._was_given_up(pack) and self._is_broken(reader, pack, free)):
                 self._again.append(pack)
             else:
                 self._done.leftovers.append(pack.name)
         return True
 
     def write(self) -> None:
-        """Write the records, oldest first; whoever is killed in between goes on where it was."""
-        for number, record in sorted(self._new.items()):
+        """Write the records, oldest first; whoever is killed in between goes on where it was.
+
+        Compactions are taken back before, the newest first: it leads to the others.
+        """
+        back = sorted(self._undone & self._new.keys(), reverse=True)
+        for number in (*back, *sorted(self._new.keys() - self._undone)):
+            record = self._new[number]
+            if number in self._undone:  # whoever reads meanwhile must not go by what it replaced
+                remove_tables(self._storage, self._partition, self._stored, over=number)
             if number in self._damaged:
                 set_aside(self._storage, record_path(self._partition, number), self._done)
             self._create(record)
@@ -226,7 +259,7 @@ class _Partition:
                 found[number] = table_of(self._packs, record)
             except Corrupt as error:
                 if number in lost:
-                    found[number] = lines_told(stored_tables(self._storage, self._partition), record)
+                    found[number] = lines_told(self._stored, record)
                 else:
                     self._done.damaged.append(str(error))
         return found
@@ -235,6 +268,11 @@ class _Partition:
         """An earlier rebuild has filled its number."""
         record = self._sound.get(pack.number)
         return record is not None and record.writer == FILLER and not record.pack
+
+    @staticmethod
+    def _is_broken(reader: ArchiveReader, pack: FoundPack, free: Mapping[int, Sequence[Record]]) -> bool:
+        """Not all of it can be read, though its list can."""
+        return any(faults(reader, record) for record in free.get(pack.number, ()) if record.pack == pack.name)
 
     def _described(self, named: Collection[str]) -> tuple[dict[int, list[Record]], list[tuple[FoundPack, Corrupt]]]:
         """By number the records that packs without one can have; and the packs that can have none."""
@@ -249,7 +287,7 @@ class _Partition:
                     unreadable.append((pack, error))
         return free, unreadable
 
-    def _fill(self, newest: int, tables: Mapping[tuple[int, int], Table]) -> None:
+    def _fill(self, newest: int) -> None:
         """Records without a pack for numbers of which none is left, with what can be known of what they dropped."""
         planned = {**self._sound, **self._new}
         replaced = {number for record in planned.values() for number in record.replaces}
@@ -258,7 +296,7 @@ class _Partition:
         ended = {pack.number for pack in self._found if pack.ended and pack.name in named} - replaced - dropped
         gaps = [number for number in range(1, newest + 1) if number not in planned]
         told: dict[int, set[int]] = {number: set() for number in gaps}
-        for (first, last), table in tables.items():
+        for (first, last), table in self._stored.items():
             within = [number for number in gaps if first <= number <= last]
             for number in table.dropped - dropped:
                 later = [gap for gap in within if gap > number]
@@ -279,7 +317,7 @@ class _Partition:
                 drops=sorted(drops),
             )
             self._done.dropped += [f"{self._partition:02}/{one:08}" for one in sorted(drops)]
-            if not drops and number not in replaced and number not in dropped:
+            if not drops and number not in self._undone and number not in replaced and number not in dropped:
                 self._done.gaps.append(f"{self._partition:02}/{number:08}")
 
     def _as_planned(self) -> ArchiveReader:

@@ -2,22 +2,22 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
 from trajstore.archive.index import FAN_OUT, Table, decode_table, encode_table, make_table, merge_tables, spans
 from trajstore.archive.record import Record
 from trajstore.archive.storage.protocol import Storage
-from trajstore.errors import Corrupt
+from trajstore.errors import Corrupt, SchemaError
 
-__all__ = ["lines_told", "rebuild_tables", "stored_tables"]
+__all__ = ["lines_told", "rebuild_tables", "remove_tables", "stored_tables"]
 
 _TABLE = re.compile(r"index/[0-9]{2,}/([0-9]{8,})-([0-9]{8,})\.safetensors")
 
 
-def stored_tables(storage: Storage, partition: int) -> dict[tuple[int, int], Table]:
-    """The tables of a partition that can be read, by what they cover; the largest last."""
+def stored_tables(storage: Storage, partition: int, *, incarnation: str) -> dict[tuple[int, int], Table]:
+    """The tables of a partition that can be read and are its own, by what they cover; the largest last."""
     found = {}
     for file in storage.list(f"index/{partition:02}"):
         match = _TABLE.fullmatch(file.path)
@@ -25,8 +25,10 @@ def stored_tables(storage: Storage, partition: int) -> dict[tuple[int, int], Tab
             continue
         first, last = int(match[1]), int(match[2])
         try:
-            table = decode_table(storage.open_map(file.path), path=file.path)
-        except (Corrupt, FileNotFoundError):
+            table = decode_table(
+                storage.open_map(file.path), incarnation=incarnation, partition=partition, path=file.path
+            )
+        except (Corrupt, FileNotFoundError, SchemaError):
             continue
         if (table.first, table.last) == (first, last) and (first, last) in spans(first - 1):
             found[first, last] = table
@@ -54,7 +56,7 @@ def lines_told(stored: Mapping[tuple[int, int], Table], record: Record) -> Table
     )
 
 
-def rebuild_tables(storage: Storage, partition: int, singles: Mapping[int, Table]) -> int:
+def rebuild_tables(storage: Storage, partition: int, singles: Mapping[int, Table], *, incarnation: str) -> int:
     """Write the tables that are not there as they should be; returns how many.
 
     A table is derived, so a wrong one is removed and made anew.
@@ -62,7 +64,7 @@ def rebuild_tables(storage: Storage, partition: int, singles: Mapping[int, Table
     Args:
         singles: the table of each record; one whose pack cannot be read is missing, and with it every table over it.
     """
-    stored = stored_tables(storage, partition)
+    stored = stored_tables(storage, partition, incarnation=incarnation)
     written = covered = 0
     for table in sorted(_all(singles), key=lambda table: (table.first, -table.last)):
         span = table.first, table.last
@@ -71,13 +73,27 @@ def rebuild_tables(storage: Storage, partition: int, singles: Mapping[int, Table
         right = span in stored and _equal(stored[span], table)
         if right or (not wanted and span not in stored):
             continue
-        path = f"index/{partition:02}/{table.first:08}-{table.last:08}.safetensors"
+        path = _path(partition, table.first, table.last)
         storage.remove([path])
         if wanted:
             with contextlib.suppress(FileExistsError):  # an archiver's, a moment ago
-                storage.create(path, encode_table(table))
+                storage.create(path, encode_table(table, incarnation=incarnation, partition=partition))
             written += 1
     return written
+
+
+def remove_tables(storage: Storage, partition: int, stored: Iterable[tuple[int, int]], *, over: int) -> None:
+    """Remove those that cover a record: it is about to say something else.
+
+    Args:
+        stored: what the tables of the partition cover.
+        over: number of the record.
+    """
+    storage.remove(_path(partition, first, last) for first, last in stored if first <= over <= last)
+
+
+def _path(partition: int, first: int, last: int) -> str:
+    return f"index/{partition:02}/{first:08}-{last:08}.safetensors"
 
 
 def _all(singles: Mapping[int, Table]) -> Iterator[Table]:

@@ -4,12 +4,12 @@ Object stores are in `objects.py`.
 """
 
 import contextlib
+import math
 import mmap
 import os
 import re
 import shutil
 import stat
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -161,10 +161,20 @@ class LocalStorage:
                     sync_folder(folder)
 
     def clear_staging(self, *, older_than: float) -> None:
-        """See `Storage.clear_staging`; what resists is left to the next one."""
-        for path in (self.path / STAGING).glob("*"):
+        """See `Storage.clear_staging`; what resists is left to the next one.
+
+        Its writer may be at work on another host with another clock. So it must not have been written to for so long,
+        either, by the clock of the file system.
+        """
+        staging = self.path / STAGING
+        try:
+            os.utime(staging)
+            before = staging.stat().st_mtime - older_than
+        except OSError:  # there is none, or it is not ours to clear
+            return
+        for path in staging.glob("*"):
             since = staged_since(path.name)
-            if since is not None and time.time() - since > older_than:
+            if since is not None and since < before and _last_written(path) < before:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 else:
@@ -246,6 +256,14 @@ class LocalStorage:
 
     def _unavailable(self, what: str, error: OSError, advice: str) -> Unavailable:
         return Unavailable(f"{self.location}: {what}: {error}. {advice}")
+
+
+def _last_written(path: Path) -> float:
+    """When a file, or anything in a folder, was written last, Unix seconds; infinity while that changes."""
+    try:
+        return max([path.stat().st_mtime, *(below.stat().st_mtime for below in path.rglob("*"))])
+    except OSError:  # it is moved to its place, say
+        return math.inf
 
 
 def _pread(descriptor: int, start: int, length: int) -> bytes:

@@ -151,7 +151,7 @@ class Candidates:
             deleted = line.summary is None or line.summary.status == "deleted"  # notes alone do not tell
             if not deleted and not self._remnants:
                 continue
-            archived = self._manifest.find(line.id)
+            archived = self._manifest.find(line.id, listed=[record.number])
             if archived.dropped and self._remnants:
                 self._found[record.number] = candidate._replace(unwanted=True)
             elif archived.summary is not None and archived.summary.status == "deleted":

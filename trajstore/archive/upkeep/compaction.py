@@ -6,7 +6,9 @@ them.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from trajstore.archive.archived import Archived
 from trajstore.archive.manifest import Manifest
@@ -50,20 +52,29 @@ def compact(
         Fenced: a record was written meanwhile; nothing is changed, try again.
         Conflict: the packs' recordings have different shapes.
         SchemaError: an event that this version does not know, so cannot write as it was.
-        Corrupt: a pack cannot be read; nothing is changed.
+        Corrupt: a pack cannot be read, or not all is found that its list names and its record counts; nothing is
+            changed.
     """
     manifest = reader.manifest(partition)
     number = manifest.refresh() + 1
     _require_live(manifest, partition, records)
     packs = frozenset(record.pack for record in records)
+    found: Counter[tuple[str, bool]] = Counter()
+    thinned: set[int] = set()
     try:
-        summaries = _summaries(manifest, records)
-        spec = _first_spec(reader, manifest, records, summaries)
+        listed = _listed(manifest, records)
+        spec = _first_spec(reader, manifest, records, listed)
         pack = PackWriter(reader.root, reader.info, partition, spec)
         added = False
-        for id, summary in summaries.items():
+        for id, here in listed.items():
             on_trajectory()
-            added |= _add(pack, reader, manifest.find(id), id, summary, packs=packs, spec=spec)
+            archived = manifest.find(id, listed=here.numbers)
+            entries = _read(reader, archived, id)
+            found.update((_pack_of(entry), entry.note) for entry in entries)
+            if archived.dropped or _is_deleted(archived):
+                thinned.update(here.numbers)
+            added |= _add(pack, reader, id, entries, here.summary, packs=packs, spec=spec)
+        _require_counted(records, found, thinned)
     except Corrupt as error:
         manifest.refresh()
         _require_live(manifest, partition, records, error)
@@ -95,39 +106,86 @@ def _require_live(manifest: Manifest, partition: int, records: Sequence[Record],
         ) from cause
 
 
-def _summaries(manifest: Manifest, records: Sequence[Record]) -> dict[str, Summary | None]:
-    """By trajectory in these packs: its summary as of its newest entry in them; None where they hold notes only."""
-    newest: dict[str, PackedTrajectory] = {}
+class _Listed(NamedTuple):
+    """What these packs' lists say of a trajectory.
+
+    Attributes:
+        numbers: of the records whose packs list it.
+        newest: the line with its newest entry in them, or one of those where they hold notes only.
+    """
+
+    numbers: list[int]
+    newest: PackedTrajectory
+
+    @property
+    def summary(self) -> Summary | None:
+        """As of its newest entry in them; None where they hold notes only."""
+        return self.newest.summary
+
+
+def _listed(manifest: Manifest, records: Sequence[Record]) -> dict[str, _Listed]:
+    """By id, all trajectories that these packs list."""
+    found: dict[str, _Listed] = {}
     for record in records:
         for line in manifest.lines(record):
-            known = newest.get(line.id)
-            if known is None or not known.last or (line.last and EventId.parse(line.last) > EventId.parse(known.last)):
-                newest[line.id] = line
-    return {id: line.summary for id, line in newest.items()}
+            numbers, newest = found.get(line.id, ((), line))
+            if not newest.last or (line.last and EventId.parse(line.last) > EventId.parse(newest.last)):
+                newest = line
+            found[line.id] = _Listed([*numbers, record.number], newest)
+    return found
+
+
+def _require_counted(
+    records: Sequence[Record], found: Mapping[tuple[str, bool], int], thinned: Collection[int]
+) -> None:
+    """Nothing of the packs is left behind: their files go once they are replaced.
+
+    Args:
+        found: entries by pack and whether they are notes.
+        thinned: numbers of records of whose packs something is not written anew.
+
+    Raises:
+        Corrupt: a record counts others.
+    """
+    for record in records:
+        if record.format == 1:
+            continue  # it counts nothing
+        here = [found[record.pack, False], found[record.pack, True]]
+        said = [record.counts.entries, record.counts.notes]
+        fewer = record.number in thinned and here[0] <= said[0] and here[1] <= said[1]
+        if here != said and not fewer:
+            raise Corrupt(
+                f"in pack {record.pack} {here[0]} entries and {here[1]} notes were found, and its record counts "
+                f"{said[0]} and {said[1]}: it stays as it is. `trajstore verify` says what is damaged"
+            )
 
 
 def _first_spec(
-    reader: ArchiveReader, manifest: Manifest, records: Sequence[Record], ids: Iterable[str]
+    reader: ArchiveReader, manifest: Manifest, records: Sequence[Record], listed: Mapping[str, _Listed]
 ) -> RoutingSpec | None:
     """The spec of any trajectory in these packs that has routing: L, K and dtype are the same for all."""
     if not any("routed/zarr.json" in record.files for record in records):
         return None
-    specs = (_spec(_read(reader, manifest.find(id), id)) for id in ids)
+    specs = (_spec(_read(reader, manifest.find(id, listed=here.numbers), id)) for id, here in listed.items())
     return next((spec for spec in specs if spec is not None), None)
 
 
 def _add(
     pack: PackWriter,
     reader: ArchiveReader,
-    archived: Archived,
     id: str,
+    entries: Sequence[ReadEntry],
     summary: Summary | None,
     *,
     packs: frozenset[str],
     spec: RoutingSpec | None,
 ) -> bool:
-    """Take what the new pack holds of a trajectory; False for nothing."""
-    entries = _read(reader, archived, id)
+    """Take what the new pack holds of a trajectory; False for nothing.
+
+    Args:
+        entries: all that is kept of it, in whichever packs.
+        summary: as of its newest entry in the packs that are written anew.
+    """
     moved = {(entry.note, entry.at): entry for entry in entries if _pack_of(entry) in packs}
     if not moved:
         return False
@@ -147,9 +205,13 @@ def _add(
 def _read(reader: ArchiveReader, archived: Archived, id: str) -> list[ReadEntry]:
     """What is kept of a trajectory, from all packs that it lies in."""
     entries = reader.read_parts(id, archived.kept)
-    if archived.summary is None or archived.summary.status != "deleted":
+    if not _is_deleted(archived):
         return entries
     return [entry for entry in entries if isinstance(entry.events[-1].header, TrajectoryDeleted)]
+
+
+def _is_deleted(archived: Archived) -> bool:
+    return archived.summary is not None and archived.summary.status == "deleted"
 
 
 def _independent(stays: Sequence[ReadEntry], moved: Iterable[ReadEntry]) -> list[ReadEntry]:

@@ -55,7 +55,8 @@ def find_garbage(
     ledgers: Ledgers | None = None,
     on_corrupt: Callable[[Corrupt], None] | None = None,
 ) -> Iterator[Garbage]:
-    """Files that nothing needs. Never one that a live record names, nor of a pack whose record is damaged.
+    """Files that nothing needs. Never one that a live record names, nor of a pack whose record is damaged, nor of one
+    that a pack was compacted from that is given up at this moment.
 
     Args:
         now: Unix seconds.
@@ -80,6 +81,8 @@ def find_garbage(
         if ledger.failure is not None:
             continue
         ended = {**ledger.ended, **{number: now for part, number in ending if part == partition}}
+        for number in ledger.spared():
+            ended.pop(number, None)
         for folder, files in sorted(listed.items()):
             found = _garbage_of(reader, ledger, folder, files, ended, now=now, grace=grace)
             if found is not None:

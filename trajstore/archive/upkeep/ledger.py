@@ -9,6 +9,7 @@ from typing import NamedTuple
 from trajstore.archive.manifest import Manifest
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.record import Record
+from trajstore.archive.upkeep.originals import replaced_by
 from trajstore.errors import Corrupt
 
 __all__ = ["Ledger", "Ledgers", "Noted", "noted", "numbers_of"]
@@ -87,6 +88,15 @@ class Ledger:
     def get(self, number: int) -> Noted | None:
         """A record, None if it is damaged or was not read."""
         return self._noted.get(number)
+
+    def spared(self) -> set[int]:
+        """Records whose packs those replaced that are about to be given up: they may be all that is left.
+
+        Raises:
+            Corrupt: the record of one that is given up cannot be read.
+        """
+        found = (replaced_by(self.manifest, self.manifest.record(number)) for number in self._without)
+        return set[int]().union(*found)
 
     def live(self) -> list[Noted]:
         """Records whose packs count, oldest first, but for damaged ones."""

@@ -16,9 +16,10 @@ from typing import TypeAlias
 
 from trajstore.archive.manifest import Manifest
 from trajstore.archive.reader import ArchiveReader
-from trajstore.archive.record import RECORD_FORMAT, Record, require_listed
+from trajstore.archive.record import RECORD_FORMAT, Record
 from trajstore.archive.trim import free
 from trajstore.archive.upkeep.ledger import Ledger, Noted, noted, numbers_of
+from trajstore.archive.upkeep.originals import originals_of
 from trajstore.archive.verify.pack_check import check_files
 from trajstore.errors import Conflict, Corrupt, Fenced, NotFound
 from trajstore.log.keys import Keys
@@ -112,7 +113,8 @@ def named(reader: ArchiveReader, packs: Iterable[str], *, whole: bool, busy: Bus
         manifest = reader.manifest(record.partition)
         ids = [line.id for line in manifest.lines(record)]
         for id in ids if not whole else ():
-            stays = next((other.pack for other, _ in manifest.find(id).parts if other.pack not in going), None)
+            parts = manifest.find(id, listed=[record.number]).parts
+            stays = next((other.pack for other, _ in parts if other.pack not in going), None)
             if stays is not None:
                 raise Conflict(
                     f"trajectory {id} lies in pack {record.pack} and also in {stays}, which would stay. Drop both, or "
@@ -132,18 +134,26 @@ def given_up(reader: ArchiveReader, packs: Collection[str]) -> list[Noted]:
 
     Raises:
         NotFound: there is no such live pack, nor a dropped one that was not given up before.
-        Conflict: the files of one are what its record says.
+        Conflict: the files of one are what its record says, or the packs that it was compacted from are still there.
         Corrupt: the manifest cannot be read, or another pack than these keeps it from being read.
     """
     found = []
     for pack in sorted(set(packs)):
         record = _record_of(reader, pack, giving_up=packs)
-        dropped = reader.manifest(record.partition).has_dropped(record.number)
+        manifest = reader.manifest(record.partition)
+        dropped = manifest.has_dropped(record.number)
         findings = check_files(reader.root.storage, record, digests=True, ended=dropped)
         if not any(finding.severity == "error" for finding in findings):
             raise Conflict(
                 f"pack {pack} is not damaged: its files are what its record says. A sound pack is dropped without "
                 "--lost, and then nothing is dropped that is still being written"
+            )
+        originals = originals_of(reader.root.storage, manifest, record).packs if not dropped else ()
+        if originals:
+            raise Conflict(
+                f"pack {pack} is damaged, but {len(originals)} packs that it was compacted from are still there and "
+                f"sound, {originals[0]} among them. `trajstore rebuild {reader.root.location} --without {pack}` gives "
+                "it up and makes them live again; stop the run's archivers before"
             )
         found.append(noted(record))
     return found
@@ -153,7 +163,6 @@ def held_by(reader: ArchiveReader, one: Noted) -> list[str] | None:
     """Ids of the trajectories that have a part in a pack; None where its list cannot be read."""
     manifest = reader.manifest(one.partition)
     try:
-        require_listed(reader.root.storage, manifest.record(one.number))
         return [line.id for line in manifest.lines(one)]
     except Corrupt:
         return None
@@ -248,7 +257,7 @@ def _settled(manifest: Manifest, one: Noted, before: float) -> tuple[list[str] |
     for line in manifest.lines(one):
         if line.summary is not None and line.summary.updated >= before:
             return None, ""
-        summary = manifest.find(line.id).summary
+        summary = manifest.find(line.id, listed=[one.number]).summary
         if summary is not None and summary.updated >= before:
             return None, ""
         if summary is not None and summary.status == "open":

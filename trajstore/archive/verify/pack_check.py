@@ -169,7 +169,7 @@ class OpenPack:
                     pack=self.record.pack,
                     what=f"the lookup table of records {table.first} to {table.last} of partition "
                     f"{self.record.partition} does not say where the pack's trajectories are",
-                    what_to_do="remove the table; an archiver writes it anew",
+                    what_to_do="`trajstore rebuild` makes it anew",
                 )
 
     def _check_line(self, line: PackedTrajectory, end: int, counted: dict[str, int]) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from trajstore.log.run import MAX_PARTITIONS
 __all__ = ["Tables", "check_identity", "check_record", "check_strays", "record_numbers"]
 
 _REBUILD = "restore it from a copy, or make it anew with `trajstore rebuild`"
+_ANEW = "the next archiver that starts writes it anew, or `trajstore rebuild`"
 _RECORD = re.compile(r"manifest/([0-9]{2,})/([0-9]{8,})\.json")
 _TABLE = re.compile(r"index/([0-9]{2,})/([0-9]{8,})-([0-9]{8,})\.safetensors")
 _SET_ASIDE = re.compile(r"(archive|manifest/[0-9]{2,}/[0-9]{8,})\.json\.damaged(-[0-9]+)?")
@@ -89,9 +90,10 @@ def names_own_pack(record: Record) -> bool:
 class Tables:
     """The lookup tables of one partition along its records, at most one of each level open."""
 
-    def __init__(self, storage: Storage, partition: int, newest: int) -> None:
+    def __init__(self, storage: Storage, partition: int, newest: int, *, incarnation: str) -> None:
         self._storage = storage
         self._partition = partition
+        self._incarnation = incarnation
         self._newest = newest
         self._open: dict[int, Table] = {}
 
@@ -109,19 +111,23 @@ class Tables:
             if last > self._newest:
                 continue
             path = f"index/{self._partition:02}/{first:08}-{last:08}.safetensors"
-            remove = "remove it; an archiver writes it anew"
             try:
-                table = decode_table(self._storage.open_map(path), path=path)
+                table = decode_table(
+                    self._storage.open_map(path), incarnation=self._incarnation, partition=self._partition, path=path
+                )
             except FileNotFoundError:
                 if last > first and not self.covering(number):
-                    yield _of_place("lookup-table", f"{path} is missing", "an archiver writes it anew", "information")
+                    yield _of_place("lookup-table", f"{path} is missing", _ANEW, "information")
+                continue
+            except SchemaError as error:
+                yield _of_place("lookup-table", f"{error}: it is not used", _ANEW, "information")
                 continue
             except Corrupt as error:
-                yield _of_place("lookup-table", str(error), remove, "warning")
+                yield _of_place("lookup-table", str(error), _ANEW, "warning")
                 continue
             if (table.first, table.last) != (first, last):
                 said = f"{path} says that it is of records {table.first} to {table.last}"
-                yield _of_place("lookup-table", said, remove, "warning")
+                yield _of_place("lookup-table", said, _ANEW, "warning")
                 continue
             self._open[last - first] = table
             within = [record for at, record in ended.items() if first <= at <= last]
@@ -129,7 +135,8 @@ class Tables:
             dropped = frozenset(other for record in within for other in record.drops)
             hashes = table.columns[0]
             if table.replaced != replaced or table.dropped != dropped or (hashes[1:] < hashes[:-1]).any():
-                yield _of_place("lookup-table", f"{path} is not what its records say", remove)
+                said = f"{path} is not what its records say"
+                yield _of_place("lookup-table", said, "`trajstore rebuild` makes it anew")
 
 
 def check_strays(
@@ -160,6 +167,8 @@ def check_strays(
         record = _RECORD.fullmatch(path)
         if (record is None or int(record[1]) not in numbers) and path != "archive.json":
             top, _, name = path.rpartition("/")
+            if path.startswith("staging/"):
+                top = "/".join(path.split("/")[:2])  # a staged pack has folders of its own
             if _SET_ASIDE.fullmatch(path):
                 yield _of_place("leftover", f"{path} is a damaged file that a rebuild has replaced", "", "information")
             elif path.startswith("staging/") or re.fullmatch(r"\..+\.[0-9]+-[0-9]+", name):

@@ -184,7 +184,7 @@ def _check_partition(
             ended[number] = record
     gone = {other for record in ended.values() for other in (*record.replaces, *record.drops)}
     lost = {other: record for record in ended.values() for other in record.lost}
-    tables = Tables(storage, partition, newest)
+    tables = Tables(storage, partition, newest, incarnation=reader.info.incarnation)
     running: deque[Future[list[Finding]]] = deque()
     for number in range(1, newest + 1):
         if not packs:
@@ -301,7 +301,7 @@ def _lost(id: str, record: Record) -> Finding:
         pack=record.pack,
         trajectory=id,
         what="the lookup tables do not lead from the trajectory to this pack, which holds a part of it",
-        what_to_do="remove the tables of this partition; an archiver writes them anew",
+        what_to_do="`trajstore rebuild` makes the tables anew",
     )
 
 
