@@ -23,6 +23,7 @@ from trajstore.writing import SegmentWriter, check_spans
 
 __all__ = [
     "EngineCapabilities",
+    "as_reason",
     "decode_base64",
     "place_rows",
     "refusing",
@@ -34,7 +35,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _REASON = 500
-"""Characters of a refusal that the log keeps."""
+"""Characters of a reason that the log keeps."""
 
 _SPAN = ("version", "start", "end")
 
@@ -70,7 +71,15 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
             log.warning("%s: %s", self.label, loss)
 
 
-def place_rows(count: int, *, length: int, asked: int | None = None, honours_start: bool = True) -> int:
+def place_rows(
+    count: int,
+    *,
+    length: int,
+    asked: int | None = None,
+    honours_start: bool = True,
+    surplus: bool = True,
+    prompt: int | None = None,
+) -> int:
     """The position of the first of `count` rows that an engine returned for a request of `length` tokens.
 
     A request of P prompt and O output tokens has rows for `[start, P + O - 1)`. Some engines give one row more, that of
@@ -81,9 +90,13 @@ def place_rows(count: int, *, length: int, asked: int | None = None, honours_sta
         length: P + O.
         asked: the start that was asked for; None where that is not known.
         honours_start: False for an engine that takes such a wish and returns all rows all the same.
+        surplus: the last token's row may come whatever the start. False for an engine that is not known to give it:
+            one row too many after the asked start then says that the rows begin one row early, and they are refused.
+            From row 0 on none can lie before them, so there it is the last token's.
+        prompt: P, for an engine that leaves out rows of the input only: rows cannot begin behind it. None: they may.
 
     Raises:
-        RoutingError: no start explains so many rows.
+        RoutingError: no start explains so many rows, or none that the engine can have begun at.
     """
     starts: tuple[int, ...]
     if asked is None:
@@ -93,8 +106,22 @@ def place_rows(count: int, *, length: int, asked: int | None = None, honours_sta
     else:
         starts = (0, asked)
     for start in starts:
-        if start >= 0 and (count in (length - 1 - start, length - start) or count == 0 >= length - 1 - start):
-            return start
+        due = length - 1 - start
+        fits = count == due or count == 0 >= due or (count == due + 1 and (surplus or start == 0))
+        if start < 0 or not fits:
+            continue
+        if prompt is not None and start > prompt:
+            raise RoutingError(
+                f"{count} routed rows for a request of {length} tokens would begin at row {start}, but the engine "
+                f"leaves out rows of the {prompt} prompt tokens at most. The output was cut, or belongs to another "
+                "request"
+            )
+        return start
+    if asked is not None and 0 < asked == length - count:
+        raise RoutingError(
+            f"{count} routed rows for a request of {length} tokens from row {asked} on: the engine gives none for the "
+            f"last token, so these begin at row {asked - 1}, which was not asked for"
+        )
     wish = "" if asked is None else f" from row {asked} on"
     raise RoutingError(
         f"{count} routed rows for a request of {length} tokens{wish}; there should be "
@@ -199,5 +226,10 @@ def refusing(segment: SegmentWriter) -> Iterator[None]:
         yield
     except (RoutingError, SchemaError, Conflict) as error:
         if not segment.closed:
-            segment.no_routing(f"refused: {error}"[:_REASON])
+            segment.no_routing(as_reason(f"refused: {error}"))
         raise
+
+
+def as_reason(text: str) -> str:
+    """Text of an engine's or an error's as a reason that the log takes: shortened, and `?` for what is no Unicode."""
+    return text[:_REASON].encode("utf-8", "replace").decode()

@@ -4,18 +4,21 @@ What the materializer publishes and a trainer fetches in one round trip. Any saf
 under the names of `Trajectory`, everything else as JSON under the metadata key `trajstore`.
 """
 
-from typing import Any
+import io
+import math
+from typing import Any, Protocol
 
 import msgspec
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save
 
 from trajstore.errors import Corrupt
 from trajstore.history import Segment
 from trajstore.routing import RoutingSpec
 from trajstore.trajectory import Trajectory
 
-__all__ = ["from_blob", "to_blob"]
+__all__ = ["Readable", "from_blob", "read_blob", "to_blob"]
 
 _ARRAYS = (
     "token_ids",
@@ -27,6 +30,28 @@ _ARRAYS = (
     "routing_mask",
     "routing_source",
 )
+
+
+_DTYPES = {"BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8), "I16": np.dtype("<i2"), "U16": np.dtype("<u2")} | {
+    "I32": np.dtype("<i4"),
+    "F32": np.dtype("<f4"),
+}
+"""Of these arrays, by their names in the format."""
+
+
+class Readable(Protocol):
+    """A file, or a value that is just arriving."""
+
+    def read(self, count: int, /) -> bytes: ...
+    def readinto(self, buffer: memoryview, /) -> int: ...
+
+
+class _Tensor(msgspec.Struct):
+    """One array of a safetensors header; offsets count from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
 
 
 class _Rest(msgspec.Struct, kw_only=True):
@@ -63,14 +88,48 @@ def from_blob(blob: bytes) -> Trajectory:
     Raises:
         Corrupt: not such a blob.
     """
+    return read_blob(io.BytesIO(blob), len(blob))
+
+
+def read_blob(file: Readable, nbytes: int) -> Trajectory:
+    """Deserialize what is just arriving: each array is read into its own memory, which is the only copy.
+
+    Args:
+        nbytes: of the blob.
+
+    Raises:
+        Corrupt: not such a blob; `file` may not have been read to its end.
+    """
     try:
-        arrays = load(blob)
-        length = int.from_bytes(blob[:8], "little")
-        header = msgspec.json.decode(blob[8 : 8 + length])
-        rest = msgspec.json.decode(header["__metadata__"]["trajstore"], type=_Rest)
+        length = int.from_bytes(file.read(8), "little")
+        if length > nbytes - 8:
+            raise ValueError("it ends within its header")
+        header = msgspec.json.decode(file.read(length))
+        rest = msgspec.json.decode(header.pop("__metadata__")["trajstore"], type=_Rest)
+        tensors = msgspec.convert(header, dict[str, _Tensor])
+        arrays = {}
+        at = 0
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
+            arrays[name] = _read_array(file, tensor, at, room=nbytes - 8 - length - at)
+            at = tensor.data_offsets[1]
+        if at != nbytes - 8 - length:
+            raise ValueError("it goes on behind its arrays")
         wanted = _ARRAYS if rest.routing is not None else [name for name in _ARRAYS if name != "routed_experts"]
-        fields: dict[str, Any] = {"routed_experts": None} | {name: arrays[name].copy() for name in wanted}
+        fields: dict[str, Any] = {"routed_experts": None} | {name: arrays[name] for name in wanted}
         fields |= {name: getattr(rest, name) for name in _Rest.__struct_fields__}
         return Trajectory(**fields)
-    except (SafetensorError, msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
+    except (msgspec.MsgspecError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise Corrupt(f"this is no folded trajectory: {error}") from error
+
+
+def _read_array(file: Readable, tensor: _Tensor, at: int, *, room: int) -> npt.NDArray[Any]:
+    """The array that begins at `at`, where the one before has ended, in at most `room` bytes."""
+    dtype, (start, stop) = _DTYPES[tensor.dtype], tensor.data_offsets
+    if start != at or not 0 <= stop - start <= room or min(tensor.shape, default=0) < 0:
+        raise ValueError(f"an array lies at {start} to {stop}, where none can lie")
+    if math.prod(tensor.shape) * dtype.itemsize != stop - start:
+        raise ValueError(f"an array of shape {tensor.shape} has {stop - start} bytes")
+    array: npt.NDArray[Any] = np.empty(tensor.shape, dtype)
+    if file.readinto(array.reshape(-1).view(np.uint8).data) != stop - start:
+        raise ValueError("it ends within an array")
+    return array

@@ -31,7 +31,17 @@ from trajstore.events import (
 )
 from trajstore.routing import Origin
 
-__all__ = ["History", "Recording", "Segment", "TokenSpan", "deleted_error", "find_tombstone", "read_history"]
+__all__ = [
+    "History",
+    "Recording",
+    "Segment",
+    "TokenSpan",
+    "deleted_error",
+    "find_tombstone",
+    "leading_rows",
+    "merge_spans",
+    "read_history",
+]
 
 
 class Recording(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,15 +153,18 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.segments) and not self.segments[-1].finish_reason
 
     @property
+    def held(self) -> list[tuple[int, int]]:
+        """Rows that some counting recording has, as `merge_spans` gives them."""
+        return merge_spans(
+            (recording.start, min(recording.stop, segment.counts))
+            for segment in self.segments
+            for recording in segment.recordings
+        )
+
+    @property
     def rows_held(self) -> int:
         """Leading rows that some counting recording has, without a hole."""
-        held = 0
-        spans = ((r.start, min(r.stop, segment.counts)) for segment in self.segments for r in segment.recordings)
-        for start, stop in sorted(spans):
-            if start > held:
-                break
-            held = max(held, stop)
-        return held
+        return leading_rows(self.held)
 
 
 def read_history(events: Sequence[Event], *, notes: Iterable[Event] = (), until: EventId | None = None) -> History:
@@ -181,6 +194,24 @@ def read_history(events: Sequence[Event], *, notes: Iterable[Event] = (), until:
     for event in events:
         walk.take(event)
     return walk.result(notes)
+
+
+def merge_spans(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans `[start, stop)` in order, those that meet or overlap as one; without empty ones."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if start >= stop:
+            continue
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def leading_rows(held: Sequence[tuple[int, int]]) -> int:
+    """How many rows of merged spans there are before the first hole."""
+    return held[0][1] if held and held[0][0] == 0 else 0
 
 
 def find_tombstone(events: Sequence[Event]) -> Event | None:

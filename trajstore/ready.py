@@ -10,23 +10,26 @@ group waits for it no longer, and is not published again because of it.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 import redis
 
+from trajstore.blob import read_blob
 from trajstore.entries import decode_entry
 from trajstore.errors import Corrupt, SchemaError, Unavailable
 from trajstore.events import EventId
 from trajstore.history import find_tombstone
+from trajstore.log.bulk import Value
 from trajstore.log.feed import lowest_needed, parse_stream
 from trajstore.log.keys import Keys
 from trajstore.log.run import TRAINER_GROUP
 from trajstore.log.stream import parse_entries
 from trajstore.log.wire import FULL_AT, Command, Wire, memory_use, translate
+from trajstore.trajectory import Trajectory
 
-__all__ = ["Delivery", "Offer", "ReadyFollower", "ReadyGroup", "ReadyMember", "ReadyQueue"]
+__all__ = ["Delivery", "Offer", "ReadyFollower", "ReadyGroup", "ReadyMember", "ReadyQueue", "parse_deliveries"]
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +232,7 @@ class ReadyFollower:
         entries = taken[0][1] if taken else []
         del self._seen[partition]  # to the end: its turn comes again after the others'
         self._seen[partition] = entries[-1][0].decode() if entries else self._last_delivered(stream)
-        return _deliveries(partition, entries)
+        return parse_deliveries(partition, entries)
 
     def unacknowledged(self, partition: int, *, after: str, count: int) -> tuple[list[Delivery], str | None]:
         """Entries that this consumer had and did not acknowledge, and where to go on; None at the end.
@@ -242,7 +245,7 @@ class ReadyFollower:
             "STREAMS", self._keys.ready(partition), after,
         )  # fmt: skip
         entries = reply[0][1] if reply else []
-        return _deliveries(partition, entries), entries[-1][0].decode() if entries else None
+        return parse_deliveries(partition, entries), entries[-1][0].decode() if entries else None
 
     def take_over(self, *, idle: float, count: int, skip: Callable[[Delivery], bool]) -> list[Delivery]:
         """Entries that a consumer has had for `idle` seconds without acknowledging, at most `count`.
@@ -259,14 +262,17 @@ class ReadyFollower:
                     "COUNT", count - len(found),
                 )  # fmt: skip
                 cursor = reply[0]
-                found += [delivery for delivery in _deliveries(partition, reply[1]) if not skip(delivery)]
+                found += [delivery for delivery in parse_deliveries(partition, reply[1]) if not skip(delivery)]
                 if cursor in (b"0-0", "0-0"):
                     break
         return found
 
-    def blobs(self, members: Sequence[ReadyMember]) -> Iterator[bytes | None]:
-        """The folds of members, in one round trip; None for one that is gone and must be folded again."""
-        return iter(self._wire.call_all([("GET", self._keys.ready_payload(one.id, one.version)) for one in members]))
+    def folds(self, members: Sequence[ReadyMember]) -> list[Trajectory | Corrupt | None]:
+        """The folds of members, decoded while they arrive.
+
+        None is one that is gone, and `Corrupt` one that is damaged: both must be folded again.
+        """
+        return self._wire.fetch([self._keys.ready_payload(one.id, one.version) for one in members], _read_fold)
 
     def deleted(self, members: Iterable[ReadyMember]) -> set[str]:
         """Ids of those whose tombstone lies in the hot log: for them a blob may lie there still, and must not be used.
@@ -317,12 +323,20 @@ class ReadyFollower:
         return list(self._wire.call("XINFO", "GROUPS", stream))
 
 
+def _read_fold(value: Value) -> Trajectory | Corrupt:
+    try:
+        return read_blob(value, value.nbytes)
+    except Corrupt as error:
+        return error
+
+
 def _assembly_name(id: str, group: str | None, group_size: int | None) -> str:
     """Where a trajectory is put together with others: its group, or by itself (behind a character no group has)."""
     return group if group is not None and group_size is not None else f"\x00{id}"
 
 
-def _deliveries(partition: int, entries: object) -> list[Delivery]:
+def parse_deliveries(partition: int, entries: object) -> list[Delivery]:
+    """Entries of a partition's ready stream, as a reply holds them; those trimmed meanwhile are left out."""
     return [Delivery(partition, at, _decode_group(fields[b"g"])) for at, fields in parse_stream(entries)]
 
 

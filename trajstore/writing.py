@@ -5,10 +5,12 @@ another writer has taken a newer epoch, its next write is `Fenced`, and `store.g
 handle belongs to one task at a time.
 """
 
+import contextlib
 import copy
+import threading
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -41,7 +43,7 @@ from trajstore.events import (
     WeightVersionSpan,
 )
 from trajstore.fold import input_digest
-from trajstore.history import read_history
+from trajstore.history import leading_rows, merge_spans, read_history
 from trajstore.ingest import (
     check_choice,
     check_count,
@@ -72,8 +74,6 @@ class TrajectoryWriter:
     Attributes:
         id, group, group_size, routing, metadata: as given at `create`.
         status: as this handle knows it.
-        rows_held: leading rows that the trajectory has without a hole, by what this handle knows and wrote: an engine
-            need return none of them again to a resumed request. Late recordings of this handle do not add to it.
     """
 
     def __init__(self, id: str, opened: TrajectoryOpened, flusher: Flusher, load_tokens: TokenLoader) -> None:
@@ -93,10 +93,12 @@ class TrajectoryWriter:
         self._snapshot: EventId | None = None  # tokens are loaded as of this event when first needed
         self._tokens: array[int] | None = array("i")
         self._length = 0
-        self.rows_held = 0
+        self._held: list[tuple[int, int]] = []
         self._ends: list[int] = []
         self._open: SegmentWriter | None = None
         self._foreign_open = False
+        self._claiming = threading.Lock()
+        self._telling = _Telling(flusher)
 
     @classmethod
     def create(cls, id: str, opened: TrajectoryOpened, flusher: Flusher, load_tokens: TokenLoader) -> Self:
@@ -127,7 +129,7 @@ class TrajectoryWriter:
         self._recreates = not log.in_hot
         self._snapshot, self._tokens = history.last, None
         self._length = history.length
-        self.rows_held = history.rows_held
+        self._held = history.held
         self._ends = [segment.end for segment in history.segments]
         self._foreign_open = history.has_open_segment
         self._last_note = log.notes[-1].at if log.notes else None
@@ -144,6 +146,14 @@ class TrajectoryWriter:
     def token_ids(self) -> npt.NDArray[np.int32]:
         """All tokens so far, int32 `[T]`, a copy: the input of a resumed segment."""
         return np.array(self._known_tokens(), np.int32)
+
+    @property
+    def rows_held(self) -> int:
+        """Leading rows that the trajectory has without a hole, by what this handle knows and wrote.
+
+        An engine need return none of them again to a resumed request. Late recordings of this handle do not add to it.
+        """
+        return leading_rows(self._held)
 
     def segment(
         self,
@@ -167,9 +177,21 @@ class TrajectoryWriter:
             The segment, best used as a context manager.
 
         Raises:
-            Conflict: the trajectory is final, this handle's last segment is still open, or `base` exceeds its tokens.
+            Conflict: the trajectory is final, this handle's last segment is still open or about to open, or `base`
+                exceeds its tokens.
             SchemaError: bad base, tokens or labels.
         """
+        with self._telling, self._alone():
+            return self._open_segment(context, base, engine, weight_version, sampling)
+
+    def _open_segment(
+        self,
+        context: npt.ArrayLike,
+        base: int | None,
+        engine: str,
+        weight_version: str,
+        sampling: Mapping[str, Any] | None,
+    ) -> "SegmentWriter":
         self._require_writable()
         if self._open is not None:
             raise Conflict(f"{self.id}: segment {len(self._ends) - 1} of this handle is still open; close it first")
@@ -197,7 +219,7 @@ class TrajectoryWriter:
         del tokens[start:]
         tokens.frombytes(ids.tobytes())
         self._length = start + len(ids)
-        self.rows_held = min(self.rows_held, start)
+        self._held = merge_spans((first, min(stop, start)) for first, stop in self._held)
         self._ends.append(self._length)
         self._open = SegmentWriter(self, turn, len(self._ends) - 1, self._length, header)
         return self._open
@@ -215,16 +237,17 @@ class TrajectoryWriter:
         Raises:
             Conflict: a segment of another writer is open, or the trajectory is final.
         """
-        self._require_writable()
-        header = Rewarded(
-            reward=check_finite(reward, name="reward"),
-            components={
-                check_label(name, name="a reward component"): check_finite(value, name=f"reward component {name!r}")
-                for name, value in _items(components)
-            },
-        )
-        self._require_no_segment("reward", takeover=takeover)
-        self._claim(header)
+        with self._telling, self._alone():
+            self._require_writable()
+            header = Rewarded(
+                reward=check_finite(reward, name="reward"),
+                components={
+                    check_label(name, name="a reward component"): check_finite(value, name=f"reward component {name!r}")
+                    for name, value in _items(components)
+                },
+            )
+            self._require_no_segment("reward", takeover=takeover)
+            self._claim(header)
 
     def close(self, status: Status = "completed", *, takeover: bool = False) -> None:
         """End the trajectory. `aborted` may be resumed; completed, truncated and failed are final.
@@ -235,10 +258,11 @@ class TrajectoryWriter:
             Conflict: a segment of another writer is open (and not `takeover`), or the trajectory is final already.
         """
         status = check_choice(status, CLOSED_STATUSES, name="status to close with")
-        self._require_writable()
-        self._require_no_segment("close", takeover=takeover)
-        self._claim(TrajectoryClosed(status=status))
-        self.status = status
+        with self._telling, self._alone():
+            self._require_writable()
+            self._require_no_segment("close", takeover=takeover)
+            self._claim(TrajectoryClosed(status=status))
+            self.status = status
 
     def observe(self, rows: npt.ArrayLike, *, start: int, source: str, weight_version: str = "") -> None:
         """Record another party's routing of rows `[start, start + n)`, for audits; at any time, also after the close.
@@ -252,10 +276,12 @@ class TrajectoryWriter:
         """
         label = check_label(source, name="source")
         version = check_label(weight_version, name="weight_version")
-        for at, part in self._split(rows, start, self._length):
-            info, payload = _payload(part.reshape(-1).view(np.uint8).data)
-            header = RoutingObserved(source=label, start=at, rows=len(part), payload=info, weight_version=version)
-            self._note(header, payload)
+        parts = self._split(rows, start, self._length)
+        with self._telling:
+            for at, part in parts:
+                info, payload = _payload(part.reshape(-1).view(np.uint8).data)
+                header = RoutingObserved(source=label, start=at, rows=len(part), payload=info, weight_version=version)
+                self._note(header, payload)
 
     def late_routing(self, rows: npt.ArrayLike, *, segment: int, start: int, origin: Origin = "computed") -> None:
         """Record rows that arrived after their segment's epoch was over; they fold as that segment's last recording.
@@ -279,10 +305,12 @@ class TrajectoryWriter:
         parts = self._split(rows, start, self._ends[segment])
         if self._lane.busy:
             self._flusher.drain(self.id)
-        self._require_unfenced()
-        for at, part in parts:
-            info, payload = _payload(part.reshape(-1).view(np.uint8).data)
-            self._note(LateRouting(segment=segment, start=at, rows=len(part), payload=info, origin=origin), payload)
+        with self._telling:
+            self._require_unfenced()
+            for at, part in parts:
+                info, payload = _payload(part.reshape(-1).view(np.uint8).data)
+                header = LateRouting(segment=segment, start=at, rows=len(part), payload=info, origin=origin)
+                self._note(header, payload)
 
     # Shared with the open segment
 
@@ -295,8 +323,7 @@ class TrajectoryWriter:
         self._ends[-1] = self._length
 
     def _took_rows(self, start: int, stop: int) -> None:
-        if start <= self.rows_held:
-            self.rows_held = max(self.rows_held, stop)
+        self._held = merge_spans([*self._held, (start, stop)])
 
     def _segment_closed(self) -> None:
         self._open = None
@@ -321,6 +348,23 @@ class TrajectoryWriter:
         if self.routing is None:
             raise RoutingError(f"{self.id} was created without a routing spec; give routing=RoutingSpec(...) at create")
         return self.routing
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One call at a time opens an epoch: it checks the state, may read tokens from the store, and only then claims.
+
+        Raises:
+            Conflict: another one is about to.
+        """
+        if not self._claiming.acquire(blocking=False):
+            raise Conflict(
+                f"{self.id}: another call of this handle is about to open a segment, to score or to close. A handle "
+                "belongs to one task at a time; let that call return first"
+            )
+        try:
+            yield
+        finally:
+            self._claiming.release()
 
     def _claim(self, header: Header, payload: Buffer | None = None, *, creates: bool = False) -> Turn:
         """Open the next epoch with this event."""
@@ -450,29 +494,31 @@ class SegmentWriter:
         Raises:
             SchemaError, RoutingError, Fenced: as `tokens` and `routing`.
         """
-        self._require_open()
-        ids = token_array(token_ids)
-        probs = None if logprobs is None else logprob_array(logprobs, count=len(ids))
-        recordings = [
-            (self._trajectory._split(rows, start, self.end + len(ids)), _check_origin(origin))
-            for rows, start, origin in routing
-        ]
-        step = EVENT_BYTES // 8
-        for i in range(0, len(ids), step):
-            self._append_tokens(ids[i : i + step], None if probs is None else probs[i : i + step])
-        for parts, origin in recordings:
-            for at, part in parts:
-                info, payload = _payload(part.reshape(-1).view(np.uint8).data)
-                header = Routing(start=at, rows=len(part), payload=info, origin=origin)
-                self._trajectory._append(self._turn, header, payload)
-                self._trajectory._took_rows(at, at + len(part))
-                self._told_routing = True
+        with self._trajectory._telling:
+            self._require_open()
+            ids = token_array(token_ids)
+            probs = None if logprobs is None else logprob_array(logprobs, count=len(ids))
+            recordings = [
+                (self._trajectory._split(rows, start, self.end + len(ids)), _check_origin(origin))
+                for rows, start, origin in routing
+            ]
+            step = EVENT_BYTES // 8
+            for i in range(0, len(ids), step):
+                self._append_tokens(ids[i : i + step], None if probs is None else probs[i : i + step])
+            for parts, origin in recordings:
+                for at, part in parts:
+                    info, payload = _payload(part.reshape(-1).view(np.uint8).data)
+                    header = Routing(start=at, rows=len(part), payload=info, origin=origin)
+                    self._trajectory._append(self._turn, header, payload)
+                    self._trajectory._took_rows(at, at + len(part))
+                    self._told_routing = True
 
     def no_routing(self, reason: str) -> None:
         """Say that this segment has no (more) routing, and why."""
-        self._require_open()
-        self._trajectory._append(self._turn, RoutingAbsent(reason=check_label(reason, name="reason")))
-        self._told_routing = True
+        with self._trajectory._telling:
+            self._require_open()
+            self._trajectory._append(self._turn, RoutingAbsent(reason=check_label(reason, name="reason")))
+            self._told_routing = True
 
     def close(
         self,
@@ -494,6 +540,16 @@ class SegmentWriter:
             SchemaError: an unknown reason, no counts, or spans that do not fit the output.
             TrajstoreError: what stopped the writing before (sticky).
         """
+        with self._trajectory._telling:
+            self._end(finish_reason, cached_tokens, retractions, weight_versions)
+
+    def _end(
+        self,
+        finish_reason: FinishReason,
+        cached_tokens: int | None = None,
+        retractions: int = 0,
+        weight_versions: Sequence[WeightVersionSpan | tuple[str, int, int]] = (),
+    ) -> None:
         self._require_open()
         reason = check_choice(finish_reason, FINISH_REASONS, name="finish reason")
         spans = check_spans(weight_versions, self.end - self.start)
@@ -518,8 +574,8 @@ class SegmentWriter:
             self.close("abort")
             return
         try:
-            self.close("error")
-        except TrajstoreError:  # the exception on its way out tells more
+            self._end("error")
+        except TrajstoreError:  # the exception on its way out tells more; of this one the store's flush does
             self._closed = True
             self._trajectory._segment_closed()
 
@@ -542,6 +598,25 @@ class SegmentWriter:
         if self._closed:
             raise Conflict(f"{self._trajectory.id}: segment {self.index} is closed; open another one")
         self._trajectory._require_unfenced()
+
+
+class _Telling:
+    """Around the calls of a handle: what stopped its lane and is raised by one of them has been told.
+
+    So `store.flush()` and `store.close()` need not raise it again, to somebody who may have nothing to do with it.
+    """
+
+    def __init__(self, flusher: Flusher) -> None:
+        self._flusher = flusher
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, TrajstoreError):
+            self._flusher.told(error)
 
 
 def _check_origin(origin: Origin) -> Origin:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from trajstore.blob import from_blob
 from trajstore.errors import Corrupt, NotFound, RoutingError, SchemaError, SequenceGap, Unavailable
 from trajstore.fold import Policy
 from trajstore.log.feed import worker_name
@@ -53,7 +52,7 @@ class TrajectoryReader:
         consumer: name within the group, such as a rank; no two readers may run under one name at a time. Default: a
             name that nobody had.
         claim_seconds: how long a consumer may have something before others take it over; more than from one `take` to
-            the next, or to `acknowledge`.
+            the next, or to `acknowledge`. None: this reader takes nothing over.
 
     Attributes:
         deleted: members that were published, and deleted before this reader came to them. A group lacks them; an entry
@@ -61,7 +60,12 @@ class TrajectoryReader:
     """
 
     def __init__(
-        self, store: Store, *, group: str = TRAINER_GROUP, consumer: str | None = None, claim_seconds: float = 300.0
+        self,
+        store: Store,
+        *,
+        group: str = TRAINER_GROUP,
+        consumer: str | None = None,
+        claim_seconds: float | None = 300.0,
     ) -> None:
         self._store = store
         self._group = group
@@ -81,24 +85,61 @@ class TrajectoryReader:
             timeout: seconds; then what is there is returned, even if it is fewer.
 
         Returns:
-            1 to `groups` entries. Their payloads came in one round trip; a payload that has expired is folded again, at
+            1 to `groups` entries. Their payloads came together; a payload that has expired is folded again, at
             the event that was published (late recordings that came since then count).
 
         Raises:
             Unavailable: nothing was ready before the deadline, or the server does not answer (also a `TimeoutError`).
                 What was found until then is returned by the next call.
         """
-        deadline = time.monotonic() + timeout
-        ready: list[ReadyTrajectories] = []
-        while not ready:
-            self._fill(groups, deadline)
-            if not self._held:
-                raise Unavailable(
-                    f"nothing was ready for group {self._group!r} of {self._store.location} within {timeout:g} s; is a "
-                    "materializer running (`trajstore materialize STORE`), and are trajectories being closed?"
-                )
-            ready = self._read_held(groups)
+        ready = self.poll(groups, timeout, at_least=groups)
+        if not ready:
+            raise Unavailable(
+                f"nothing was ready for group {self._group!r} of {self._store.location} within {timeout:g} s; is a "
+                "materializer running (`trajstore materialize STORE`), and are trajectories being closed?"
+            )
         return ready
+
+    def poll(
+        self, groups: int, timeout: float, *, at_least: int = 1, nbytes: int | None = None
+    ) -> list[ReadyTrajectories]:
+        """As `take`, but nothing at the deadline is no error.
+
+        Args:
+            groups: at most so many.
+            timeout: seconds.
+            at_least: it waits for so many, and then takes what more is there.
+            nbytes: it reads no further once the payloads are so large; one entry is read, whatever its size.
+
+        Raises:
+            Unavailable: the server does not answer.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            self._fill(groups, at_least, deadline)
+            if not self._held:
+                return []
+            if ready := self._read_held(self._first_held(groups, nbytes)):
+                return ready
+
+    def hold(self, claimed: Sequence[Delivery]) -> None:
+        """Entries that were claimed for this consumer elsewhere: they come next."""
+        self._hold(claimed)
+
+    @property
+    def in_hand(self) -> set[tuple[int, str]]:
+        """Partition and id of every entry that this reader has and did not acknowledge."""
+        return self._outstanding.copy()
+
+    def settled(self, places: Iterable[tuple[int, str]]) -> None:
+        """These entries, which this reader gave, were acknowledged by others for it. Any thread may say so."""
+        self._outstanding.difference_update(places)
+
+    def forget(self, places: Iterable[tuple[int, str]]) -> None:
+        """These entries are others' now, or acknowledged by others."""
+        lost = set(places)
+        self._held = [one for one in self._held if _place(one) not in lost]
+        self._outstanding.difference_update(lost)
 
     def acknowledge(self, ready: Iterable[ReadyTrajectories]) -> None:
         """These entries were used: they do not come again, and their payloads go.
@@ -110,13 +151,22 @@ class TrajectoryReader:
         self._queue.acknowledge(deliveries)
         self._outstanding.difference_update(map(_place, deliveries))
 
-    def _fill(self, groups: int, deadline: float) -> None:
-        """Hold so many entries, or what there is at the deadline."""
-        while len(self._held) < groups:
+    def _fill(self, groups: int, at_least: int, deadline: float) -> None:
+        """Hold at least so many entries, or what there is at the deadline; look for `groups`."""
+        while len(self._held) < at_least:
             left = deadline - time.monotonic()
             self._look(groups - len(self._held), block=max(0.0, min(left, self._store.timeout / 2)))
             if left <= 0:
                 break
+
+    def _first_held(self, groups: int, nbytes: int | None) -> int:
+        """How many of the held entries to read: up to `groups`, and until their payloads are `nbytes` large."""
+        read = 0
+        for count, delivery in enumerate(self._held[:groups], 1):
+            read += sum(member.nbytes for member in delivery.group.members)
+            if nbytes is not None and read >= nbytes:
+                return count
+        return min(groups, len(self._held))
 
     def _read_held(self, groups: int) -> list[ReadyTrajectories]:
         """Read up to so many entries of those held, but for those all of whose members were deleted."""
@@ -139,7 +189,7 @@ class TrajectoryReader:
             else:
                 self._former[partition] = cursor
             self._hold(found)
-        if len(self._held) < wanted and time.monotonic() >= self._next_claim:
+        if self._claim_seconds is not None and len(self._held) < wanted and time.monotonic() >= self._next_claim:
             found = self._queue.take_over(
                 idle=self._claim_seconds,
                 count=wanted - len(self._held),
@@ -149,27 +199,29 @@ class TrajectoryReader:
             if len(self._held) < wanted:  # else there may be more
                 self._next_claim = time.monotonic() + self._claim_seconds / 4
         if len(self._held) < wanted:
-            wait = max(0.0, min(block, self._next_claim - time.monotonic()))
-            self._hold(self._queue.poll(count=wanted - len(self._held), block=wait))
+            if self._claim_seconds is not None:
+                block = max(0.0, min(block, self._next_claim - time.monotonic()))
+            self._hold(self._queue.poll(count=wanted - len(self._held), block=block))
 
     def _hold(self, found: Sequence[Delivery]) -> None:
-        self._held += found
-        self._outstanding.update(map(_place, found))
+        new = [one for one in found if _place(one) not in self._outstanding]
+        self._held += new
+        self._outstanding.update(map(_place, new))
 
     def _read(self, deliveries: Sequence[Delivery]) -> tuple[set[str], list[ReadyTrajectories]]:
         """Ids of deleted members, and the entries."""
         members = {_version(member): member for delivery in deliveries for member in delivery.group.members}
-        blobs = dict(zip(members, self._queue.blobs(list(members.values())), strict=True))
-        deleted = self._queue.deleted(members.values())  # after the blobs: what is not deleted by now was not before
+        folds = dict(zip(members, self._queue.folds(list(members.values())), strict=True))
+        deleted = self._queue.deleted(members.values())  # after the folds: what is not deleted by now was not before
         ready = []
         for delivery in deliveries:
             entry = delivery.group
             trajectories: list[Trajectory] = []
             missing: dict[str, str] = {}
             for member in entry.members:
-                blob = None if member.id in deleted else blobs[_version(member)]
+                laid = None if member.id in deleted else folds[_version(member)]
                 try:
-                    trajectories.append(self._fold(member, blob, cast(Policy, entry.policy)))
+                    trajectories.append(self._fold(member, laid, cast(Policy, entry.policy)))
                 except (NotFound, Corrupt, SequenceGap, RoutingError, SchemaError) as error:
                     if isinstance(error, NotFound) and self._store.tombstone(member.id) is not None:
                         deleted.add(member.id)
@@ -187,12 +239,12 @@ class TrajectoryReader:
             )
         return deleted, ready
 
-    def _fold(self, member: ReadyMember, blob: bytes | None, policy: Policy) -> Trajectory:
-        if blob is not None:
-            try:
-                return from_blob(blob)
-            except Corrupt as error:
-                log.warning("the ready payload of %s is damaged and is folded again: %s", member.id, error)
+    def _fold(self, member: ReadyMember, laid: Trajectory | Corrupt | None, policy: Policy) -> Trajectory:
+        """As it lay ready, else folded again."""
+        if isinstance(laid, Trajectory):
+            return laid
+        if laid is not None:
+            log.warning("the ready payload of %s is damaged and is folded again: %s", member.id, laid)
         return self._store.load(member.id, policy=policy, until=member.at)
 
 

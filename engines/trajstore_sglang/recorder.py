@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ulid import ULID
 
 from trajstore import Conflict, SchemaError, SegmentWriter, TrajectoryWriter, Unavailable
-from trajstore.adapter import EngineCapabilities
+from trajstore.adapter import EngineCapabilities, as_reason
 from trajstore.ingest import check_choice, check_finite, check_id
 from trajstore_sglang.capabilities import capabilities
 from trajstore_sglang.client import SGLangClient
@@ -285,6 +285,7 @@ class SGLangRecorder:
                 "sampling_params": params,
                 "return_logprob": True,
                 "stream": stream,
+                "return_prompt_token_ids": not stream,  # a stream would repeat them with every token
             }
             if trajectory.routing is not None:
                 start_len = trajectory.rows_held if rerecord == "rows" else 0
@@ -295,7 +296,9 @@ class SGLangRecorder:
             return reply
         except (Unavailable, asyncio.CancelledError) as error:
             if not segment.closed:
-                await _threaded(_end, segment, f"no answer: {error}"[:500] if str(error) else "given up without answer")
+                await _threaded(
+                    _end, segment, as_reason(f"no answer: {error}") if str(error) else "given up without answer"
+                )
             raise
         finally:
             if not segment.closed:

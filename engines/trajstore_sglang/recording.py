@@ -153,6 +153,11 @@ def _record_whole(segment: SegmentWriter, reply: Reply, start_len: int | None) -
 def _record_last(segment: SegmentWriter, reply: Reply, start_len: int | None) -> None:
     """The tokens that are new, the routing, and the end. Nothing is written before all of it is checked."""
     _require_request(segment, reply)
+    if not reply.retractions and (reply.cached_tokens or 0) > segment.start:
+        raise SchemaError(
+            f"SGLang took {reply.cached_tokens} tokens of a prompt of {segment.start} from its cache; only a request "
+            "that was retracted can have found more there"
+        )
     held = segment.token_ids
     ids, logprobs = fresh_tokens(reply, held)
     recordings = []

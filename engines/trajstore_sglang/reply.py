@@ -102,7 +102,8 @@ def routed_recordings(
             number. Up to 0.5.11 SGLang takes it and returns all rows all the same.
 
     Raises:
-        RoutingError: not base64, not whole rows, or not as many as there must be.
+        RoutingError: not base64, not whole rows, or not as many as there must be: SGLang leaves out rows of the prompt
+            only, and gives none for the last token.
     """
     row = spec.num_hidden_layers * spec.top_k * 4
     data = decode_base64(reply.routed_experts, what="SGLang's routed_experts", limit=(prompt + output) * row)
@@ -112,7 +113,9 @@ def routed_recordings(
             f"({spec.num_hidden_layers} layers x {spec.top_k} int32): it was cut, or the spec is another model's"
         )
     rows = np.frombuffer(data, "<i4").reshape(-1, spec.num_hidden_layers, spec.top_k)
-    start = place_rows(len(rows), length=prompt + output, asked=start_len, honours_start=False)
+    start = place_rows(
+        len(rows), length=prompt + output, asked=start_len, honours_start=False, surplus=False, prompt=prompt
+    )
     if reply.retractions is None:  # nobody says that it was not retracted
         parts = split_by_origin(rows, start, cached=reply.cached_tokens or 0)
         return [(part, at, "unknown" if origin == "computed" else origin) for part, at, origin in parts]

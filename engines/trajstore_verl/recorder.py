@@ -6,6 +6,7 @@ verl's own loop stays in charge of budgets, retries and when a request is over. 
 import asyncio
 import contextlib
 import json
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -25,6 +26,8 @@ from trajstore_verl.token_output import output_fields
 from trajstore_verl.turn import Turn, find_turn
 
 __all__ = ["RecordedCalls", "RecordedRollouts"]
+
+log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -81,15 +84,14 @@ class _Rollout:
         self._store.flush(self._writer.id)
         return segment
 
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
         return self
 
-    def __exit__(
+    async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._segment is not None and not self._segment.closed:
-            with contextlib.suppress(TrajstoreError):  # the exception on its way out tells more
-                self._segment.close("error" if isinstance(error, Exception) else "abort")
+            await _in_thread(_end, self._segment, error)
 
 
 _rollout: ContextVar[_Rollout | None] = ContextVar("trajstore_verl_rollout", default=None)
@@ -127,7 +129,7 @@ class RecordedRollouts(_Client):
 
     Args:
         open_store: opens the store, e.g. `functools.partial(trajstore.open, url)`; must be picklable.
-        routing: of the model; None where no routing is returned.
+        routing: of the model. None: tokens alone are recorded and handed back, whatever rows the servers return.
         policy: the fold that is handed back.
         engine: as in the segments.
 
@@ -205,16 +207,13 @@ class RecordedRollouts(_Client):
             return await _in_thread(self._hand_back, turn, id, None)
         token = _rollout.set(rollout)
         try:
-            with rollout:
+            async with rollout:
                 output = await super().generate(
                     request_id,
                     prompt_ids=[*prompt.tolist(), *rollout.generated],
                     sampling_params=sampling_params,
                     **kwargs,
                 )
-        except TrajstoreError:
-            await _in_thread(self._report, id)
-            raise
         finally:
             _rollout.reset(token)
         return await _in_thread(self._hand_back, turn, id, output)
@@ -284,11 +283,6 @@ class RecordedRollouts(_Client):
             **{**fields, "extra_fields": {**output.extra_fields, **said}}, stop_reason=output.stop_reason
         )
 
-    def _report(self, id: str) -> None:
-        """What stopped a rollout's writing is being raised: the store need not raise it again when it closes."""
-        with contextlib.suppress(TrajstoreError):
-            self._opened().flush(id)
-
     def _close(self, id: str, status: Status, reward: float | None) -> None:
         store = self._opened()
         writer = store.get(id)
@@ -302,6 +296,15 @@ def _record(segment: SegmentWriter, output: Any, max_tokens: int | None) -> None
     record_output(segment, output, max_tokens=max_tokens)
 
 
+def _end(segment: SegmentWriter, error: BaseException | None) -> None:
+    """Close a segment that no output has ended; `error` is on its way and tells more than a failure to."""
+    try:
+        segment.close("error" if isinstance(error, Exception) else "abort")
+    except TrajstoreError as failure:
+        if failure is not error:
+            log.warning("segment %d of a rollout could not be closed: %s", segment.index, failure)
+
+
 def _limit(sampling_params: Mapping[str, Any]) -> tuple[str, int | None]:
     """By which name verl is told how many tokens to generate at most, and how many."""
     for name in ("max_tokens", "max_new_tokens"):
@@ -311,12 +314,13 @@ def _limit(sampling_params: Mapping[str, Any]) -> tuple[str, int | None]:
 
 
 async def _in_thread(call: Callable[..., _Result], *args: Any) -> _Result:
-    """Run what may wait off the event loop; to its end even if cancelled, for a handle serves one task at a time."""
+    """Run what may wait off the event loop, to its end however often it is cancelled: a handle serves one task."""
     running = asyncio.ensure_future(asyncio.to_thread(call, *args))
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
-        await asyncio.wait([running])
-        if running.done():
-            running.exception()  # looked at: the cancellation tells more
+        while not running.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([running])
+        running.exception()  # looked at: the cancellation tells more
         raise

@@ -26,9 +26,9 @@ def record_output(segment: SegmentWriter, output: object, *, max_tokens: int | N
             "whole of a segment, open one for each"
         )
     with refusing(segment):
-        parsed = parse_output(output, length=segment.start, max_tokens=max_tokens)
+        parsed = parse_output(output, length=segment.start, max_tokens=max_tokens, routes=segment.spec is not None)
         segment.record(parsed.token_ids, parsed.logprobs, routing=parsed.routing)
-    if parsed.absent and segment.spec is not None:
+    if parsed.absent:
         segment.no_routing(parsed.absent)
     version = parsed.weight_version
     segment.close(

@@ -37,7 +37,7 @@ class ParsedOutput(NamedTuple):
         token_ids: int32 `[O]`.
         logprobs: float32 `[O]`, None where the server was not asked.
         routing: `(rows, start, origin)` of each recording, rows `[n, L or H, K]`.
-        absent: why there is no routing; "" where there is.
+        absent: why there is no routing; "" where there is, or none is recorded.
         finish_reason: stop, length, abort or error.
         weight_version: the server's training step, "" where it did not say.
         cached_tokens: of the input, from a prefix cache; None where the server did not say.
@@ -54,7 +54,7 @@ class ParsedOutput(NamedTuple):
     preempted: int
 
 
-def parse_output(output: object, *, length: int, max_tokens: int | None = None) -> ParsedOutput:
+def parse_output(output: object, *, length: int, max_tokens: int | None = None, routes: bool = True) -> ParsedOutput:
     """Read a `TokenOutput` of a request whose input was `length` tokens.
 
     Rows are placed by their absolute position: verl's servers return those of the whole sequence, so they begin at 0,
@@ -63,9 +63,11 @@ def parse_output(output: object, *, length: int, max_tokens: int | None = None) 
     Args:
         output: anything with verl's attributes.
         max_tokens: output tokens that were asked for at most; tells "length" from "stop" where verl says "completed".
+        routes: False where no routing is recorded: rows are not looked at.
 
     Raises:
-        SchemaError: attributes are missing or of another type, or the logprobs are not one per token.
+        SchemaError: attributes are missing or of another type, the logprobs are not one per token, or more tokens were
+            cached than the input has. A preempted request may have found some of its own output in the cache.
         RoutingError: the rows are not those of this request.
     """
     token_ids = token_array(_get(output, "token_ids"))
@@ -76,8 +78,11 @@ def parse_output(output: object, *, length: int, max_tokens: int | None = None) 
     finish_reason = _finish_reason(_get(output, "stop_reason"), len(token_ids), max_tokens)
     cached = _count(extra.get("num_cached_tokens"), "num_cached_tokens")
     preempted = _count(_get(output, "num_preempted"), "num_preempted") or 0
-    rows = _rows(_get(output, "routed_experts"))
-    absent = _absent(rows, len(token_ids), length, finish_reason)
+    if cached is not None and cached > length and not preempted:
+        raise SchemaError(f"{cached} cached tokens of an input of {length}")
+    routed_experts = _get(output, "routed_experts")
+    rows = _rows(routed_experts) if routes else None
+    absent = _absent(rows, len(token_ids), length, finish_reason) if routes else ""
     routing: list[tuple[npt.NDArray[np.integer], int, Origin]] = []
     if rows is not None and not absent:
         start = place_rows(len(rows), length=length + len(token_ids), asked=0)
@@ -161,7 +166,7 @@ def _absent(rows: npt.NDArray[np.integer] | None, output: int, length: int, fini
     if output == 0:
         return "ended before its first token"
     if finish_reason == "abort":
-        return "an aborted request came without routing; vLLM before 0.22 returns none then"
+        return "an aborted request came without routing; vLLM up to 0.20 returns none then"
     return (
         "the server returned none; is actor_rollout_ref.rollout.enable_rollout_routing_replay set, and can its engine?"
     )

@@ -7,11 +7,12 @@ or, where the worker drives the engine itself, `record_output(segment, output)` 
 is only needed by what starts it: all of this imports without it.
 """
 
+from trajstore_vllm.async_llm import AsyncLLMRecorder
 from trajstore_vllm.capabilities import capabilities
 from trajstore_vllm.delivery import Delivery, Known
 from trajstore_vllm.http import parse_http, record_http
+from trajstore_vllm.llm import LLMRecorder
 from trajstore_vllm.outputs import parse_output, record_output
-from trajstore_vllm.recorders import AsyncLLMRecorder, LLMRecorder
 
 __all__ = [
     "AsyncLLMRecorder",

@@ -22,6 +22,9 @@ OutputKind: TypeAlias = Literal["CUMULATIVE", "DELTA", "FINAL_ONLY"]
 _SAME = 1e-9
 """Relative difference of two sums of the same logprobs. They are float32 numbers, added up in float64 on both sides."""
 
+_TELLING = -1e-3
+"""A logprob below this is not lost among the rounding of others, none of which is above 0."""
+
 
 class Chunk(NamedTuple):
     """What one output has of one choice.
@@ -53,6 +56,8 @@ def recorded_already(chunk: Chunk, kind: OutputKind | None, known: Known) -> int
     held = known.output
     if kind in ("CUMULATIVE", "FINAL_ONLY"):
         _require_prefix(chunk, known)
+        return held
+    if kind is None and _repeats(chunk, known):
         return held
     sums = _running_sums(chunk)
     total = math.nan if sums is None else float(chunk.cumulative_logprob)
@@ -90,12 +95,8 @@ def sampled_logprobs(token_ids: npt.NDArray[np.int32], logprobs: Sequence[Any]) 
     Raises:
         SchemaError: a position does not have its token, or no number for it.
     """
-    values = []
-    for i, (token, position) in enumerate(zip(token_ids.tolist(), logprobs, strict=True)):
-        try:
-            values.append(position[token].logprob)
-        except (AttributeError, KeyError, IndexError, TypeError) as error:
-            raise SchemaError(f"position {i} of the output has no logprob of its token {token}") from error
+    pairs = enumerate(zip(token_ids.tolist(), logprobs, strict=True))
+    values = [_logprob(at, token, position) for at, (token, position) in pairs]
     return logprob_array(values, count=len(values))
 
 
@@ -106,12 +107,37 @@ def _require_prefix(chunk: Chunk, known: Known) -> None:
     if fits and held and chunk.ended:
         fits = _starts_with_recorded(chunk, known)
     elif fits and held:
-        fits = bool(chunk.token_ids[held - 1] == known.token_ids()[-1])
+        fits = _has_last_recorded(chunk, known)
     if not fits:
         raise SchemaError(
             f"a cumulative output of {len(chunk.token_ids)} tokens does not begin with the {held} tokens recorded; "
             "these are deltas, or outputs of another request"
         )
+
+
+def _repeats(chunk: Chunk, known: Known) -> bool:
+    """Whether a chunk is cumulative beyond doubt, told at the cost of what is new in it. The last one is read whole.
+
+    Its tokens behind those recorded are all that the sum has grown by. If it were a delta, the sum would have grown by
+    the logprobs of all its tokens, so its first ones would have to be 0.
+    """
+    held = known.output
+    if held == 0 or chunk.ended or math.isnan(known.logprob_sum) or len(chunk.token_ids) < held:
+        return False
+    sums = _running_sums(chunk, start=held)
+    if sums is None or not _same(known.logprob_sum + sums, float(chunk.cumulative_logprob)).any():
+        return False
+    first = zip(range(held), chunk.token_ids, chunk.logprobs, strict=False)
+    return _has_last_recorded(chunk, known) and any(_tells(_logprob(at, token, one)) for at, token, one in first)
+
+
+def _tells(logprob: Any) -> bool:
+    return isinstance(logprob, int | float | np.floating) and bool(logprob < _TELLING)
+
+
+def _has_last_recorded(chunk: Chunk, known: Known) -> bool:
+    held = known.output
+    return bool(np.array_equal(token_array(chunk.token_ids[held - 1 : held]), known.token_ids()[-1:]))
 
 
 def _starts_with_recorded(chunk: Chunk, known: Known) -> bool:
@@ -121,14 +147,22 @@ def _starts_with_recorded(chunk: Chunk, known: Known) -> bool:
     return bool(np.array_equal(token_array(chunk.token_ids[:held]), known.token_ids()))
 
 
-def _running_sums(chunk: Chunk) -> npt.NDArray[np.float64] | None:
-    """Sums of the first 0, 1, ... logprobs, float64 `[n + 1]`; None where they tell nothing."""
+def _logprob(at: int, token: Any, position: Any) -> Any:
+    """What vLLM's mapping of a position says of its token."""
+    try:
+        return position[token].logprob
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise SchemaError(f"position {at} of the output has no logprob of its token {token!r:.80}") from error
+
+
+def _running_sums(chunk: Chunk, start: int = 0) -> npt.NDArray[np.float64] | None:
+    """Sums of the first 0, 1, ... logprobs from `start` on, float64 `[n + 1]`; None where they tell nothing."""
     total = chunk.cumulative_logprob
     if chunk.logprobs is None or total is None:
         return None
     if isinstance(total, bool) or not isinstance(total, int | float | np.floating):
         raise SchemaError(f"cumulative_logprob must be a number, not {type(total).__name__}")
-    values = sampled_logprobs(token_array(chunk.token_ids), chunk.logprobs)
+    values = sampled_logprobs(token_array(chunk.token_ids[start:]), chunk.logprobs[start:])
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     return sums if math.isfinite(total) and math.isfinite(sums[-1]) else None
 

@@ -145,17 +145,7 @@ def _recordings(delivery: Delivery, known: Known) -> list[tuple[Rows, int, Origi
         asked = known.prompt
     if delivery.routed_experts is not None:
         count = len(delivery.routed_experts)
-        start = place_rows(count, length=length, asked=asked)
-        if start > known.prompt:
-            raise RoutingError(
-                f"{count} routed rows of a request of {length} tokens would begin at row {start}, but vLLM leaves out "
-                f"rows of the {known.prompt} prompt tokens at most. The output was cut, or belongs to another request"
-            )
-        if start + count == length and start > 0:
-            raise RoutingError(
-                f"{count} routed rows from row {start} on for a request of {length} tokens: vLLM gives none for the "
-                f"last token, so these begin at row {start - 1}, which was not asked for"
-            )
+        start = place_rows(count, length=length, asked=asked, surplus=False, prompt=known.prompt)
         placed.append((delivery.routed_experts, start))
     return [
         part

@@ -141,6 +141,8 @@ def parse_http(
     """
     if known.output:
         raise SchemaError(f"the segment has {known.output} output tokens already; a reply is recorded whole")
+    if isinstance(body, memoryview) and not (body.contiguous and body.ndim == body.itemsize == 1):
+        raise SchemaError(f"a body's memoryview must be of contiguous bytes, not {body.format} of shape {body.shape}")
     streamed = _is_transcript(body)
     if isinstance(body, bytes | bytearray | memoryview | str) and streamed:
         got = _gather_stream(body, index)

@@ -14,7 +14,7 @@ from trajstore.ingest import check_choice, check_count, token_array
 from trajstore_vllm.chunks import Chunk, OutputKind, recorded_already, sampled_logprobs
 from trajstore_vllm.delivery import Delivery, Known, Rows, known_of, read_finish_reason, record_delivery
 
-__all__ = ["choice_of", "parse_output", "record_output"]
+__all__ = ["choice_of", "parse_output", "record_output", "token_ids_of"]
 
 
 def record_output(
@@ -55,13 +55,16 @@ def record_output(
         return delivery is not None and record_delivery(segment, delivery, known)
 
 
-def parse_output(output: Any, known: Known, *, index: int = 0, output_kind: Any = None) -> Delivery | None:
+def parse_output(
+    output: Any, known: Known, *, index: int = 0, output_kind: Any = None, count: int | None = None
+) -> Delivery | None:
     """What an output has that the segment has not; None if it does not hold the choice.
 
     Args:
         output: a `vllm.RequestOutput`.
         known: what the segment knows.
         index, output_kind: as in `record_output`.
+        count: tokens of the output that are read, default all that its list holds by now.
 
     Raises:
         RoutingError, SchemaError: the output is malformed, of another request, or an earlier one was left out.
@@ -73,10 +76,13 @@ def parse_output(output: Any, known: Known, *, index: int = 0, output_kind: Any 
         if finished:
             raise SchemaError(f"the request is finished, and its last output has no choice {index}; record all outputs")
         return None
-    token_ids = _sequence(getattr(choice, "token_ids", None), "token_ids")
+    token_ids = token_ids_of(choice)
     logprobs = getattr(choice, "logprobs", None)
     if logprobs is not None:
         logprobs = _sequence(logprobs, "logprobs")
+    if count is not None:
+        token_ids, logprobs = token_ids[:count], None if logprobs is None else logprobs[:count]
+    if logprobs is not None:
         if len(token_ids) == 0:  # [-0:] of all of them, in versions before 0.30
             logprobs = logprobs[:0]
         if len(logprobs) != len(token_ids):
@@ -128,6 +134,15 @@ def choice_of(output: Any, index: int) -> Any:
     return found[0] if found else None
 
 
+def token_ids_of(choice: Any) -> Any:
+    """The token ids of a choice, a sequence; vLLM's own list, not a copy.
+
+    Raises:
+        SchemaError: it has none.
+    """
+    return _sequence(getattr(choice, "token_ids", None), "token_ids")
+
+
 def _is(given: object, index: int) -> bool:
     return isinstance(given, int) and given == index
 
@@ -142,7 +157,8 @@ def _kind(output_kind: Any) -> OutputKind | None:
 
 def _sequence(given: Any, name: str) -> Any:
     """Anything that can be counted and cut, text excepted."""
-    if isinstance(given, str | bytes | Mapping) or not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
+    counted = hasattr(given, "__len__") and hasattr(given, "__getitem__") and getattr(given, "shape", None) != ()
+    if isinstance(given, str | bytes | Mapping) or not counted:
         raise SchemaError(f"{name} of the output must be a sequence, not {type(given).__name__}")
     return given
 

@@ -18,11 +18,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 import trajstore
+from trajstore_demo.compare import compare
+from trajstore_demo.compare import render as render_comparison
 from trajstore_demo.plan import DemoPlan, Journal
 from trajstore_demo.report import DemoReport, gather, next_commands, render
 
 __all__ = ["demo", "run_demo"]
 
+_ROLLOUT = "trajstore_demo.rollout"
 _DEADLINE = 900.0
 _PARTITIONS = 2
 _POLL = 0.25
@@ -33,22 +36,27 @@ _PLAIN_EVERY = 5.0
     epilog="Example: trajstore demo runs/first. Exit code 1 if a process of the run failed; its log is named."
 )
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--groups", type=click.IntRange(min=4), default=20, show_default=True, help="Prompts, of 4 rollouts each."
-)
+@click.option("--groups", type=click.IntRange(min=4), help="Prompts, of 4 rollouts each; default 20, to compare 60.")
 @click.option("--seed", type=int, default=7, show_default=True, help="Of the model and the sampling.")
+@click.option("--compare-replay", "comparing", is_flag=True, help="Run it twice, and show what routing replay does.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON document.")
-def demo(directory: Path | None, groups: int, seed: int, as_json: bool) -> None:
+def demo(directory: Path | None, groups: int | None, seed: int, comparing: bool, as_json: bool) -> None:
     """Run the main job over a new embedded store in DIRECTORY (default runs/demo-TIME).
 
     A small mixture-of-experts model generates rollouts; a trainer in another process reads the finished ones and
     updates the weights, which aborts what is in flight; the aborted rollouts resume from the store under the new
     weights. An archiver and a materializer run beside them. Takes about two minutes on two cores.
+
+    With --compare-replay the rollout computes in bfloat16, and there are two runs, DIRECTORY/off and DIRECTORY/on: in
+    the second the trainer's routers are made to choose the experts that sampled. Writes replay.png and replay.json.
     """
-    _require_parts()
+    _require_parts("torch", "transformers", *(["matplotlib"] if comparing else []))
     folder = directory or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     console = Console(stderr=as_json)
-    report = run_demo(folder, DemoPlan(groups=groups, seed=seed), console, rollout="trajstore_demo.rollout")
+    if comparing:
+        _compare(folder, groups or 60, seed, console, as_json=as_json)
+        return
+    report = run_demo(folder, DemoPlan(groups=groups or 20, seed=seed), console, rollout=_ROLLOUT)
     if as_json:
         click.echo(msgspec.json.encode(report).decode())
     else:
@@ -70,8 +78,7 @@ def run_demo(folder: Path, plan: DemoPlan, console: Console, *, rollout: str) ->
         Conflict: the folder is not empty.
         click.ClickException: a process failed, or the run does not end.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise trajstore.Conflict(f"{folder} is not empty; a demonstration wants a folder of its own")
+    _require_empty(folder)
     begun = time.monotonic()
     with trajstore.open(folder, partitions=_PARTITIONS) as store:
         plan.write(folder)
@@ -86,11 +93,29 @@ def run_demo(folder: Path, plan: DemoPlan, console: Console, *, rollout: str) ->
     return report
 
 
-def _require_parts() -> None:
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+def _compare(folder: Path, groups: int, seed: int, console: Console, *, as_json: bool) -> None:
+    _require_empty(folder)
+    found = compare(
+        folder, groups=groups, seed=seed, run=lambda own, plan: run_demo(own, plan, console, rollout=_ROLLOUT)
+    )
+    if as_json:
+        click.echo(msgspec.json.encode(found).decode())
+    else:
+        console.print(render_comparison(found))
+        console.print(f"drawn in [bold]{folder / 'replay.png'}[/]", soft_wrap=True)
+
+
+def _require_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise trajstore.Conflict(f"{folder} is not empty; a demonstration wants a folder of its own")
+
+
+def _require_parts(*names: str) -> None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
+        extras = "embedded,transformers,trainer" + (",plot" if "matplotlib" in missing else "")
         raise click.ClickException(
-            f"the demonstration needs {' and '.join(missing)}: pip install 'trajstore[embedded,transformers,trainer]'"
+            f"the demonstration needs {' and '.join(missing)}: pip install 'trajstore[{extras}]'"
         )
 
 
@@ -99,7 +124,7 @@ def _run(store: trajstore.Store, folder: Path, plan: DemoPlan, console: Console,
     trajstore_command = [sys.executable, "-m", "trajstore"]
     commands = {
         "archiver": [*trajstore_command, "archive", str(folder), "--json"],
-        "materializer": [*trajstore_command, "materialize", str(folder), "--json"],
+        "materializer": [*trajstore_command, "materialize", str(folder), "--policy", "as_sampled", "--json"],
         "trainer": [sys.executable, "-m", "trajstore_demo.training", str(folder)],
         "rollout": [*rollout],
     }

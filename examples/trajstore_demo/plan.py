@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -23,6 +23,8 @@ class DemoPlan(msgspec.Struct, frozen=True, kw_only=True):
         warm_up: supervised steps on the passages before the first rollout, so that there is text to reward.
         learning_rate: of Adam in the GRPO steps.
         seed: of model and sampling.
+        replay: whether the trainer's routers are made to choose the experts that sampled.
+        rollout_dtype: in which the rollout computes; the trainer computes in float32.
     """
 
     groups: int = 20
@@ -33,6 +35,8 @@ class DemoPlan(msgspec.Struct, frozen=True, kw_only=True):
     warm_up: int = 220
     learning_rate: float = 5e-4
     seed: int = 7
+    replay: bool = False
+    rollout_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def trajectories(self) -> int:

@@ -28,8 +28,10 @@ class Rollout:
         self._journal = journal
         self._times = StageTimes()
         self._version = weights.newest()
+        self._dtype = getattr(torch, plan.rollout_dtype)
         model = make_model(plan.seed)
         model.load_state_dict(weights.read(self._version))
+        torch.nn.Module.to(model, self._dtype)
         self._engine = TransformersEngine(
             model, weight_version=f"v{self._version}", max_batch=plan.batch, seed=plan.seed
         )
@@ -92,7 +94,8 @@ class Rollout:
                 _, segment = self._open.pop(output.request_id)
                 record_output(segment, output)
                 aborted.append(output.request_id)
-            self._engine.update_weights(self._weights.read(newest), f"v{newest}")
+            weights = {name: tensor.to(self._dtype) for name, tensor in self._weights.read(newest).items()}
+            self._engine.update_weights(weights, f"v{newest}")
             self._version = newest
             self._journal.write(kind="update", version=newest, aborted=len(aborted))
             for id in aborted:

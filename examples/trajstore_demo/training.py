@@ -1,19 +1,23 @@
 """The trainer process: makes the first weights, reads finished groups from the store, takes GRPO steps, publishes."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 import trajstore
 from trajstore_demo.model import WeightFiles, make_model
 from trajstore_demo.plan import DemoPlan, Journal, StageTimes
 from trajstore_demo.task import END, passages
-from trajstore_trainer import PaddedBatch, TrajectoryReader, padded_batch
+from trajstore_trainer import PaddedBatch, RouterReplay, TrajectoryReader, padded_batch
+from trajstore_transformers.capture import RouterCapture
 
-__all__ = ["advantages", "policy_loss", "warm_up"]
+__all__ = ["Gap", "Trainee", "advantages", "policy_loss", "warm_up"]
 
 _PATIENCE = 120.0
 _CLIP = 0.2
@@ -53,6 +57,46 @@ def policy_loss(model: torch.nn.Module, batch: PaddedBatch, advantage: torch.Ten
     return -(gain * mask).sum() / count, float(kl.detach())
 
 
+class Gap(NamedTuple):
+    """How far the trainer is from the rollout over one batch.
+
+    Attributes:
+        kl: as `policy_loss` tells.
+        disagreement: share of the routers (tokens times layers) that did not use the experts which sampled.
+    """
+
+    kl: float
+    disagreement: float
+
+
+class Trainee:
+    """The model in training, whose routers may be made to choose the experts that sampled."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._replay = RouterReplay(model)
+
+    def loss(self, batch: PaddedBatch, advantage: torch.Tensor, *, replay: bool) -> tuple[torch.Tensor, Gap]:
+        """The loss of one forward, and its distance from the rollout.
+
+        Args:
+            batch: folded `as_sampled`.
+            advantage: `[B]`.
+        """
+        with self._replay.forcing(batch) if replay else nullcontext():
+            capture = RouterCapture(self.model)  # within: its hooks see what the replay's have put in
+            try:
+                with capture.recording() as recorded:
+                    loss, kl = policy_loss(self.model, batch, advantage)
+                executed = recorded.experts(batch.input_ids.numel())[:, list(capture.layer_ids)]
+            finally:
+                capture.close()
+        assert batch.routed_experts is not None
+        rows = batch.routed_experts.long().sort(-1).values
+        differing = (executed.sort(-1).values.reshape(rows.shape) != rows).any(-1)[batch.routing_mask]
+        return loss, Gap(kl, float(differing.double().mean()))
+
+
 def warm_up(model: torch.nn.Module, plan: DemoPlan) -> None:
     """Teach the model to spell: next-byte prediction on pieces of the passages."""
     rng = np.random.default_rng(plan.seed)
@@ -76,6 +120,7 @@ def main(folder: Path) -> None:
     with times.measure("warm up"):
         warm_up(model, plan)
     optimizer = torch.optim.Adam(model.parameters(), lr=plan.learning_rate)
+    trainee = Trainee(model)
     with trajstore.open(folder, create=False) as store:
         weights.publish(0, model)
         reader = TrajectoryReader(store)
@@ -87,9 +132,11 @@ def main(folder: Path) -> None:
             with times.measure("train"):
                 batch = padded_batch([one for group in ready for one in group.trajectories], pad_token_id=END)
                 advantage = advantages(batch.rewards, batch.groups)
+                with torch.no_grad():
+                    _, other = trainee.loss(batch, advantage, replay=not plan.replay)
                 gaps = []
                 for _ in range(_EPOCHS):
-                    loss, gap = policy_loss(model, batch, advantage)
+                    loss, gap = trainee.loss(batch, advantage, replay=plan.replay)
                     gaps.append(gap)
                     optimizer.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]
@@ -103,7 +150,10 @@ def main(folder: Path) -> None:
                 step=step,
                 groups=len(ready),
                 reward=float(batch.rewards.mean()),
-                kl=gaps[0],
+                kl=gaps[0].kl,
+                disagreement=gaps[0].disagreement,
+                other_kl=other.kl,
+                other_disagreement=other.disagreement,
                 versions=sorted({int(name[1:]) for name in batch.weight_versions}),
                 tokens=int(batch.loss_mask.sum()),
             )

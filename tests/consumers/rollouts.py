@@ -10,7 +10,7 @@ from trajstore.log.feed import parse_stream
 from trajstore.materializer import Materializer
 from trajstore.ready import ReadyGroup
 
-__all__ = ["abort", "finish", "look", "materialize", "members", "resume", "wait_until"]
+__all__ = ["abort", "finish", "laid", "look", "materialize", "members", "resume", "wait_until"]
 
 
 def finish(store, *, status="completed", tokens=3, seed=0, reward=None, routing=SPEC, version="v1", **options):
@@ -55,6 +55,11 @@ def look(store):
     pages = [store.wire.call("XRANGE", store.keys.ready(p), "-", "+") for p in range(store.partitions)]
     decode = msgspec.msgpack.Decoder(ReadyGroup).decode
     return [decode(fields[b"g"]) for page in pages for _, fields in parse_stream(page)]
+
+
+def laid(store, members):
+    """The blob that lies beside its entry for each member, None for none."""
+    return [store.wire.call("GET", store.keys.ready_payload(one.id, one.version)) for one in members]
 
 
 def members(entries):

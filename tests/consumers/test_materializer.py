@@ -10,10 +10,9 @@ import pytest
 
 import trajstore
 from tests.builders import SPEC, record_seed_case, rows
-from tests.consumers.rollouts import abort, finish, look, materialize, members, resume, wait_until
+from tests.consumers.rollouts import abort, finish, laid, look, materialize, members, resume, wait_until
 from trajstore.blob import from_blob, to_blob
 from trajstore.materializer import Materializer
-from trajstore.ready import ReadyFollower
 
 STEPS = ("folded", "laid", "offered", "acknowledged")
 
@@ -78,7 +77,7 @@ def test_finished_trajectory_is_published_with_the_fold_that_load_gives(store):
     (member,) = ready.members
     assert (ready.group, ready.version, ready.policy) == (None, 1, "last_segment_wins")
     assert (member.id, member.version, member.status, member.tokens) == (trajectory.id, 1, "completed", 10)
-    (blob,) = ReadyFollower(store.wire, store.keys, "trainer", "t").blobs([member])
+    (blob,) = laid(store, [member])
     assert len(blob) == member.nbytes == done.nbytes
     assert blob == to_blob(store.load(trajectory.id, until=member.at))
     assert from_blob(blob).metadata == {"task": "sums"}
@@ -97,7 +96,7 @@ def test_policy_of_the_fold_is_recorded_in_the_entry(store):
     store.flush()
     materialize(store, policy="as_sampled")
     (ready,) = look(store)
-    (blob,) = ReadyFollower(store.wire, store.keys, "trainer", "t").blobs(ready.members)
+    (blob,) = laid(store, ready.members)
     assert ready.policy == from_blob(blob).policy == "as_sampled"
 
 
@@ -108,7 +107,7 @@ def test_empty_trajectories_and_ones_without_routing_are_published(store):
     plain = finish(store, routing=None)
     assert materialize(store).trajectories == 2
     ready = {one.members[0].id: one.members[0] for one in look(store)}
-    blobs = ReadyFollower(store.wire, store.keys, "trainer", "t").blobs([ready[nothing.id], ready[plain.id]])
+    blobs = laid(store, [ready[nothing.id], ready[plain.id]])
     empty, unrouted = map(from_blob, blobs)
     assert (len(empty), empty.routed_experts.shape, empty.status) == (0, (0, 3, 2), "failed")
     assert unrouted.routed_experts is None
@@ -281,7 +280,7 @@ def test_fold_above_the_limit_is_published_without_its_payload(store):
     materialize(store, blob_bytes=100)
     (ready,) = look(store)
     assert ready.members[0].nbytes > 100
-    assert list(ReadyFollower(store.wire, store.keys, "trainer", "t").blobs(ready.members)) == [None]
+    assert laid(store, ready.members) == [None]
 
 
 def test_note_on_a_published_trajectory_publishes_nothing(store):
@@ -303,7 +302,7 @@ def test_fold_that_the_server_has_no_room_for_is_published_without_its_payload(o
         own_server.client().config_set("maxmemory", int((used + 200_000) / 0.9))
         assert materialize(store).trajectories == 1
         (ready,) = look(store)
-        assert list(ReadyFollower(store.wire, store.keys, "trainer", "t").blobs(ready.members)) == [None]
+        assert laid(store, ready.members) == [None]
         assert members([ready]) == [(trajectory.id, 1)]
 
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from tests.builders import record_seed_case
-from tests.consumers.rollouts import look, members, wait_until
+from tests.consumers.rollouts import laid, look, members, wait_until
 from trajstore.blob import from_blob, to_blob
 from trajstore.errors import Corrupt
 from trajstore.ready import ReadyFollower, ReadyMember, ReadyQueue
@@ -164,7 +164,7 @@ def test_acknowledged_entries_are_trimmed_and_their_blobs_go(queue, follow, stor
     follower = follow("one")
     taken = follower.poll(count=5)
     follower.acknowledge(taken[1:])
-    assert sum(blob is not None for one in taken for blob in follower.blobs(one.group.members)) == 1
+    assert sum(blob is not None for one in taken for blob in laid(store, one.group.members)) == 1
     assert taken[0].group in look(store), "still needed"
     follower.acknowledge(taken)
     assert look(store) == []
@@ -179,10 +179,10 @@ def test_blobs_stay_for_a_group_that_has_not_read_them(queue, follow, store):
     assert len(look(store)) == 1
     same = evaluation.poll(count=1)
     assert same == taken
-    assert list(evaluation.blobs(same[0].group.members)) == [b"blob"]
+    assert laid(store, same[0].group.members) == [b"blob"]
     evaluation.acknowledge(same)
     assert look(store) == []
-    assert list(evaluation.blobs(same[0].group.members)) == [None]
+    assert laid(store, same[0].group.members) == [None]
 
 
 def test_group_that_exists_can_be_joined_again(queue, follow):
@@ -193,7 +193,7 @@ def test_group_that_exists_can_be_joined_again(queue, follow):
 
 def test_blob_expires(queue, follow):
     queue.put_blob("a", 1, b"blob", keep=0.001)
-    wait_until(lambda: list(follow("one").blobs([member("a")])) == [None])
+    wait_until(lambda: follow("one").folds([member("a")]) == [None])
 
 
 # Blobs
@@ -205,6 +205,48 @@ def test_damaged_blobs_are_corrupt(store):
     for damaged in (b"", blob[:100], blob[:-1], b"\xff" * 64, blob.replace(b"trajstore", b"trajstare")):
         with pytest.raises(Corrupt):
             from_blob(damaged)
+
+
+def test_no_damage_of_the_header_is_taken_for_room_or_for_more_rows(store):
+    """Sizes come from the header: a wrong one must neither be believed nor reserve memory."""
+    blob = to_blob(store.load(record_seed_case(store).id))
+    length = int.from_bytes(blob[:8], "little")
+    text, body = blob[8 : 8 + length], blob[8 + length :]
+    header = msgspec.json.decode(text)
+    first, last = (by(header.keys() - {"__metadata__"}, key=lambda n: header[n]["data_offsets"]) for by in (min, max))
+
+    def with_changes(name, **changes):
+        data = msgspec.json.encode(header | {name: header[name] | changes})
+        return len(data).to_bytes(8, "little") + data + body
+
+    end = header[last]["data_offsets"][1]
+    (rows,) = header[last]["shape"]  # of one byte each
+    for damaged in (
+        with_changes(first, shape=[1 << 60]),
+        with_changes(first, shape=[-1, -10]),
+        with_changes(first, data_offsets=[1, header[first]["data_offsets"][1] + 1]),
+        with_changes(last, data_offsets=[header[last]["data_offsets"][0], end + (1 << 60)], shape=[rows + (1 << 60)]),
+        with_changes(last, dtype="F8_E5M2"),
+        (1 << 63).to_bytes(8, "little") + blob[8:],
+        blob + b"\0" * end,
+    ):
+        with pytest.raises(Corrupt):
+            from_blob(damaged)
+    assert to_blob(from_blob(with_changes(first))) == blob
+
+
+def test_folds_arrive_beside_those_that_are_gone_or_damaged(queue, follow, store):
+    """More than are asked for at once, in order, over one connection that stays in step."""
+    trajectory = store.load(record_seed_case(store).id)
+    laid = {f"t{i}": [to_blob(trajectory), to_blob(trajectory)[:-1], b"blob", b"", None][i % 5] for i in range(23)}
+    for id, blob in laid.items():
+        if blob is not None:
+            queue.put_blob(id, 1, blob, keep=60.0)
+    for _ in range(2):
+        found = follow("one").folds([member(id) for id in laid])
+        kinds = ["gone" if one is None else "damaged" if isinstance(one, Corrupt) else one.id for one in found]
+        assert kinds == [[trajectory.id, "damaged", "damaged", "damaged", "gone"][i % 5] for i in range(23)]
+    assert store.wire.call("PING") == b"PONG"
 
 
 def test_blob_without_one_of_its_arrays_is_corrupt(store):

@@ -142,6 +142,51 @@ def test_second_segment_of_a_handle_waits_for_the_first_to_close(store, trajecto
     assert len(store.load(trajectory.id).segments) == 2
 
 
+@pytest.mark.parametrize(
+    "call",
+    [lambda handle: handle.segment(), lambda handle: handle.reward(1.0), lambda handle: handle.close()],
+    ids=["segment", "reward", "close"],
+)
+def test_of_two_calls_that_would_open_an_epoch_of_a_resumed_handle_the_second_is_refused_at_once(store, aborted, call):
+    """The first reads the tokens that it resumes from: that must not let another one in meanwhile."""
+    store.flush()
+    handle = store.get(aborted.id)
+    load, reading, read_on, opened = handle._load_tokens, threading.Event(), threading.Event(), []
+
+    def slow_load(*args):
+        reading.set()
+        assert read_on.wait(30)
+        return load(*args)
+
+    handle._load_tokens = slow_load
+    first = threading.Thread(target=lambda: opened.append(handle.segment()))
+    first.start()
+    assert reading.wait(30)
+    try:
+        with pytest.raises(trajstore.Conflict, match="another call of this handle is about to open a segment"):
+            call(handle)
+    finally:
+        read_on.set()
+        first.join(30)
+    (segment,) = opened
+    segment.tokens([6])
+    segment.close("stop")
+    handle.close()
+    store.flush(handle.id)
+    loaded = store.load(handle.id)
+    assert (loaded.token_ids.tolist(), len(loaded.segments), loaded.status) == ([1, 2, 3, 4, 5, 6], 2, "completed")
+
+
+def test_call_that_was_refused_leaves_the_handle_free(store, aborted):
+    with pytest.raises(trajstore.SchemaError):
+        aborted.segment(context=[-1])
+    with pytest.raises(trajstore.SchemaError):
+        aborted.reward(nan)
+    aborted.segment().close("stop")
+    aborted.close()
+    assert store.load(aborted.id).status == "completed"
+
+
 @pytest.mark.parametrize("status", ["completed", "truncated", "failed"])
 def test_final_trajectory_takes_no_more_epochs(store, trajectory, status):
     trajectory.close(status)

@@ -52,6 +52,36 @@ def test_an_engine_that_ignores_the_start_returns_all_rows():
 
 
 @pytest.mark.parametrize(
+    ("count", "asked", "start"),
+    [
+        (12, 69, 69),  # 69 .. 80: all but the last token's
+        (0, 81, 81),
+        (81, 0, 0),
+        (82, 0, 0),  # one too many from the beginning on is the last token's, wherever it comes from
+        (82, None, 0),
+        (81, 1, None),
+        (13, 69, None),  # 68 .. 80, or 69 .. 81: from an engine that gives no last row it is the former
+    ],
+)
+def test_a_row_too_many_begins_one_too_early_where_the_engine_gives_none_for_the_last_token(count, asked, start):
+    """verl's tail slice: a count that is off by one shifted every row."""
+    if start is None:
+        with pytest.raises(trajstore.RoutingError, match=f"begin at row {asked - 1}, which was not asked for"):
+            place_rows(count, length=82, asked=asked, surplus=False)
+        assert place_rows(count, length=82, asked=asked) == asked, "of another engine it is legal"
+    else:
+        assert place_rows(count, length=82, asked=asked, surplus=False) == start
+
+
+@pytest.mark.parametrize(("count", "asked"), [(11, None), (0, None), (11, 70)])
+def test_rows_cannot_begin_behind_the_prompt_where_an_engine_leaves_out_prompt_rows_only(count, asked):
+    assert place_rows(12, length=82, asked=None if asked is None else 69, prompt=69) == 69
+    assert place_rows(count, length=82, asked=asked) == 81 - count
+    with pytest.raises(trajstore.RoutingError, match="leaves out rows of the 69 prompt tokens at most"):
+        place_rows(count, length=82, asked=asked, prompt=69)
+
+
+@pytest.mark.parametrize(
     ("start", "options", "parts"),
     [
         (0, {}, [(0, 10, "computed")]),
@@ -182,8 +212,11 @@ def test_a_refusal_is_shortened_and_any_text_can_be_kept(embedded):
     trajectory = embedded.create(routing=SPEC)
     with trajectory.segment(context=[1]) as segment, pytest.raises(trajstore.RoutingError), refusing(segment):
         raise trajstore.RoutingError("x" * 10_000)
-    (reason,) = reasons(embedded, trajectory)
-    assert reason == ("refused: " + "x" * 10_000)[:500]
+    with trajectory.segment() as segment, pytest.raises(trajstore.SchemaError), refusing(segment):
+        raise trajstore.SchemaError("half of a pair: \ud800 " * 100)
+    shortened, cleaned = reasons(embedded, trajectory)
+    assert shortened == ("refused: " + "x" * 10_000)[:500]
+    assert cleaned == ("refused: " + "half of a pair: ? " * 100)[:500]
 
 
 def test_what_a_version_loses_is_logged(caplog):

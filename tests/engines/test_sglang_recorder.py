@@ -60,6 +60,7 @@ def test_a_request_becomes_a_closed_segment(store, stream):
             "sampling_params": params,
             "return_logprob": True,
             "stream": stream,
+            "return_prompt_token_ids": not stream,
             "return_routed_experts": True,
             "routed_experts_start_len": 0,
         }
@@ -342,6 +343,101 @@ def test_an_answer_to_another_request_is_refused(store):
 
     play(scenario, {"a": replay("01")})
     assert store.load(trajectory.id).finish_reason == "error"
+
+
+def test_an_answer_to_another_prompt_of_the_same_length_is_refused(store):
+    """The server is asked to echo what it was given; a proxy, say, may have mixed two requests up."""
+    echoed = []
+
+    async def handle(request, aborted):
+        body = json.loads(answer("01"))
+        if (await request.json()).get("return_prompt_token_ids"):
+            body["prompt_token_ids"] = echoed[0]
+        return web.json_response(body)
+
+    right = prompt_of("01")
+    trajectories = [store.create(routing=SPEC) for _ in range(2)]
+
+    async def scenario(server, recorder):
+        echoed[:] = [right]
+        await recorder.generate(trajectories[0], right, {}, "a")
+        echoed[:] = [[*right[:-1], 99]]
+        with pytest.raises(trajstore.Conflict, match=r"was given another input \(12 tokens\)"):
+            await recorder.generate(trajectories[1], right, {}, "b")
+
+    play(scenario, {"a": handle, "b": handle})
+    assert [(len(t), t.finish_reason) for t in map(store.load, (one.id for one in trajectories))] == [
+        (20, "length"),
+        (12, "error"),
+    ]
+
+
+def test_of_two_calls_on_one_resumed_handle_one_is_refused_and_nothing_is_lost(store):
+    """Both would read the trajectory's tokens first; the second must not slip in meanwhile."""
+    first = store.create(routing=SPEC)
+    with first.segment(context=prompt_of("05")) as segment:
+        segment.tokens(json.loads(answer("05"))["output_ids"])
+        segment.close("abort")
+    store.flush()
+    trajectory = store.get(first.id)
+    load, refused = trajectory._load_tokens, threading.Event()
+
+    def slow_load(*args):
+        assert refused.wait(30)
+        return load(*args)
+
+    trajectory._load_tokens = slow_load
+
+    async def scenario(server, recorder):
+        calls = [asyncio.create_task(recorder.generate(trajectory, (), {}, name)) for name in ("a", "b")]
+        (lost,), (won,) = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        refused.set()
+        with pytest.raises(trajstore.Conflict, match="another call of this handle is about to open a segment"):
+            lost.result()
+        assert (await won).finish_reason == "length"
+        assert len(server.asked) == 1
+        assert recorder.in_flight == ()
+
+    play(scenario, {"a": replay("07"), "b": replay("07")})
+    store.flush(trajectory.id)
+    folded = store.load(trajectory.id)
+    assert [one.finish_reason for one in folded.segments] == ["abort", "length"]
+    assert folded.token_ids.tolist() == prompt_of("07") + json.loads(answer("07"))["output_ids"]
+    assert folded.routing_mask.sum() == 72
+
+
+def test_a_fenced_request_is_told_once_and_its_store_closes_in_peace(tmp_path):
+    taken_over, noticed = asyncio.Event(), asyncio.Event()
+
+    async def handle(request, aborted):
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for number, event in enumerate(answer("12b").split(b"\n\n")):
+            if number == 5:
+                await taken_over.wait()
+            if number == 6:
+                await noticed.wait()
+            await response.write(event + b"\n\n")
+        return response
+
+    async def scenario(server, recorder):
+        running = asyncio.create_task(recorder.generate(trajectory, prompt_of("12b"), {}, "a", stream=True))
+        while len(trajectory) < 13:
+            await asyncio.sleep(0.001)
+        await store.aflush()
+        other.get(trajectory.id).segment().close("stop")
+        other.flush()
+        taken_over.set()
+        while len(trajectory) < 14:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(store._flusher.drain, trajectory.id)
+        noticed.set()
+        with pytest.raises(trajstore.Fenced):
+            await running
+
+    with trajstore.open(tmp_path / "store", partitions=2) as store, trajstore.open(tmp_path / "store") as other:
+        trajectory = store.create(routing=SPEC)
+        play(scenario, {"a": handle})
 
 
 def test_a_server_without_routing_is_told_before_anything_is_sampled(store):

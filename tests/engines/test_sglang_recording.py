@@ -1,5 +1,6 @@
 """Every recorded answer of a real SGLang becomes the right events and the right fold."""
 
+import base64
 import json
 
 import numpy as np
@@ -102,6 +103,41 @@ def test_rows_that_no_start_explains_are_refused(store):
     assert store.load(trajectory.id).segments[0].absent[0].startswith("refused: 6 routed rows")
 
 
+def moved(case, first):
+    """An answer whose rows begin at row `first` of what it has."""
+    body = json.loads(answer(case))
+    body["meta_info"]["routed_experts"] = base64.b64encode(rows_of(body)[first:].tobytes()).decode()
+    return body
+
+
+def test_rows_that_begin_one_row_early_are_refused_and_never_taken_for_a_surplus_row(store):
+    """verl's tail slice: a count that is off by one shifted every row."""
+    _, segment = opened(store, request_of("07")["input_ids"])
+    with pytest.raises(trajstore.RoutingError, match="begin at row 65, which was not asked for"):
+        record_response(segment, moved("07", 65), start_len=66)
+    assert segment.end == segment.start
+    record_response(segment, moved("07", 66), start_len=66)
+
+
+def test_a_surplus_row_behind_all_others_is_legal(store):
+    body = json.loads(answer("01"))
+    every = rows_of(body)
+    body["meta_info"]["routed_experts"] = base64.b64encode(np.concatenate([every, every[:1]]).tobytes()).decode()
+    trajectory, segment = opened(store, request_of("01")["input_ids"])
+    record_response(segment, body, start_len=0)
+    folded = store.load(trajectory.id)
+    np.testing.assert_array_equal(folded.routed_experts, np.concatenate([every, every[:1]]))
+
+
+@pytest.mark.parametrize("start_len", [None, 13])
+def test_rows_that_would_begin_behind_the_prompt_are_refused(store, start_len):
+    """SGLang leaves out rows of the prompt only, and refuses to be asked for less."""
+    _, segment = opened(store, request_of("01")["input_ids"])
+    with pytest.raises(trajstore.RoutingError, match="row 13, but the engine leaves out rows of the 12 prompt tokens"):
+        record_response(segment, moved("01", 13), start_len=start_len)
+    record_response(segment, moved("01", 12), start_len=None if start_len is None else 12)
+
+
 @pytest.mark.parametrize(
     ("case", "tokens", "finish", "why"),
     [
@@ -175,6 +211,21 @@ def test_retracted_rows_never_count_as_sampled(store):
     (closed,) = [event.header for event in store.events(trajectory.id) if isinstance(event.header, SegmentClosed)]
     assert closed.retractions == 1
     assert closed.cached_tokens == 0
+
+
+@pytest.mark.parametrize("routing", [SPEC, None])
+def test_a_cached_prefix_longer_than_the_prompt_is_refused_unless_it_was_retracted(store, routing):
+    body = json.loads(answer("01"))
+    body["meta_info"]["cached_tokens"] = 13
+    trajectory, segment = opened(store, request_of("01")["input_ids"], routing=routing)
+    with pytest.raises(trajstore.SchemaError, match="13 tokens of a prompt of 12 from its cache"):
+        record_response(segment, body)
+    assert segment.end == segment.start
+    body["meta_info"]["num_retractions"] = 1
+    record_response(segment, body)
+    (recorded,) = store.load(trajectory.id).segments
+    assert (recorded.cached_tokens, recorded.retractions) == (13, 1)
+    assert {recording.origin for recording in recorded.recordings} == ({"recomputed"} if routing else set())
 
 
 def resumed(store, first, second):

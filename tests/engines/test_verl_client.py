@@ -315,6 +315,43 @@ def test_a_cancelled_rollout_waits_for_the_thread_that_holds_its_handle(embedded
     asyncio.run(cancel())
 
 
+def test_a_rollout_that_is_cancelled_while_the_store_hangs_does_not_stop_the_event_loop(own_server, run_name):
+    """The buffer is full, so the end of its segment waits for room; in a thread."""
+    store = trajstore.open(own_server.url(run_name), partitions=2, timeout=6.0, buffer_bytes=4096)
+
+    async def cancel():
+        client = Client(None, Replica("hang"), open_store=lambda: store, routing=SPEC)
+        rollout = asyncio.ensure_future(client.generate("r-1", prompt_ids=PROMPT, sampling_params={}))
+        await client.replica.waiting.wait()
+        other = store.create().segment(context=[1])
+        store.flush()
+        own_server.pause()
+        try:
+            other.tokens(range(4096))  # more than the buffer may hold
+            for _ in range(3):
+                rollout.cancel()
+                for _ in range(10):
+                    await asyncio.sleep(0)
+            assert not rollout.done()
+        finally:
+            own_server.resume()
+        with pytest.raises(asyncio.CancelledError):
+            await rollout
+        await asyncio.to_thread(store.get("r-1").segment().close, "abort")
+
+    asyncio.run(cancel())
+    with store:
+        assert [s.finish_reason for s in store.load("r-1").segments] == ["abort", "abort"]
+
+
+def test_a_client_without_a_routing_spec_records_and_hands_back_the_tokens_alone(client_of, embedded):
+    output = generate(client_of(ABORTED, Part([13]), routing=None))
+    assert (output.token_ids, output.routed_experts) == ([10, 11, 12, 13], None)
+    kept = embedded.load("r-1")
+    assert kept.routing is None
+    assert [(s.output, s.finish_reason) for s in kept.segments] == [(3, "abort"), (1, "stop")]
+
+
 def test_a_trajectory_that_another_process_goes_on_with_meanwhile_is_refused(client_of, embedded, monkeypatch):
     generate(client_of(Part([10], "stop")))
     get = embedded.get

@@ -69,6 +69,14 @@ def test_rows_of_a_preempted_request_did_not_sample_its_tokens():
         assert where(parse(Part([10, 11, 12], cached=cached), num_preempted=2)) == [(0, 7, "recomputed")]
 
 
+def test_more_cached_tokens_than_the_input_has_belong_to_another_request():
+    with pytest.raises(trajstore.SchemaError, match="6 cached tokens of an input of 5"):
+        parse(Part([10, 11, 12], cached=6))
+    assert parse(Part([10, 11, 12], cached=5)).cached_tokens == 5
+    again = parse(Part([10, 11, 12], cached=6), num_preempted=1)  # it found its own output in the cache
+    assert (again.cached_tokens, where(again)) == (6, [(0, 7, "recomputed")])
+
+
 @pytest.mark.parametrize(
     ("stop_reason", "max_tokens", "finish_reason"),
     [
@@ -94,7 +102,7 @@ def test_finish_reasons(stop_reason, max_tokens, finish_reason):
     ("part", "reason"),
     [
         (Part([], "aborted", routed=False), "before its first token"),
-        (Part([10], "aborted", routed=False), "aborted request came without routing"),
+        (Part([10], "aborted", routed=False), "aborted request came without routing; vLLM up to 0.20"),
         (Part([10], "completed", routed=False), "enable_rollout_routing_replay"),
         (Part([], "aborted", surplus=3), "without the tokens that they belong to"),  # 7 rows to 5 tokens
     ],
@@ -198,6 +206,16 @@ def test_mutated_outputs_are_read_or_refused_but_never_misread():
             assert sum(len(rows) for rows, _, _ in parsed.routing) in (0, 7)
             assert parsed.routing == [] or length == LENGTH
     assert 1000 < refused < 3000
+
+
+@pytest.mark.parametrize("rows", [expert_rows(1, 0, 7), expert_rows(1, 0, 3), "no rows", None])
+def test_a_trajectory_without_routing_takes_the_tokens_alone(embedded, rows):
+    trajectory = embedded.create()
+    output = WELL_FORMED.output(LENGTH)
+    output.routed_experts = rows
+    record_output(trajectory.segment(context=range(LENGTH)), output)
+    (kept,) = embedded.load(trajectory.id).segments
+    assert (kept.output, kept.recordings, kept.absent, kept.finish_reason) == (3, (), (), "stop")
 
 
 def test_a_segment_takes_one_output(embedded):

@@ -1,6 +1,7 @@
 """Every recorded output of a real vLLM becomes the right events and the right fold; and what cannot be is refused."""
 
 import copy
+import itertools
 import math
 import random
 from types import SimpleNamespace
@@ -339,6 +340,67 @@ def test_tokens_of_probability_one_are_not_taken_for_a_repeat(embedded):
     assert segment.token_ids.tolist() == [7, 7, 7]
 
 
+def growing(logprobs):
+    """Cumulative outputs of one token more each, as vLLM hands them out, and the positions that were looked up."""
+    looked_up = []
+
+    class Position(dict):
+        def __getitem__(self, token):
+            looked_up.append(token)
+            return super().__getitem__(token)
+
+    def hand_out():
+        token_ids, positions, total = [], [], 0.0
+        for at, logprob in enumerate(logprobs):
+            token_ids.append(100 + at)
+            positions.append(Position({100 + at: SimpleNamespace(logprob=logprob)}))
+            total += logprob
+            ended = len(token_ids) == len(logprobs)
+            choice = SimpleNamespace(
+                index=0,
+                token_ids=token_ids,
+                logprobs=positions,
+                cumulative_logprob=total,
+                finish_reason="length" if ended else None,
+                routed_experts=None,
+            )
+            yield SimpleNamespace(prompt_token_ids=[1, 2], outputs=[choice], finished=ended)
+
+    return hand_out(), looked_up
+
+
+@pytest.mark.parametrize("kind", [None, "CUMULATIVE"])
+def test_what_a_cumulative_output_repeats_is_not_read_again(embedded, kind):
+    """Read whole, 400 outputs of 1, 2, ... tokens are 80,000 positions. The first tokens were certain."""
+    count = 400
+    trajectory = embedded.create()
+    segment = trajectory.segment(context=[1, 2])
+    given, looked_up = growing([0.0, 0.0] + [-0.5] * (count - 2))
+    kinds = ["CUMULATIVE"] * 4 if kind is None else []  # until a logprob tells
+    for output, said in itertools.zip_longest(given, kinds):
+        record_output(segment, output, output_kind=said or kind)
+    assert embedded.load(trajectory.id).token_ids.tolist() == [1, 2, *range(100, 100 + count)]
+    assert len(looked_up) < 8 * count
+
+
+@pytest.mark.parametrize(("token_ids", "logprobs"), [([7], [0.0]), ([7, 8], [0.0, -2.0])])
+def test_a_delta_that_begins_with_the_recorded_token_as_a_certain_one_is_appended(embedded, token_ids, logprobs):
+    """What lies behind the token is all that the sum grew by, as if the output were cumulative."""
+    segment = embedded.create().segment(context=[1, 2])
+    total = 0.0
+    for ids, probs in (([7], [-1.0]), (token_ids, logprobs)):
+        total += sum(probs)
+        choice = SimpleNamespace(
+            index=0,
+            token_ids=ids,
+            logprobs=[{token: SimpleNamespace(logprob=prob)} for token, prob in zip(ids, probs, strict=True)],
+            cumulative_logprob=total,
+            finish_reason=None,
+        )
+        record_output(segment, SimpleNamespace(prompt_token_ids=[1, 2], outputs=[choice], finished=False))
+    assert segment.token_ids.tolist() == [7, *token_ids]
+
+
 def test_a_chunk_that_was_left_out_is_noticed(embedded):
     chunks = outputs("16_extra_delta_complete")
     for kind in (None, "DELTA"):
@@ -352,14 +414,14 @@ def test_a_chunk_that_was_left_out_is_noticed(embedded):
         record_output(segment, chunks[-1])
 
 
-def test_an_output_that_neither_repeats_nor_follows_is_noticed(embedded):
+@pytest.mark.parametrize("at", [1, -1])
+def test_an_output_that_neither_repeats_nor_follows_is_noticed(embedded, at):
     _, segment = open_segment(embedded, "03_abort_cumulative")
-    first, *_ = cumulative("03_abort_cumulative")
-    record_output(segment, first)
-    (last,) = outputs("03_abort_cumulative")
-    last.outputs[0].cumulative_logprob -= 1.0
+    given = list(cumulative("03_abort_cumulative"))
+    record_output(segment, given[0])
+    given[at].outputs[0].cumulative_logprob -= 1.0
     with pytest.raises(trajstore.SchemaError, match="neither its own sum nor that of both"):
-        record_output(segment, last, prompt_start=0)
+        record_output(segment, given[at], prompt_start=0)
     assert segment.end == 51
 
 

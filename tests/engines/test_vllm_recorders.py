@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.metadata
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tests.builders import SPEC
 from tests.engines.vllm_engine import FakeAsyncLLM, FakeLLM, Params, routed, soon
 from tests.engines.vllm_fixtures import Kind, closing, events_of, reasons, recordings
 from trajstore.events import SegmentOpened, Tokens, WeightVersionSpan
+from trajstore.writing import TrajectoryWriter
 from trajstore_vllm import AsyncLLMRecorder, LLMRecorder
 
 PROMPT = [11, 12, 13, 14, 15]
@@ -221,6 +223,143 @@ def test_a_cancelled_call_does_not_wait_for_ever_for_a_deaf_engine(embedded):
     assert reasons(embedded, trajectory) == ["cancelled, and the engine brought no last output"]
 
 
+class DeafToAborts(FakeAsyncLLM):
+    """Whose aborts fail, the first `failures` of them."""
+
+    def __init__(self, failures):
+        super().__init__()
+        self.failures = failures
+
+    async def abort(self, request_id):
+        if len(self.aborted) < self.failures:
+            self.aborted += request_id
+            raise ConnectionError("no way to the engine")
+        await super().abort(request_id)
+
+
+def test_an_abort_that_fails_leaves_a_cancelled_call_cancelled(embedded, caplog):
+    engine = DeafToAborts(failures=100)
+    recorder = AsyncLLMRecorder(engine, abort_timeout=0.05)
+    trajectory = embedded.create(routing=SPEC)
+
+    async def rollout():
+        task = await begin(engine, recorder, trajectory, PROMPT, Params(max_tokens=100))
+        await engine.step(3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (recorder.in_flight, engine.requests) == ((), {})
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run(rollout())
+    assert "could not be aborted: ConnectionError: no way to the engine" in caplog.text
+    assert embedded.load(trajectory.id).token_ids.tolist() == [*PROMPT, 5, 6, 7]
+    assert reasons(embedded, trajectory) == ["cancelled, and the engine brought no last output"]
+
+
+def test_an_abort_that_fails_is_sent_again_with_the_next_output(embedded):
+    engine = DeafToAborts(failures=2)
+    recorder = AsyncLLMRecorder(engine)
+    trajectory = embedded.create(routing=SPEC)
+
+    async def rollout():
+        task = await begin(engine, recorder, trajectory, PROMPT, Params(max_tokens=100))
+        await engine.step(3)
+        await recorder.abort()
+        await engine.step(2)
+        return await task
+
+    assert run(rollout()).outputs[0].finish_reason == "abort"
+    assert engine.aborted == [trajectory.id] * 3
+    assert len(embedded.load(trajectory.id)) == 10
+
+
+def test_an_abort_that_the_engine_never_answers_is_given_up(embedded, caplog):
+    class Silent(FakeAsyncLLM):
+        async def abort(self, request_id):
+            await asyncio.Event().wait()
+
+    engine = Silent()
+    recorder = AsyncLLMRecorder(engine, abort_timeout=0.05)
+    trajectory = embedded.create(routing=SPEC)
+
+    async def rollout():
+        task = await begin(engine, recorder, trajectory, PROMPT)
+        await recorder.abort()
+        await engine.run()
+        await task
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run(rollout())
+    assert "the engine did not take the abort" in caplog.text
+    assert embedded.load(trajectory.id).finish_reason == "length"
+
+
+def test_a_call_that_is_cancelled_twice_leaves_no_work_behind(embedded):
+    engine = FakeAsyncLLM()
+    engine.deaf = True
+    recorder = AsyncLLMRecorder(engine)
+    trajectory = embedded.create(routing=SPEC)
+
+    async def rollout():
+        task = await begin(engine, recorder, trajectory, PROMPT, Params(max_tokens=100))
+        await engine.step(3)
+        task.cancel()
+        await soon(lambda: engine.aborted, "the abort was sent")
+        assert not task.done()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (recorder.in_flight, engine.requests) == ((), {})
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        engine.deaf = False
+        await complete(engine, recorder, trajectory)
+
+    run(rollout())
+    assert [s.finish_reason for s in embedded.load(trajectory.id).segments] == ["abort", "length"]
+
+
+class Held(Params):
+    """Parameters at which the opening of a segment waits, in its thread."""
+
+    opening, may_open = threading.Event(), threading.Event()
+
+    def clone(self):
+        self.opening.set()
+        assert self.may_open.wait(30)
+        return super().clone()
+
+
+@pytest.fixture
+def held():
+    yield Held
+    Held.may_open.set()
+    Held.opening, Held.may_open = threading.Event(), threading.Event()
+
+
+def test_a_thread_that_writes_is_waited_for_however_often_a_call_is_cancelled(embedded, held):
+    recorder = AsyncLLMRecorder(FakeAsyncLLM())
+    trajectory = embedded.create(routing=SPEC)
+
+    async def rollout():
+        task = asyncio.create_task(recorder.generate(trajectory, PROMPT, held()))
+        assert await asyncio.to_thread(held.opening.wait, 30)
+        for _ in range(3):
+            for one in asyncio.all_tasks() - {asyncio.current_task()}:
+                one.cancel()  # as a loop does that shuts down
+            for _ in range(10):
+                await asyncio.sleep(0)
+        assert not task.done()
+        held.may_open.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert recorder.in_flight == ()
+        trajectory.segment().close("abort")
+
+    run(rollout())
+    assert reasons(embedded, trajectory)[0] == "cancelled, and the engine brought no last output"
+
+
 def test_an_abort_that_comes_before_the_engine_knows_the_request_still_ends_it(embedded):
     engine = FakeAsyncLLM()
     recorder = AsyncLLMRecorder(engine)
@@ -309,26 +448,124 @@ def test_what_came_before_an_engine_failed_is_kept(embedded):
     assert reasons(embedded, trajectory) == ["the engine failed: ConnectionError: EngineCore died"]
 
 
-def test_an_output_that_cannot_be_ends_the_request(embedded):
+def repeat_an_expert(output):
+    if output.finished:
+        output.outputs[0].routed_experts[2] = 5
+
+
+@pytest.mark.parametrize("sampled", [1, 4, 31, 100])
+def test_a_last_output_that_cannot_be_ends_the_request_and_leaves_the_tokens_before_it(embedded, sampled):
+    """Of 31 or 100 tokens the last 30 or 3 were not written yet."""
+    engine = FakeAsyncLLM()
+    engine.spoil = repeat_an_expert
+    recorder = AsyncLLMRecorder(engine)
+    trajectory = embedded.create(routing=SPEC)
+    with pytest.raises(trajstore.RoutingError, match="row 2 repeats an expert"):
+        run(complete(engine, recorder, trajectory, PROMPT, Params(max_tokens=sampled)))
+    loaded = embedded.load(trajectory.id)
+    assert loaded.token_ids.tolist() == [*PROMPT, *range(5, 4 + sampled)]
+    assert np.isfinite(loaded.logprobs[5:]).all()
+    assert not loaded.routing_mask.any()
+    assert loaded.finish_reason == "error"
+    (reason,) = reasons(embedded, trajectory)
+    assert reason.startswith("refused: layer 0, row 2")
+    engine.spoil = lambda output: None
+    run(complete(engine, recorder, trajectory))
+    assert embedded.load(trajectory.id).routing_mask.tolist() == [True] * (7 + sampled) + [False], "it can be resumed"
+
+
+def test_tokens_before_an_output_that_cannot_be_are_kept_in_mid_request(embedded):
+    """Outputs are read every 10 tokens; at the 20th, its newest has no logprob."""
+    engine = FakeAsyncLLM()
+    recorder = AsyncLLMRecorder(engine, every=10)
+    trajectory = embedded.create(routing=SPEC)
+
+    def forget(output):
+        if len(output.outputs[0].token_ids) == 20:
+            output.outputs[0].logprobs[19] = {}
+
+    async def rollout():
+        engine.spoil = forget
+        task = await begin(engine, recorder, trajectory, PROMPT, Params(max_tokens=100))
+        await engine.step(10)
+        await soon(lambda: len(trajectory) == 15, "the first 10 are written")
+        await engine.run()
+        with pytest.raises(trajstore.SchemaError, match="position 9 of the output has no logprob"):
+            await task
+
+    run(rollout())
+    loaded = embedded.load(trajectory.id)
+    assert loaded.token_ids.tolist() == [*PROMPT, *range(5, 24)]
+    assert loaded.finish_reason == "error"
+
+
+@pytest.mark.parametrize("token_ids", [None, 7, np.array(7), "text"])
+def test_an_output_whose_tokens_cannot_be_counted_ends_the_request_at_once(embedded, token_ids):
     engine = FakeAsyncLLM()
     recorder = AsyncLLMRecorder(engine)
     trajectory = embedded.create(routing=SPEC)
 
-    def repeat_an_expert(output):
-        if output.finished:
-            output.outputs[0].routed_experts[2] = 5
+    def lose(output):
+        output.outputs[0].token_ids = token_ids
 
     async def rollout():
-        engine.spoil = repeat_an_expert
-        with pytest.raises(trajstore.RoutingError, match="row 2 repeats an expert"):
-            await complete(engine, recorder, trajectory, PROMPT)
+        task = await begin(engine, recorder, trajectory, PROMPT, Params(max_tokens=100))
+        await engine.step(3)
+        engine.spoil = lose
+        await engine.step(1)
+        with pytest.raises(trajstore.SchemaError, match="token_ids of the output must be a sequence"):
+            await task
+        assert not engine.requests, "its generator was closed, which aborts a request"
 
     run(rollout())
     loaded = embedded.load(trajectory.id)
-    assert len(loaded) == 5
+    assert loaded.token_ids.tolist() == [*PROMPT, 5, 6, 7]
     assert loaded.finish_reason == "error"
     (reason,) = reasons(embedded, trajectory)
-    assert reason.startswith("refused: layer 0, row 2")
+    assert reason.startswith("refused: token_ids")
+
+
+def test_outputs_without_the_choice_bring_nothing_until_the_last(embedded):
+    engine = FakeAsyncLLM()
+    recorder = AsyncLLMRecorder(engine)
+    trajectory = embedded.create(routing=SPEC)
+
+    def another(output):
+        output.outputs[0].index = 1
+
+    async def rollout():
+        task = await begin(engine, recorder, trajectory, PROMPT, Params(max_tokens=9))
+        await engine.step(3)
+        engine.spoil = another
+        await engine.run()
+        with pytest.raises(trajstore.SchemaError, match="its last output has no choice 0"):
+            await task
+
+    run(rollout())
+    assert embedded.load(trajectory.id).token_ids.tolist() == [*PROMPT, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "kind", "words"),
+    [("length", trajstore.Conflict, "another input"), ("tired", trajstore.SchemaError, "finish reason 'tired'")],
+)
+def test_of_a_request_of_another_prompt_nothing_is_kept(embedded, finish_reason, kind, words):
+    engine = FakeAsyncLLM()
+    trajectory = embedded.create(routing=SPEC)
+
+    def swap(output):
+        output.prompt_token_ids = [1, 2, 3, 4, 5]
+        if output.finished:
+            output.outputs[0].finish_reason = finish_reason
+
+    engine.spoil = swap
+    with pytest.raises(kind, match=words):
+        run(complete(engine, AsyncLLMRecorder(engine), trajectory, PROMPT, Params(max_tokens=9)))
+    loaded = embedded.load(trajectory.id)
+    assert loaded.token_ids.tolist() == PROMPT
+    assert loaded.finish_reason == "error"
+    (reason,) = reasons(embedded, trajectory)
+    assert words in reason
 
 
 def test_a_stream_that_just_ends_is_an_abort(embedded):
@@ -396,6 +633,133 @@ def test_weights_that_change_in_mid_request_become_spans(embedded):
     assert closing(embedded, trajectory).weight_versions == spans
     loaded = embedded.load(trajectory.id)
     assert [loaded.weight_version(at) for at in range(5, 11)] == ["v1", "v1", "v2", "v2", "v2", "v3"]
+
+
+def test_tokens_that_nobody_has_read_yet_at_the_switch_are_the_old_weights(embedded):
+    """vLLM has appended them to the list that its outputs share."""
+    engine = FakeAsyncLLM()
+    recorder = AsyncLLMRecorder(engine, weight_version="v1")
+    trajectory = embedded.create(routing=SPEC)
+
+    async def rollout():
+        task = await begin(engine, recorder, trajectory, PROMPT, Params(max_tokens=6))
+        await engine.step(2)
+        (request,) = engine.requests.values()
+        request.step()
+        request.step()
+        recorder.set_weight_version("v2")
+        await engine.run()
+        await task
+
+    run(rollout())
+    assert closing(embedded, trajectory).weight_versions == (
+        WeightVersionSpan("v1", 0, 4),
+        WeightVersionSpan("v2", 4, 6),
+    )
+
+
+def test_a_switch_behind_the_tokens_that_were_kept_is_none(embedded):
+    """The last output, with the last token, came before the switch and was read and refused after it."""
+    engine = FakeAsyncLLM()
+    recorder = AsyncLLMRecorder(engine, weight_version="v1")
+    trajectory = embedded.create(routing=SPEC)
+
+    async def rollout():
+        task = await begin(engine, recorder, trajectory, PROMPT, Params(max_tokens=6))
+        await engine.step(5)
+        engine.spoil = repeat_an_expert
+        (request,) = engine.requests.values()
+        request.step()
+        recorder.set_weight_version("v2")
+        with pytest.raises(trajstore.RoutingError):
+            await task
+
+    run(rollout())
+    assert len(embedded.load(trajectory.id)) == 10
+    assert closing(embedded, trajectory).weight_versions == (WeightVersionSpan("v1", 0, 5),)
+
+
+@pytest.mark.parametrize("ends", ["fails", "is refused", "is cancelled", "is aborted"])
+def test_weights_that_change_in_mid_request_are_told_however_it_ends(embedded, ends):
+    engine = FakeAsyncLLM()
+    recorder = AsyncLLMRecorder(engine, weight_version="v1", abort_timeout=0.05)
+    trajectory = embedded.create(routing=SPEC)
+
+    async def rollout():
+        task = await begin(engine, recorder, trajectory, PROMPT, Params(max_tokens=6))
+        await engine.step(2)
+        recorder.set_weight_version("v2")
+        await engine.step(3)
+        if ends == "fails":
+            engine.fail(ConnectionError("EngineCore died"))
+        elif ends == "is refused":
+            engine.spoil = repeat_an_expert
+            await engine.step()
+        elif ends == "is cancelled":
+            engine.deaf = True
+            task.cancel()
+        else:
+            await recorder.abort()
+            recorder.set_weight_version("v3")  # of what comes after it
+        await asyncio.gather(task, return_exceptions=True)
+
+    run(rollout())
+    loaded = embedded.load(trajectory.id)
+    assert [loaded.weight_version(at) for at in range(5, len(loaded))] == ["v1"] * 2 + ["v2"] * 3
+
+
+def test_weights_that_change_before_a_segment_is_open_are_its_label(embedded, held):
+    engine = FakeAsyncLLM()
+    recorder = AsyncLLMRecorder(engine, weight_version="v1")
+    trajectory = embedded.create(routing=SPEC)
+
+    async def rollout():
+        task = asyncio.create_task(recorder.generate(trajectory, PROMPT, held()))
+        assert await asyncio.to_thread(held.opening.wait, 30)
+        recorder.set_weight_version("v2")
+        held.may_open.set()
+        await soon(lambda: engine.requests, "the request was sent")
+        await engine.run()
+        await task
+
+    run(rollout())
+    (segment,) = embedded.load(trajectory.id).segments
+    assert (segment.weight_version, segment.weight_versions) == ("v2", ())
+
+
+def test_weights_that_change_while_a_segment_opens_get_one_with_their_label(embedded, monkeypatch):
+    engine = FakeAsyncLLM()
+    recorder = AsyncLLMRecorder(engine, weight_version="v1")
+    trajectory = embedded.create(routing=SPEC)
+    opened, may_go_on = threading.Event(), threading.Event()
+    token_ids = TrajectoryWriter.token_ids
+
+    def late(self):
+        opened.set()
+        assert may_go_on.wait(30)
+        return token_ids.fget(self)
+
+    monkeypatch.setattr(TrajectoryWriter, "token_ids", property(late))
+
+    async def rollout():
+        task = asyncio.create_task(recorder.generate(trajectory, PROMPT, Params()))
+        assert await asyncio.to_thread(opened.wait, 30)
+        recorder.set_weight_version("v2")
+        may_go_on.set()
+        await soon(lambda: engine.requests, "the request was sent")
+        await engine.run()
+        await task
+
+    run(rollout())
+    loaded = embedded.load(trajectory.id)
+    assert [(s.base, s.context, s.output, s.weight_version, s.weight_versions) for s in loaded.segments] == [
+        (0, 5, 0, "v1", ()),
+        (5, 0, 4, "v2", ()),
+    ]
+    assert reasons(embedded, trajectory) == ["the weights changed before the request was sent"]
+    assert engine.asked[0][0] == PROMPT
+    assert loaded.loss_mask.tolist() == [False] * 5 + [True] * 4
+    assert loaded.routing_mask.tolist() == [True] * 8 + [False]
 
 
 def test_spans_that_the_engine_reports_are_taken_instead(embedded):
@@ -498,3 +862,16 @@ def test_one_refused_output_of_a_batch_leaves_the_others(embedded):
     assert embedded.load("t1").finish_reason == "error"
     with pytest.raises(trajstore.SchemaError, match="3 trajectories, 1 contexts"):
         LLMRecorder(llm).generate(trajectories, [[7]], Params())
+
+
+def test_an_llm_that_fails_is_the_reason_that_its_segments_keep(embedded):
+    class Failing(FakeLLM):
+        def generate(self, prompts, sampling_params, *, use_tqdm):
+            raise ValueError("the prompt is too long")
+
+    trajectories = [embedded.create(routing=SPEC) for _ in range(2)]
+    with pytest.raises(ValueError, match="too long"):
+        LLMRecorder(Failing()).generate(trajectories, [[7], [8]], Params())
+    for trajectory in trajectories:
+        assert reasons(embedded, trajectory) == ["the engine failed: ValueError: the prompt is too long"]
+        assert embedded.load(trajectory.id).finish_reason == "error"

@@ -140,7 +140,8 @@ def load(store: trajstore.Store, trajectory: trajstore.TrajectoryWriter, **optio
 def test_a_whole_request_is_recorded_as_a_plain_forward_routes(stream, store, run, server, trajectory, prompt):
     async def scenario() -> None:
         async with server.recorder(stream=stream) as recorder:
-            await recorder.generate(trajectory, prompt, sampling(40))
+            reply = await recorder.generate(trajectory, prompt, sampling(40))
+            assert stream or reply.prompt_token_ids.tolist() == list(prompt), "the server echoes what it was given"
 
     run(scenario())
     t = load(store, trajectory)

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 import trajstore
-from tests.builders import SPEC, record_seed_case
+from tests.builders import SPEC, record_seed_case, rows
 from tests.log.looking import NoArchive, until
 from trajstore.events import Rewarded
 from trajstore.log.batch import Turn
@@ -129,6 +129,72 @@ def test_failure_that_flush_of_one_has_told_is_not_told_again(store, open_store)
     with pytest.raises(trajstore.Fenced):
         store.flush(segment._trajectory.id)
     store.flush()
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda segment: segment.tokens([2]),
+        lambda segment: segment.no_routing("off"),
+        lambda segment: segment.close("stop"),
+        lambda segment: segment._trajectory.segment(),
+        lambda segment: segment._trajectory.reward(1.0),
+        lambda segment: segment._trajectory.close(),
+        lambda segment: segment._trajectory.late_routing(rows(1), segment=0, start=0),
+    ],
+    ids=["tokens", "no_routing", "close segment", "segment", "reward", "close", "late_routing"],
+)
+def test_failure_that_the_handle_has_raised_is_not_raised_again_for_all(store, open_store, call):
+    """Whoever writes knows; who flushes or closes the store may have nothing to do with that trajectory."""
+    other = open_store()
+    trajectory, second = store.create(routing=SPEC), store.create()
+    with trajectory.segment(context=[1]) as finished:
+        finished.close("stop")
+    segment, untold = trajectory.segment(), second.segment()
+    store.flush()
+    for lost in (segment, untold):
+        fence(store, other, lost._trajectory.id)
+        lost.tokens([1])
+        store._flusher.drain(lost._trajectory.id)
+    with pytest.raises(trajstore.Fenced):
+        call(segment)
+    with pytest.raises(trajstore.Fenced, match=second.id):
+        store.flush()
+    with pytest.raises(trajstore.Fenced, match=trajectory.id):
+        store.flush(trajectory.id)  # for one it is sticky
+    store.close()
+
+
+def test_failed_observation_that_its_call_has_raised_is_not_raised_again_for_all(store, client):
+    trajectory = record_seed_case(store)
+    store.flush()
+    client.set(store.keys.notes(trajectory.id), "not a stream")
+    trajectory.observe(rows(1), start=0, source="trainer")
+    store._flusher.drain(trajectory.id)
+    with pytest.raises(trajstore.TrajstoreError):
+        trajectory.observe(rows(1), start=0, source="trainer")
+    store.flush()
+    store.close()
+
+
+def test_failure_that_a_with_block_kept_back_is_still_raised_for_all(store, open_store):
+    """The exception that leaves the block tells more, but not this."""
+    other = open_store()
+    trajectory = store.create()
+
+    def block():
+        with trajectory.segment() as segment:
+            store.flush()
+            fence(store, other, trajectory.id)
+            segment.tokens([1])
+            store._flusher.drain(trajectory.id)
+            raise KeyError("the caller's own")
+
+    with pytest.raises(KeyError):
+        block()
+    with pytest.raises(trajstore.Fenced):
+        store.flush()
     store.close()
 
 

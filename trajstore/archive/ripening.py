@@ -144,7 +144,8 @@ def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: 
     )
     decoded_notes = [(note, note.events(note=True)) for note in notes if note.at in ripe_notes]
     summary = archived.summary
-    if tombstone is not None or (summary is not None and summary.status == "deleted"):
+    is_deleted = tombstone is not None or (summary is not None and summary.status == "deleted")
+    if is_deleted:
         decoded_notes = []
     for _, events in decoded:
         for event in events:
@@ -161,8 +162,9 @@ def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: 
         return second_look(hot, archive, manifest, id, look)  # it was deleted since it was read
     both = any(last is not None and entry.at <= last for entry in entries)
     both |= any(note.at.epoch <= last_note for note in notes)
-    old = archive.read_parts(id, archived) if (staged or both) and tombstone is None else []
-    _require_copies(id, entries, notes, old)
+    old = archive.read_parts(id, archived) if (staged and tombstone is None) or (both and not is_deleted) else []
+    if not is_deleted:
+        _require_copies(id, entries, notes, old)
     spec = _spec(decoded, old) if staged else None
     return Part(
         id=id,

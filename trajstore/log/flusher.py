@@ -176,8 +176,15 @@ class Flusher:
                 lane.waiters.append((lane.queued, waiter))
             return waiter
 
+    def told(self, error: TrajstoreError) -> None:
+        """An error has been raised to whoever holds the handle: `report` of all need not raise it again."""
+        if os.getpid() != self._pid:  # a lock that was held at the fork is held here for ever
+            return
+        with self._lock:
+            self._unreported = [other for other in self._unreported if other is not error]
+
     def report(self, id: str | None = None) -> None:
-        """Raise what failed: always for one trajectory, else what was not reported yet."""
+        """Raise what failed: always for one trajectory, else what was neither reported nor `told` yet."""
         with self._lock:
             if id is not None:
                 errors = [self._failed[key] for key in ((id, False), (id, True)) if key in self._failed]

@@ -66,6 +66,14 @@ class Keys:
         """Stream of published trajectories and groups."""
         return f"{self._tag(partition)}:ready"
 
+    def filtered(self, partition: int) -> str:
+        """Stream of what trainers passed over, and why."""
+        return f"{self._tag(partition)}:filtered"
+
+    def chosen(self, group: str, consumers: str) -> str:
+        """String: the entry by which a consumer group decided on a group of trajectories for good."""
+        return f"{self._of(group)}:chosen:{consumers}:{group}"
+
     @staticmethod
     def run_record(run: str) -> str:
         """String: incarnation, partitions, format. Written once."""

@@ -122,6 +122,8 @@ class Wire:
             Unavailable: the server refused, or the connection was lost.
             Exception: what `read` raises.
         """
+        if not keys:
+            return []
         with translated("GET"):
             connection = self._pool.get_connection()
             try:

@@ -1,0 +1,134 @@
+"""Large values read while they arrive: however the bytes are cut, whatever becomes of the connection."""
+
+import socket
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from tests.log.proxy import requests_in
+from trajstore.errors import Corrupt, Unavailable
+from trajstore.log.bulk import Value, fetch
+from trajstore.log.wire import pool_options
+
+VALUES = [b"", b"\r\n", b"$3\r\nabc\r\n", bytes(range(256)) * 40, None, b"x" * 5000, b"-ERR", b"last"]
+
+WHOLE = Value.read
+
+
+def in_two_buffers(value):
+    first, second = bytearray(value.nbytes // 2), bytearray(value.nbytes)
+    assert value.readinto(memoryview(first)) == len(first)
+    count = value.readinto(memoryview(second))
+    assert value.readinto(memoryview(bytearray(5))) == 0, "no byte of the next value"
+    return bytes(first + second[:count])
+
+
+def reply_to(value):
+    return b"$-1\r\n" if value is None else b"$%d\r\n%s\r\n" % (len(value), value)
+
+
+@pytest.fixture
+def ends():
+    """A connection as redis-py has it, and the socket of its server."""
+    client, server = socket.socketpair()
+    client.settimeout(20)
+    server.settimeout(20)
+    packer = pool_options(20.0)["command_packer"]
+
+    def send(parts):
+        for part in parts:
+            client.sendall(part)
+
+    connection = SimpleNamespace(
+        _sock=client,
+        pack_command=packer.pack,
+        pack_commands=lambda commands: [part for one in commands for part in packer.pack(*one)],
+        send_packed_command=send,
+        disconnect=client.close,
+    )
+    with client, server:
+        yield connection, server
+
+
+def answered(ends, replies, piece, read):
+    """What is fetched from a server that sends its replies in pieces."""
+    connection, server = ends
+
+    def answer():
+        for at in range(0, len(replies), piece):
+            server.sendall(replies[at : at + piece])
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    found = fetch(connection, [f"k{i}" for i in range(len(VALUES))], read)
+    thread.join(20)
+    return found
+
+
+@pytest.mark.parametrize("read", [WHOLE, in_two_buffers])
+@pytest.mark.parametrize("piece", [1, 3, 4096, 1 << 20])
+def test_values_arrive_whole_however_their_bytes_are_cut(ends, piece, read):
+    assert answered(ends, b"".join(map(reply_to, VALUES)), piece, read) == VALUES
+
+
+@pytest.mark.parametrize("piece", [1, 1 << 20])
+def test_what_a_reader_leaves_of_a_value_is_not_taken_for_the_next(ends, piece):
+    found = answered(ends, b"".join(map(reply_to, VALUES)), piece, lambda value: value.read(2))
+    assert found == [None if value is None else value[:2] for value in VALUES]
+
+
+def test_several_are_asked_for_ahead_and_no_more_than_several(ends):
+    """Ahead, so that the way to the server is not waited for; not all, for the server holds what it was asked for."""
+    connection, server = ends
+    sent = []
+    send = connection.send_packed_command
+
+    def counted(parts):
+        parts = list(parts)
+        sent.extend([b"GET"] * b"".join(parts).count(b"GET"))
+        send(parts)
+
+    connection.send_packed_command = counted
+
+    def answer():
+        for number, _ in enumerate(requests_in(server)):
+            server.sendall(reply_to(b"%d" % number))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    found = fetch(connection, [f"k{i}" for i in range(12)], lambda value: (value.read(), len(sent)))
+    connection.disconnect()
+    thread.join(20)
+    assert found == [(b"%d" % number, min(12, number + 4)) for number in range(12)]
+
+
+@pytest.mark.parametrize("fault", ["drop_reply", "cut_before"])
+def test_lost_connection_is_unavailable_and_the_next_one_is_a_new_one(own_server, own_client, proxy, open_at, fault):
+    store = open_at(proxy)
+    own_client.mset({"a": b"1" * 100_000, "b": b"2"})
+    getattr(proxy, fault)(b"GET")
+    with pytest.raises(Unavailable):
+        store.wire.fetch(["a", "b"], WHOLE)
+    assert store.wire.fetch(["a", "b", "c"], WHOLE) == [b"1" * 100_000, b"2", None]
+
+
+def test_silent_server_is_unavailable_at_the_deadline(own_server, own_client, proxy, open_at):
+    store = open_at(proxy, timeout=0.3)
+    own_client.set("a", b"1")
+    proxy.swallow_reply(b"GET")
+    with pytest.raises(Unavailable, match="in time"):
+        store.wire.fetch(["a"], WHOLE)
+    assert store.wire.fetch(["a"], WHOLE) == [b"1"]
+
+
+def test_refusal_and_a_failing_reader_leave_no_reply_behind(store, client, run_name):
+    key = f"{run_name}-a"
+    client.set(key, b"1" * 10_000)
+    client.rpush(f"{key}-list", b"x")
+    with pytest.raises(Corrupt, match="WRONGTYPE"):
+        store.wire.fetch([key, f"{key}-list", key], WHOLE)
+    with pytest.raises(ZeroDivisionError):
+        store.wire.fetch([key, key], lambda value: 1 // 0)
+    assert store.wire.fetch([key], WHOLE) == [b"1" * 10_000]
+    assert store.wire.call("GET", key) == b"1" * 10_000

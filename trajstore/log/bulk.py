@@ -1,0 +1,133 @@
+"""Large values on their way from the socket into memory that their reader gives, with no copy in between.
+
+redis-py gathers every reply of a pipeline in a growing buffer and cuts the values out of it: three copies, and most of
+the time that a batch takes (benchmarks/reader.py). Here a value is read like a file while it arrives.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import redis
+
+__all__ = ["Value", "fetch"]
+
+T = TypeVar("T")
+
+_AHEAD = 4
+"""Values asked for before the first has come: they hide the way to the server, which holds each of them meanwhile."""
+
+_BUFFER = 1 << 16
+
+
+class Value:
+    """One value on its way in, to be read once from its beginning; what is left over is thrown away.
+
+    Attributes:
+        nbytes: its size.
+    """
+
+    def __init__(self, stream: "_Stream", nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._stream = stream
+        self._left = nbytes
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill a buffer of bytes, as far as the value goes; how many that were."""
+        count = min(len(buffer), self._left)
+        self._stream.fill(buffer[:count])
+        self._left -= count
+        return count
+
+    def read(self, count: int = -1) -> bytes:
+        """The next `count` bytes, or all that are left."""
+        data = bytearray(self._left if count < 0 else min(count, self._left))
+        self.readinto(memoryview(data))
+        return bytes(data)
+
+
+def fetch(connection: Any, keys: Sequence[str], read: Callable[[Value], T]) -> list[T | None]:
+    """GET keys over a connection of redis-py on which nothing is pending; None for one that is not there.
+
+    Args:
+        read: called with each value as it arrives. What it raises leaves the connection closed.
+
+    Raises:
+        redis.RedisError: the server refused, or the connection was lost.
+    """
+    commands = [("GET", key) for key in keys]
+    stream, line_end = _Stream(connection._sock), bytearray(2)
+    found: list[T | None] = []
+    try:
+        connection.send_packed_command(connection.pack_commands(commands[:_AHEAD]))
+        for number in range(len(commands)):
+            nbytes = stream.length()
+            if nbytes is None:
+                found.append(None)
+            else:
+                value = Value(stream, nbytes)
+                found.append(read(value))
+                value.read()
+                stream.fill(memoryview(line_end))
+            if number + _AHEAD < len(commands):
+                connection.send_packed_command(connection.pack_command(*commands[number + _AHEAD]))
+    except BaseException:
+        connection.disconnect()
+        raise
+    return found
+
+
+class _Stream:
+    """The bytes of RESP2 replies. What is small comes through a buffer, what is large goes by it."""
+
+    def __init__(self, sock: Any) -> None:
+        self._socket = sock
+        self._buffer = bytearray(_BUFFER)
+        self._view = memoryview(self._buffer)
+        self._start = self._stop = 0
+
+    def length(self) -> int | None:
+        """Size of the value that comes next, None for no value."""
+        line = self._line()
+        if line[:1] == b"-":
+            raise redis.ResponseError(line[1:].decode(errors="replace").removeprefix("ERR "))
+        if line[:1] == b"+":  # what a server may do with a short value: fakeredis does
+            self._start -= len(line) + 1  # it begins behind the sign
+            return len(line) - 1
+        if line[:1] != b"$":
+            raise redis.InvalidResponse(f"GET was answered with {line!r}")
+        return None if line == b"$-1" else int(line[1:])
+
+    def fill(self, buffer: memoryview) -> None:
+        """The next bytes, as many as there is room."""
+        at, size = 0, len(buffer)
+        while at < size:
+            if self._start == self._stop and size - at >= _BUFFER // 2:
+                at += self._receive(buffer[at:])
+                continue
+            if self._start == self._stop:
+                self._start, self._stop = 0, self._receive(self._view)
+            count = min(size - at, self._stop - self._start)
+            buffer[at : at + count] = self._view[self._start : self._start + count]
+            self._start += count
+            at += count
+
+    def _line(self) -> bytes:
+        """Up to the next line end, which is left out."""
+        while (end := self._buffer.find(b"\r\n", self._start, self._stop)) < 0:
+            left = self._stop - self._start
+            self._view[:left] = self._view[self._start : self._stop]
+            self._start, self._stop = 0, left + self._receive(self._view[left:])
+        line = bytes(self._view[self._start : end])
+        self._start = end + 2
+        return line
+
+    def _receive(self, room: memoryview) -> int:
+        try:
+            received: int = self._socket.recv_into(room)
+        except TimeoutError as error:
+            raise redis.TimeoutError("no answer in time") from error
+        except OSError as error:
+            raise redis.ConnectionError(f"the connection was lost: {error}") from error
+        if not received:
+            raise redis.ConnectionError("the server closed the connection")
+        return received
