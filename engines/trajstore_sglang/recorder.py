@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, ParamSpec, Self, TypeVar, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from ulid import ULID
 from trajstore import Conflict, SchemaError, SegmentWriter, TrajectoryWriter, Unavailable
 from trajstore.adapter import EngineCapabilities, as_reason
 from trajstore.ingest import check_choice, check_finite, check_id
+from trajstore.threaded import run_threaded, until_done
 from trajstore_sglang.capabilities import capabilities
 from trajstore_sglang.client import SGLangClient
 from trajstore_sglang.parsing import UNLABELLED
@@ -36,9 +37,6 @@ _FLUSH = 5.0
 
 _UPDATED = "Weights were updated"
 """How SGLang begins to say that only the flush of its cache was refused."""
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 
 class SGLangRecorder:
@@ -254,7 +252,7 @@ class SGLangRecorder:
         finally:
             if not flight.work.done():
                 flight.work.cancel()
-                await asyncio.wait({flight.work})
+                await until_done(flight.work)
 
     async def _generate(
         self,
@@ -267,7 +265,8 @@ class SGLangRecorder:
         stream: bool,
     ) -> Reply:
         """Open the segment, ask, record, close. Runs as a task of its own: it ends with a closed segment."""
-        segment = await _threaded(
+        segment = await run_threaded(
+            None,
             trajectory.segment,
             context=context,
             base=base,
@@ -277,11 +276,11 @@ class SGLangRecorder:
         )
         try:
             if flight.stop.is_set():
-                return await _threaded(_end, segment, "aborted before it was sent")
+                return await run_threaded(None, _end, segment, "aborted before it was sent")
             start_len = None
             body: dict[str, Any] = {
                 "rid": flight.rid,
-                "input_ids": (await _threaded(_tokens_of, trajectory)).tolist(),
+                "input_ids": (await run_threaded(None, _tokens_of, trajectory)).tolist(),
                 "sampling_params": params,
                 "return_logprob": True,
                 "stream": stream,
@@ -296,24 +295,24 @@ class SGLangRecorder:
             return reply
         except (Unavailable, asyncio.CancelledError) as error:
             if not segment.closed:
-                await _threaded(
-                    _end, segment, as_reason(f"no answer: {error}") if str(error) else "given up without answer"
+                await run_threaded(
+                    None, _end, segment, as_reason(f"no answer: {error}") if str(error) else "given up without answer"
                 )
             raise
         finally:
             if not segment.closed:
-                await _threaded(segment.close, "error")
+                await run_threaded(None, segment.close, "error")
 
     async def _whole(self, segment: SegmentWriter, body: dict[str, Any], start_len: int | None) -> Reply:
         answer = await self.client.generate(body)
-        return await _threaded(record_response, segment, answer, start_len=start_len)
+        return await run_threaded(None, record_response, segment, answer, start_len=start_len)
 
     async def _streamed(self, segment: SegmentWriter, body: dict[str, Any], start_len: int | None) -> Reply:
         recording = StreamRecording(segment, start_len=start_len)
         async with contextlib.aclosing(self.client.stream(body)) as parts:  # SGLang aborts what nobody reads any more
             async for lines in parts:
-                await _threaded(_add_all, recording, lines)
-        return await _threaded(recording.end)
+                await run_threaded(None, _add_all, recording, lines)
+        return await run_threaded(None, recording.end)
 
 
 class _Flight:
@@ -343,13 +342,3 @@ def _add_all(recording: StreamRecording, lines: list[bytes]) -> None:
 def _end(segment: SegmentWriter, reason: str) -> Reply:
     """Close a segment whose request has no end of its own."""
     return StreamRecording(segment).end(reason)
-
-
-async def _threaded(call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Run a call on a thread, and to its end if this task is cancelled: two threads must not use one segment."""
-    work: asyncio.Future[_T] = asyncio.ensure_future(asyncio.to_thread(call, *args, **kwargs))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait({work})
-        raise

@@ -3,8 +3,6 @@
 verl's own loop stays in charge of budgets, retries and when a request is over. `client.py` puts the halves in place.
 """
 
-import asyncio
-import contextlib
 import json
 import logging
 import threading
@@ -20,6 +18,7 @@ from trajstore.adapter import refusing, require_input
 from trajstore.events import Status
 from trajstore.fold import Policy
 from trajstore.ingest import token_array
+from trajstore.threaded import run_threaded
 from trajstore.writing import SegmentWriter
 from trajstore_verl.recording import record_output
 from trajstore_verl.token_output import output_fields
@@ -91,7 +90,7 @@ class _Rollout:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._segment is not None and not self._segment.closed:
-            await _in_thread(_end, self._segment, error)
+            await run_threaded(None, _end, self._segment, error)
 
 
 _rollout: ContextVar[_Rollout | None] = ContextVar("trajstore_verl_rollout", default=None)
@@ -115,9 +114,9 @@ class RecordedCalls(_Client):
         if rollout is None:
             return await super().generate(request_id, prompt_ids=prompt_ids, sampling_params=sampling_params, **kwargs)
         limit = _limit(sampling_params)[1]
-        segment = await _in_thread(rollout.open, prompt_ids, sampling_params)
+        segment = await run_threaded(None, rollout.open, prompt_ids, sampling_params)
         output = await super().generate(request_id, prompt_ids=prompt_ids, sampling_params=sampling_params, **kwargs)
-        await _in_thread(_record, segment, output, limit)
+        await run_threaded(None, _record, segment, output, limit)
         return output
 
 
@@ -198,13 +197,13 @@ class RecordedRollouts(_Client):
         prompt = token_array(prompt_ids, name="prompt_ids")
         id = str(request_id) if trajectory_id is None else trajectory_id
         created = {"group": group, "group_size": group_size, "metadata": metadata}
-        rollout = await _in_thread(self._begin, id, prompt, trajectory_id is not None, created)
+        rollout = await run_threaded(None, self._begin, id, prompt, trajectory_id is not None, created)
         turn = rollout.turn
         done = turn.stop - turn.start
         if done:
             sampling_params = self._rest(sampling_params, done)
         if turn.finish_reason or (done and _limit(sampling_params)[1] == 0):
-            return await _in_thread(self._hand_back, turn, id, None)
+            return await run_threaded(None, self._hand_back, turn, id, None)
         token = _rollout.set(rollout)
         try:
             async with rollout:
@@ -216,7 +215,7 @@ class RecordedRollouts(_Client):
                 )
         finally:
             _rollout.reset(token)
-        return await _in_thread(self._hand_back, turn, id, output)
+        return await run_threaded(None, self._hand_back, turn, id, output)
 
     async def close_trajectory(self, id: str, *, status: Status = "completed", reward: float | None = None) -> None:
         """Score and end a rollout, so that it is folded and published; acknowledged on return.
@@ -226,7 +225,7 @@ class RecordedRollouts(_Client):
         Raises:
             NotFound, Conflict, TrajstoreError: as `store.get`, `reward` and `close` of the handle, and `store.flush`.
         """
-        await _in_thread(self._close, id, status, reward)
+        await run_threaded(None, self._close, id, status, reward)
 
     def close(self) -> None:
         """Flush and close the store, if this process has opened it."""
@@ -311,16 +310,3 @@ def _limit(sampling_params: Mapping[str, Any]) -> tuple[str, int | None]:
         if name in sampling_params:
             return name, sampling_params[name]
     return "max_tokens", None
-
-
-async def _in_thread(call: Callable[..., _Result], *args: Any) -> _Result:
-    """Run what may wait off the event loop, to its end however often it is cancelled: a handle serves one task."""
-    running = asyncio.ensure_future(asyncio.to_thread(call, *args))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        while not running.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([running])
-        running.exception()  # looked at: the cancellation tells more
-        raise

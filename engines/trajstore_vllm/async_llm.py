@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from trajstore import Conflict, RoutingError, SchemaError, SegmentWriter, TrajectoryWriter
 from trajstore.ingest import check_choice, check_count, check_finite, check_label
+from trajstore.threaded import run_threaded, until_done
 from trajstore_vllm.delivery import known_of
 from trajstore_vllm.flight import Flight
 from trajstore_vllm.outputs import parse_output
@@ -236,7 +237,7 @@ class AsyncLLMRecorder:
         finally:
             if not task.done():
                 task.cancel()
-                await _until_done(task)
+                await until_done(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.warning("cancelled request %s ended with: %s", flight.request_id, error)
 
@@ -263,16 +264,4 @@ class AsyncLLMRecorder:
 
     async def _write(self, function: Callable[..., _Result], *args: Any) -> _Result:
         """Run it in a writing thread, to its end however often this task is cancelled: no two may write one segment."""
-        future = asyncio.get_running_loop().run_in_executor(self._writers, function, *args)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await _until_done(future)
-            raise
-
-
-async def _until_done(work: asyncio.Future[Any]) -> None:
-    """Wait for it however often this task is cancelled meanwhile."""
-    while not work.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait({work})
+        return await run_threaded(self._writers, function, *args)

@@ -10,7 +10,7 @@ LIBRARY = Path(trajstore.__file__).parent
 LAYERS = (
     {"__main__", "cli"},
     {"archiver", "abandon", "materializer", "ready", "blob", "exchange", "recovery"},
-    {"adapter"},
+    {"adapter", "threaded"},
     {"opening", "store", "reading", "writing"},
     {"view", "backlog"},
     {"archive"},
