@@ -1,7 +1,8 @@
 """Fixtures that every part of the suite shares: servers, stores, and the report of what could not be tested here."""
 
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from ulid import ULID
 
 import trajstore
 from tests.servers import BACKENDS, FAKEREDIS_CANNOT_SHOW, FakeServer, RealServer, binary_of, running
+
+log = logging.getLogger(__name__)
 
 OpenStore = Callable[..., trajstore.Store]
 
@@ -71,9 +74,11 @@ def embedded(tmp_path: Path) -> Iterator[trajstore.Store]:
 
 
 def _close_quietly(store: trajstore.Store) -> None:
-    """What a test left unwritten on purpose has been looked at by the test."""
-    with suppress(trajstore.TrajstoreError, ExceptionGroup):
+    """What a test left unwritten on purpose has been looked at by the test; where one fails, its log shows it."""
+    try:
         store.close()
+    except (trajstore.TrajstoreError, ExceptionGroup) as left:
+        log.warning("left unwritten: %r", left)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -4,12 +4,14 @@ import json
 import shutil
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 from ulid import ULID
 
 import trajstore
+from tests import waiting
 from tests.archive.places import age
 from tests.builders import SPEC, record_seed_case, rows, seed_rows
 from trajstore.archiver import Archiver
@@ -492,13 +494,7 @@ def test_entries_lost_in_a_crash_between_the_two_looks_are_not_published(own_ser
         assert archiver.done.packs == 0
 
 
-def until(condition, seconds=20.0):
-    waiter = threading.Event()
-    for _ in range(int(seconds / 0.01)):
-        if condition():
-            return
-        waiter.wait(0.01)
-    raise AssertionError(f"not so within {seconds:g} s")
+until = partial(waiting.until, seconds=20.0)
 
 
 def test_partition_with_a_damaged_manifest_stops_no_other(tmp_path):

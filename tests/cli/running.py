@@ -9,13 +9,12 @@ import struct
 import subprocess
 import sys
 import termios
-import threading
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
 from click.testing import CliRunner, Result
 
+from tests import waiting
 from trajstore.cli import main
 
 __all__ = ["in_terminal", "invoke", "run", "started", "until"]
@@ -87,12 +86,7 @@ def in_terminal(width: int, *arguments: object) -> bytes:
     return written
 
 
-def until(condition: Callable[[], Any], *, what: str, seconds: float = 30.0) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come within {seconds:g} s"
-        threading.Event().wait(0.02)
+until = partial(waiting.until, seconds=30.0)
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:

@@ -16,6 +16,7 @@ from aiohttp import web
 import trajstore
 from tests.engines.sglang_cases import SPEC, answer, request_of, rows_of
 from tests.engines.sglang_server import ReplayServer, broken_off, never, replay, streamed, until_aborted
+from tests.waiting import eventually, one_round
 from trajstore_sglang import SGLangClient, SGLangRecorder, capabilities
 
 GIVEN_UP = "given up without answer"
@@ -163,8 +164,8 @@ def test_a_task_cancelled_before_anything_was_sent_leaves_an_empty_segment(store
 
     async def scenario(server, recorder):
         awaiting = asyncio.create_task(recorder.generate(trajectory, [4, 5], {}, "a"))
-        while not recorder.in_flight:
-            await asyncio.sleep(0)
+        await one_round(awaiting)
+        assert recorder.in_flight == ("a",)
         awaiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await awaiting
@@ -193,8 +194,7 @@ def test_a_server_that_answers_nothing_more_is_given_up_with_what_came(store):
     async def scenario(server, recorder):
         server.deaf = math.inf
         awaiting = asyncio.create_task(recorder.generate(trajectory, prompt_of("12b"), {}, "a"))
-        while len(trajectory) < 13:
-            await asyncio.sleep(0.001)
+        await eventually(lambda: len(trajectory) >= 13)
         await recorder.abort("a")
         with pytest.raises(trajstore.Unavailable, match=r"did not answer request a, nor its abort within 0\.2 s"):
             await awaiting
@@ -422,14 +422,12 @@ def test_a_fenced_request_is_told_once_and_its_store_closes_in_peace(tmp_path):
 
     async def scenario(server, recorder):
         running = asyncio.create_task(recorder.generate(trajectory, prompt_of("12b"), {}, "a", stream=True))
-        while len(trajectory) < 13:
-            await asyncio.sleep(0.001)
+        await eventually(lambda: len(trajectory) >= 13)
         await store.aflush()
         other.get(trajectory.id).segment().close("stop")
         other.flush()
         taken_over.set()
-        while len(trajectory) < 14:
-            await asyncio.sleep(0.001)
+        await eventually(lambda: len(trajectory) >= 14)
         await asyncio.to_thread(store._flusher.drain, trajectory.id)
         noticed.set()
         with pytest.raises(trajstore.Fenced):
@@ -573,8 +571,7 @@ def test_a_flush_that_is_refused_only_for_a_moment_is_asked_for_again(store):
         server.replies["/update_weights_from_disk"] = (400, answer("21a").decode())
         server.replies["/flush_cache"] = (400, "requests are running")
         update = asyncio.create_task(recorder.update_weights_from_disk("models/model2", weight_version="v2"))
-        while ("/flush_cache", None) not in server.calls:
-            await asyncio.sleep(0)
+        await eventually(lambda: ("/flush_cache", None) in server.calls)
         del server.replies["/flush_cache"]
         await update
         return recorder.weight_version

@@ -11,6 +11,7 @@ import trajstore
 from tests.builders import SPEC
 from tests.engines.vllm_engine import FakeAsyncLLM, FakeLLM, Params, routed, soon
 from tests.engines.vllm_fixtures import Kind, closing, events_of, reasons, recordings
+from tests.waiting import one_round, still_waits
 from trajstore.events import SegmentOpened, Tokens, WeightVersionSpan
 from trajstore.writing import TrajectoryWriter
 from trajstore_vllm import AsyncLLMRecorder, LLMRecorder
@@ -347,9 +348,7 @@ def test_a_thread_that_writes_is_waited_for_however_often_a_call_is_cancelled(em
         for _ in range(3):
             for one in asyncio.all_tasks() - {asyncio.current_task()}:
                 one.cancel()  # as a loop does that shuts down
-            for _ in range(10):
-                await asyncio.sleep(0)
-        assert not task.done()
+            assert await still_waits(task)
         held.may_open.set()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -367,7 +366,7 @@ def test_an_abort_that_comes_before_the_engine_knows_the_request_still_ends_it(e
 
     async def rollout():
         never_sent = asyncio.create_task(recorder.generate(early, PROMPT, Params()))
-        await asyncio.sleep(0)
+        await one_round(never_sent)
         assert recorder.in_flight == (early.id,)
         await recorder.abort(early.id)
         assert await never_sent is None

@@ -1,13 +1,12 @@
 """Looking at a store's keys with a plain client, beside the code under test."""
 
-import threading
-import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import redis
 
 import trajstore
+from tests import waiting
 from trajstore.entries import Entry, EntryStamp, decode_known
 from trajstore.events import EventId
 
@@ -52,12 +51,7 @@ def write_one(segment: trajstore.SegmentWriter) -> None:
     segment._trajectory._flusher.flush(segment._trajectory.id)
 
 
-def until(ask: Callable[[], object], *, what: str, seconds: float = 10.0) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + seconds
-    while not ask():
-        assert time.monotonic() < deadline, f"not so after {seconds:g} s: {what}"
-        threading.Event().wait(0.005)
+until = partial(waiting.until, seconds=10.0)
 
 
 def _entries(client: redis.Redis, key: str) -> list[tuple[str, Entry]]:

@@ -7,11 +7,12 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tests import waiting
 
 __all__ = ["Child", "has_ended", "record_of", "servers_of", "until"]
 
@@ -155,10 +156,4 @@ def record_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "redis" / "server.json").read_text()))
 
 
-def until(condition: Callable[[], Any], *, what: str, seconds: float = 30.0) -> Any:
-    """The first true value of a condition."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        threading.Event().wait(0.005)
-    return value
+until = partial(waiting.until, seconds=30.0)
