@@ -8,15 +8,15 @@ windows of it side by side have the shape of a large one.
     python -m benchmarks.archive [--quick] [--dir FOLDER] [--only TOPIC] [--json FILE]
 """
 
-import argparse
-import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.archive_growth import measure_archiver, measure_growth
 from benchmarks.archive_reading import measure_reading
 from benchmarks.archive_writing import measure_resumed, measure_writing
+from benchmarks.program import collect, run_as_program
 from benchmarks.tables import Report, Scale, Table, Topic
 
 __all__ = ["FULL", "QUICK", "run"]
@@ -59,36 +59,17 @@ def run(
         only: one topic.
         show: hears each table as soon as it is there.
     """
-    report = Report([], [])
-    for name, measure in TOPICS.items():
-        if only in (None, name):
-            with tempfile.TemporaryDirectory(dir=folder, prefix=f"{name}-") as own:
-                topic = measure(scale, Path(own))
-            for table in topic.tables:
-                show(table)
-            report.tables.extend(topic.tables)
-            report.goals.extend(topic.goals)
-    return report
+
+    def in_own(measure: Callable[[Scale, Path], Topic], name: str) -> Topic:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{name}-") as own:
+            return measure(scale, Path(own))
+
+    return collect({name: partial(in_own, measure, name) for name, measure in TOPICS.items()}, only=only, show=show)
 
 
 def main() -> None:
     """Print a table per topic, then the goals."""
-    parser = argparse.ArgumentParser(description="The persistent log beside other ways to keep rollouts.")
-    parser.add_argument("--quick", action="store_true", help="a smoke run of some seconds; its figures mean little")
-    parser.add_argument("--dir", type=Path, metavar="FOLDER", help="where to write, default the temporary folder")
-    parser.add_argument("--only", choices=list(TOPICS), metavar="TOPIC", help=f"one of {', '.join(TOPICS)}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here, too")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-        report = run(
-            QUICK if options.quick else FULL,
-            Path(folder),
-            only=options.only,
-            show=lambda table: print(table.as_text(), end="\n\n", flush=True),
-        )
-    print(report.goals_as_text())
-    if options.json:
-        options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    run_as_program("The persistent log beside other ways to keep rollouts.", TOPICS, run, full=FULL, quick=QUICK)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,15 @@ stored, a byte per expert. Real routing with the shape of a large model, 48 laye
 (`benchmarks/deliveries.py`; no engine runs) and recorded in the embedded store with its append-only file on. Processor
 time is that of this process, without the server's: unlike seconds by the clock it hardly depends on what else runs.
 
-    python -m benchmarks.engines [--quick] [--only TOPIC] [--json FILE]
+    python -m benchmarks.engines [--quick] [--dir FOLDER] [--only TOPIC] [--json FILE]
 """
 
-import argparse
 import asyncio
 import base64
 import json
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import trajstore
 from benchmarks.corpora import Corpus, Rollout
 from benchmarks.deliveries import AsyncEngine, Delivery, Params, deliveries, sampled, sglang_body, vllm_body
 from benchmarks.measure import Spent, spent_in_turns
+from benchmarks.program import collect, run_as_program
 from benchmarks.tables import Cell, Goal, Report, Table, Topic
 from trajstore_sglang.parsing import parse_response
 from trajstore_sglang.reply import Reply, routed_recordings
@@ -194,35 +194,15 @@ def run(
         only: one topic.
         show: hears each table as soon as it is there.
     """
-    report = Report([], [])
     with trajstore.open(folder / "store") as store:
-        for name, measure in TOPICS.items():
-            if only in (None, name):
-                topic = measure(size, store)
-                for table in topic.tables:
-                    show(table)
-                report.tables.extend(topic.tables)
-                report.goals.extend(topic.goals)
-    return report
+        topics = {name: partial(measure, size, store) for name, measure in TOPICS.items()}
+        return collect(topics, only=only, show=show)
 
 
 def main() -> None:
     """Print a table per topic, then the goals."""
-    parser = argparse.ArgumentParser(description="Recording what engines deliver, against merely holding it.")
-    parser.add_argument("--quick", action="store_true", help="a smoke run of some seconds; its figures mean little")
-    parser.add_argument("--only", choices=list(TOPICS), metavar="TOPIC", help=f"one of {', '.join(TOPICS)}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here, too")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        report = run(
-            QUICK if options.quick else FULL,
-            Path(folder),
-            only=options.only,
-            show=lambda table: print(table.as_text(), end="\n\n", flush=True),
-        )
-    print(report.goals_as_text())
-    if options.json:
-        options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    about = "Recording what engines deliver, against merely holding it."
+    run_as_program(about, TOPICS, run, full=FULL, quick=QUICK)
 
 
 def _rollout(tokens: int) -> Rollout:

@@ -13,15 +13,14 @@ Whoever gets one holds it until it has the next, as a loop over batches does. MB
     python -m benchmarks.reader [--quick] [--dir FOLDER] [--only TOPIC] [--json FILE]
 """
 
-import argparse
 import itertools
-import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ import torch
 import trajstore
 from benchmarks.archive_reading import percentiles
 from benchmarks.corpora import Corpus
+from benchmarks.program import collect, run_as_program
 from benchmarks.reader_batch import Size, measure_batch
 from benchmarks.reader_memory import memory_of_reading
 from benchmarks.ready_samples import GROUP_SIZE, publish, record
@@ -148,17 +148,13 @@ def run(
         only: one topic.
         show: hears each table as soon as it is there.
     """
-    report = Report([], [])
+
+    def in_own(measure: Callable[[Size, Path], Topic], name: str) -> Topic:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{name}-") as own:
+            return measure(size, Path(own))
+
     torch.set_num_threads(1)
-    for name, measure in TOPICS.items():
-        if only in (None, name):
-            with tempfile.TemporaryDirectory(dir=folder, prefix=f"{name}-") as own:
-                topic = measure(size, Path(own))
-            for table in topic.tables:
-                show(table)
-            report.tables.extend(topic.tables)
-            report.goals.extend(topic.goals)
-    return report
+    return collect({name: partial(in_own, measure, name) for name, measure in TOPICS.items()}, only=only, show=show)
 
 
 @contextmanager
@@ -174,22 +170,7 @@ def _materializer(store: Path) -> Iterator[None]:
 
 def main() -> None:
     """Print a table per topic, then the goals."""
-    parser = argparse.ArgumentParser(description="From finished trajectories to a trainer's batch.")
-    parser.add_argument("--quick", action="store_true", help="a smoke run of some seconds; its figures mean little")
-    parser.add_argument("--dir", type=Path, metavar="FOLDER", help="where to write, default the temporary folder")
-    parser.add_argument("--only", choices=list(TOPICS), metavar="TOPIC", help=f"one of {', '.join(TOPICS)}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here, too")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-        report = run(
-            QUICK if options.quick else FULL,
-            Path(folder),
-            only=options.only,
-            show=lambda table: print(table.as_text(), end="\n\n", flush=True),
-        )
-    print(report.goals_as_text())
-    if options.json:
-        options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    run_as_program("From finished trajectories to a trainer's batch.", TOPICS, run, full=FULL, quick=QUICK)
 
 
 if __name__ == "__main__":
