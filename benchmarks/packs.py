@@ -20,7 +20,6 @@ from trajstore.archive.root import ARCHIVE_FORMAT, ArchiveInfo, ArchiveRoot
 from trajstore.archive.writer import PackWriter, StagedEntry
 from trajstore.entries import Buffer, Entry, decode_entry, encode_entry
 from trajstore.events import (
-    INLINE_LIMIT,
     SCHEMA_VERSION,
     EventId,
     Header,
@@ -150,17 +149,13 @@ def _segment(rollout: Rollout, base: int, end: int, reason: Any) -> tuple[list[H
             context=begin - base,
             engine="benchmark/1",
             weight_version="v1",
-            payload=_info(context) if context else None,
+            payload=PayloadInfo.of(context) if context else None,
         ),
-        Tokens(start=begin, count=end - begin, payload=_info(sampled), logprobs=True),
-        Routing(start=0, rows=end, payload=_info(rows)),
+        Tokens(start=begin, count=end - begin, payload=PayloadInfo.of(sampled), logprobs=True),
+        Routing(start=0, rows=end, payload=PayloadInfo.of(rows)),
         SegmentClosed(finish_reason=reason),
     ]
     return headers, [context, sampled, rows, b""]
-
-
-def _info(data: bytes) -> PayloadInfo:
-    return PayloadInfo(nbytes=len(data), crc=zlib.crc32(data), inline=data if len(data) < INLINE_LIMIT else None)
 
 
 def _bytes(rows: npt.NDArray[np.unsignedinteger[Any]]) -> npt.NDArray[np.uint8]:

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from trajstore.errors import Conflict, RoutingError, SchemaError
 from trajstore.events import WeightVersionSpan
 from trajstore.fold import input_digest
-from trajstore.ingest import token_array
+from trajstore.ingest import check_spans, token_array
 from trajstore.routing import Origin
-from trajstore.writing import SegmentWriter, check_spans
+from trajstore.writing import SegmentWriter
 
 __all__ = [
     "EngineCapabilities",

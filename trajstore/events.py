@@ -5,6 +5,7 @@ them. How headers travel together is in `entries.py`, what they mean together in
 """
 
 import re
+import zlib
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import msgspec
@@ -89,6 +90,11 @@ class PayloadInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     nbytes: int
     crc: int
     inline: bytes | None = None
+
+    @classmethod
+    def of(cls, data: bytes | memoryview) -> Self:
+        """Of these bytes, which it holds itself if they are short enough."""
+        return cls(nbytes=len(data), crc=zlib.crc32(data), inline=bytes(data) if len(data) < INLINE_LIMIT else None)
 
 
 class WeightVersionSpan(msgspec.Struct, frozen=True):

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trajstore.errors import SchemaError
+from trajstore.events import WeightVersionSpan
 
 __all__ = [
     "check_choice",
@@ -25,6 +26,7 @@ __all__ = [
     "check_id",
     "check_json",
     "check_label",
+    "check_spans",
     "logprob_array",
     "require_id",
     "token_array",
@@ -190,3 +192,29 @@ def logprob_array(logprobs: npt.ArrayLike, *, count: int) -> npt.NDArray[np.floa
     if given.shape != (count,):
         raise SchemaError(f"logprobs have shape {list(given.shape)}, expected [{count}], one per token")
     return given
+
+
+def check_spans(
+    spans: Sequence[WeightVersionSpan | tuple[str, int, int]], output: int
+) -> tuple[WeightVersionSpan, ...]:
+    """Spans of weight versions over `output` tokens, as a segment's close keeps them.
+
+    Raises:
+        SchemaError: no spans `(version, start, end)`, or they do not ascend within the output.
+    """
+    if not isinstance(spans, Sequence):
+        raise SchemaError(f"weight_versions must be a sequence of spans, not {spans!r:.80}")
+    result: list[WeightVersionSpan] = []
+    for span in spans:
+        parts = msgspec.structs.astuple(span) if isinstance(span, WeightVersionSpan) else span
+        if not isinstance(parts, tuple | list) or len(parts) != 3:
+            raise SchemaError(f"a weight version span is (version, start, end), not {span!r:.80}")
+        version, first, stop = parts
+        start, end = (check_count(at, name="an end of a weight version span") for at in (first, stop))
+        earlier = result[-1].end if result else 0
+        if not earlier <= start <= end <= output:
+            raise SchemaError(
+                f"weight version span {(version, start, end)} must ascend within the segment's {output} output tokens"
+            )
+        result.append(WeightVersionSpan(check_label(version, name="weight version"), start, end))
+    return tuple(result)

@@ -8,13 +8,11 @@ handle belongs to one task at a time.
 import contextlib
 import copy
 import threading
-import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -24,7 +22,6 @@ from trajstore.events import (
     CLOSED_STATUSES,
     FINAL_STATUSES,
     FINISH_REASONS,
-    INLINE_LIMIT,
     EventId,
     FinishReason,
     Header,
@@ -50,6 +47,7 @@ from trajstore.ingest import (
     check_finite,
     check_json,
     check_label,
+    check_spans,
     logprob_array,
     token_array,
 )
@@ -60,7 +58,7 @@ from trajstore.routing import ORIGINS, Origin, RoutingSpec
 from trajstore.summary import summarize
 from trajstore.view import TrajectoryLog
 
-__all__ = ["SegmentWriter", "TrajectoryWriter", "check_spans"]
+__all__ = ["SegmentWriter", "TrajectoryWriter"]
 
 EVENT_BYTES = 8 << 20
 """Payload bytes of one event; longer ones are split."""
@@ -625,39 +623,11 @@ def _check_origin(origin: Origin) -> Origin:
 
 def _payload(data: bytes | memoryview) -> tuple[PayloadInfo, Buffer | None]:
     """What the header says of the bytes, and the bytes that go beside it (None if they ride in it)."""
-    crc = zlib.crc32(data)
-    if len(data) < INLINE_LIMIT:
-        return PayloadInfo(nbytes=len(data), crc=crc, inline=bytes(data)), None
-    return PayloadInfo(nbytes=len(data), crc=crc), data
+    info = PayloadInfo.of(data)
+    return info, data if info.inline is None else None
 
 
 def _items(components: Mapping[str, float] | None) -> Iterable[tuple[str, float]]:
     if components is not None and not isinstance(components, Mapping):
         raise SchemaError(f"components map names to numbers, not {components!r:.80}")
     return (components or {}).items()
-
-
-def check_spans(
-    spans: Sequence[WeightVersionSpan | tuple[str, int, int]], output: int
-) -> tuple[WeightVersionSpan, ...]:
-    """Spans of weight versions over `output` tokens, as a segment's close keeps them.
-
-    Raises:
-        SchemaError: no spans `(version, start, end)`, or they do not ascend within the output.
-    """
-    if not isinstance(spans, Sequence):
-        raise SchemaError(f"weight_versions must be a sequence of spans, not {spans!r:.80}")
-    result: list[WeightVersionSpan] = []
-    for span in spans:
-        parts = msgspec.structs.astuple(span) if isinstance(span, WeightVersionSpan) else span
-        if not isinstance(parts, tuple | list) or len(parts) != 3:
-            raise SchemaError(f"a weight version span is (version, start, end), not {span!r:.80}")
-        version, first, stop = parts
-        start, end = (check_count(at, name="an end of a weight version span") for at in (first, stop))
-        earlier = result[-1].end if result else 0
-        if not earlier <= start <= end <= output:
-            raise SchemaError(
-                f"weight version span {(version, start, end)} must ascend within the segment's {output} output tokens"
-            )
-        result.append(WeightVersionSpan(check_label(version, name="weight version"), start, end))
-    return tuple(result)
