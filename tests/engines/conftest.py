@@ -1,7 +1,11 @@
-"""Torch on one thread: the machine is shared, and tiny models run no faster on more."""
+"""Torch on one thread, for the machine is shared and tiny models run no faster on more; and what several files use."""
+
+import threading
 
 import pytest
 import torch
+
+from tests.engines.vllm_rollouts import Held
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -10,3 +14,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def held():
+    """Sampling parameters at which the opening of a segment waits until it may."""
+    yield Held
+    Held.may_open.set()
+    Held.opening, Held.may_open = threading.Event(), threading.Event()
