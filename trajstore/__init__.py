@@ -20,9 +20,10 @@ from trajstore.errors import (
 from trajstore.opening import open, open_archive  # noqa: A004 - as one says `gzip.open`
 from trajstore.reading import Archive
 from trajstore.routing import RoutingSpec
+from trajstore.segment_writer import SegmentWriter
 from trajstore.store import Store
 from trajstore.trajectory import Trajectory
-from trajstore.writing import SegmentWriter, TrajectoryWriter
+from trajstore.writing import TrajectoryWriter
 
 __all__ = [
     "Archive",

@@ -19,7 +19,7 @@ from trajstore.events import WeightVersionSpan
 from trajstore.fold import input_digest
 from trajstore.ingest import check_spans, token_array
 from trajstore.routing import Origin
-from trajstore.writing import SegmentWriter
+from trajstore.segment_writer import SegmentWriter
 
 __all__ = [
     "EngineCapabilities",

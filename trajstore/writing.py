@@ -1,4 +1,4 @@
-"""What a producer holds: a trajectory to write to, and the segment that is open on it.
+"""What a producer holds: a trajectory to write to; the segment that is open on it is in `segment_writer.py`.
 
 Handles check input and state at the call, in memory; the flusher writes in the background. A handle is a snapshot: once
 another writer has taken a newer epoch, its next write is `Fenced`, and `store.get` gives a handle on the new state. One
@@ -9,7 +9,7 @@ import contextlib
 import copy
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,23 +21,15 @@ from trajstore.errors import Conflict, RoutingError, SchemaError, SequenceGap, T
 from trajstore.events import (
     CLOSED_STATUSES,
     FINAL_STATUSES,
-    FINISH_REASONS,
     EventId,
-    FinishReason,
     Header,
     LateRouting,
-    PayloadInfo,
     Rewarded,
-    Routing,
-    RoutingAbsent,
     RoutingObserved,
-    SegmentClosed,
     SegmentOpened,
     Status,
-    Tokens,
     TrajectoryClosed,
     TrajectoryOpened,
-    WeightVersionSpan,
 )
 from trajstore.fold import input_digest
 from trajstore.history import leading_rows, merge_spans, read_history
@@ -47,21 +39,17 @@ from trajstore.ingest import (
     check_finite,
     check_json,
     check_label,
-    check_spans,
-    logprob_array,
     token_array,
 )
 from trajstore.log.batch import Turn
 from trajstore.log.flusher import Flusher
 from trajstore.log.lane import Lane
-from trajstore.routing import ORIGINS, Origin, RoutingSpec
+from trajstore.routing import Origin, RoutingSpec
+from trajstore.segment_writer import EVENT_BYTES, SegmentWriter, check_origin, with_payload
 from trajstore.summary import summarize
 from trajstore.view import TrajectoryLog
 
-__all__ = ["SegmentWriter", "TrajectoryWriter"]
-
-EVENT_BYTES = 8 << 20
-"""Payload bytes of one event; longer ones are split."""
+__all__ = ["TrajectoryWriter"]
 
 TokenLoader = Callable[[str, EventId], npt.NDArray[np.int32]]
 
@@ -201,7 +189,7 @@ class TrajectoryWriter:
             raise SchemaError(f"{self.id}: a context of {len(ids)} tokens; one segment takes {EVENT_BYTES // 4}")
         tokens = self._known_tokens()
         given = np.concatenate([np.frombuffer(tokens, np.int32)[:start], ids])
-        info, payload = _payload(ids.data.cast("B")) if len(ids) else (None, None)
+        info, payload = with_payload(ids.data.cast("B")) if len(ids) else (None, None)
         header = SegmentOpened(
             base=start,
             context=len(ids),
@@ -277,7 +265,7 @@ class TrajectoryWriter:
         parts = self._split(rows, start, self._length)
         with self._telling:
             for at, part in parts:
-                info, payload = _payload(part.reshape(-1).view(np.uint8).data)
+                info, payload = with_payload(part.reshape(-1).view(np.uint8).data)
                 header = RoutingObserved(source=label, start=at, rows=len(part), payload=info, weight_version=version)
                 self._note(header, payload)
 
@@ -293,7 +281,7 @@ class TrajectoryWriter:
             TrajstoreError: what stopped this handle's writing (sticky), e.g. `Fenced`.
         """
         segment = check_count(segment, name="segment")
-        origin = check_choice(origin, ORIGINS, name="origin of routing rows")
+        origin = check_origin(origin)
         if segment >= len(self._ends):
             raise Conflict(f"{self.id} has {len(self._ends)} segments; there is no segment {segment}")
         if self._open is not None and segment == len(self._ends) - 1:
@@ -306,7 +294,7 @@ class TrajectoryWriter:
         with self._telling:
             self._require_unfenced()
             for at, part in parts:
-                info, payload = _payload(part.reshape(-1).view(np.uint8).data)
+                info, payload = with_payload(part.reshape(-1).view(np.uint8).data)
                 header = LateRouting(segment=segment, start=at, rows=len(part), payload=info, origin=origin)
                 self._note(header, payload)
 
@@ -404,200 +392,6 @@ class TrajectoryWriter:
             )
 
 
-class SegmentWriter:
-    """An open segment. Leaving its `with` block closes it: as `abort`, or as `error` on an exception.
-
-    Attributes:
-        index: 0-based number of the segment in its trajectory.
-        base: tokens of the trajectory that the input began with.
-        start: position of its first output token, base + context.
-        input_digest: `trajstore.fold.input_digest` of its input.
-        sampling: parameters, as given when it was opened.
-        spec: of its trajectory's routing, None where that has none.
-        logprob_sum: of its output so far, in float64; NaN once a token came without one.
-    """
-
-    def __init__(self, trajectory: TrajectoryWriter, turn: Turn, index: int, start: int, opened: SegmentOpened) -> None:
-        self.index = index
-        self.base = opened.base
-        self.start = start
-        self.input_digest = opened.input_digest
-        self.sampling: Mapping[str, Any] = copy.deepcopy(opened.sampling)  # the header's own is yet to be written
-        self.spec = trajectory.routing
-        self.logprob_sum = 0.0
-        self._trajectory = trajectory
-        self._turn = turn
-        self._closed = False
-        self._told_routing = False
-
-    @property
-    def end(self) -> int:
-        """Position after the last token so far."""
-        return self._trajectory._ends[self.index]
-
-    @property
-    def token_ids(self) -> npt.NDArray[np.int32]:
-        """Its output so far, int32 `[end - start]`, a copy."""
-        return np.array(self._trajectory._known_tokens()[self.start : self.end], np.int32)
-
-    @property
-    def closed(self) -> bool:
-        """True once `close` was called."""
-        return self._closed
-
-    def tokens(self, token_ids: npt.ArrayLike, logprobs: npt.ArrayLike | None = None) -> None:
-        """Append sampled tokens.
-
-        Args:
-            token_ids: int `[n]`.
-            logprobs: float `[n]`, natural log; NaN and infinities are kept and flagged. None: not known.
-
-        Raises:
-            SchemaError: bad tokens, or not one logprob per token.
-            Fenced: another writer has taken the trajectory over; sticky.
-        """
-        self.record(token_ids, logprobs)
-
-    def routing(self, rows: npt.ArrayLike, *, start: int, origin: Origin = "computed") -> None:
-        """Record routed experts of rows `[start, start + n)`.
-
-        Row *i* is the routing used when the token at position *i* was the input, so a complete segment has one row less
-        than tokens. Rows of the prefix, and one surplus row at the end, are welcome; their absolute position says what
-        they are.
-
-        Args:
-            rows: `[n, L, K]`, or `[n, num_hidden_layers, K]` of which the spec's layers are taken; any integer dtype.
-            start: absolute position of the first row.
-            origin: what the rows are, see `trajstore.routing.Origin`.
-
-        Raises:
-            RoutingError: wrong shape, id out of range, repeated expert, rows past the last token.
-        """
-        self.record(routing=[(rows, start, origin)])
-
-    def record(
-        self,
-        token_ids: npt.ArrayLike = (),
-        logprobs: npt.ArrayLike | None = None,
-        *,
-        routing: Iterable[tuple[npt.ArrayLike, int, Origin]] = (),
-    ) -> None:
-        """Append sampled tokens and the routing that came with them: all of it, or nothing if a part is refused.
-
-        Args:
-            token_ids, logprobs: as in `tokens`.
-            routing: `(rows, start, origin)` of each recording, as in `routing`; rows may reach to the last of the new
-                tokens.
-
-        Raises:
-            SchemaError, RoutingError, Fenced: as `tokens` and `routing`.
-        """
-        with self._trajectory._telling:
-            self._require_open()
-            ids = token_array(token_ids)
-            probs = None if logprobs is None else logprob_array(logprobs, count=len(ids))
-            recordings = [
-                (self._trajectory._split(rows, start, self.end + len(ids)), _check_origin(origin))
-                for rows, start, origin in routing
-            ]
-            step = EVENT_BYTES // 8
-            for i in range(0, len(ids), step):
-                self._append_tokens(ids[i : i + step], None if probs is None else probs[i : i + step])
-            for parts, origin in recordings:
-                for at, part in parts:
-                    info, payload = _payload(part.reshape(-1).view(np.uint8).data)
-                    header = Routing(start=at, rows=len(part), payload=info, origin=origin)
-                    self._trajectory._append(self._turn, header, payload)
-                    self._trajectory._took_rows(at, at + len(part))
-                    self._told_routing = True
-
-    def no_routing(self, reason: str) -> None:
-        """Say that this segment has no (more) routing, and why."""
-        with self._trajectory._telling:
-            self._require_open()
-            self._trajectory._append(self._turn, RoutingAbsent(reason=check_label(reason, name="reason")))
-            self._told_routing = True
-
-    def close(
-        self,
-        finish_reason: FinishReason,
-        *,
-        cached_tokens: int | None = None,
-        retractions: int = 0,
-        weight_versions: Sequence[WeightVersionSpan | tuple[str, int, int]] = (),
-    ) -> None:
-        """End the segment.
-
-        Args:
-            finish_reason: stop, length, abort or error.
-            cached_tokens: input tokens that came from a prefix cache.
-            retractions: how often the engine dropped the request's state and computed it again.
-            weight_versions: spans `(version, start, end)` over the output tokens, if the weights changed on the way.
-
-        Raises:
-            SchemaError: an unknown reason, no counts, or spans that do not fit the output.
-            TrajstoreError: what stopped the writing before (sticky).
-        """
-        with self._trajectory._telling:
-            self._end(finish_reason, cached_tokens, retractions, weight_versions)
-
-    def _end(
-        self,
-        finish_reason: FinishReason,
-        cached_tokens: int | None = None,
-        retractions: int = 0,
-        weight_versions: Sequence[WeightVersionSpan | tuple[str, int, int]] = (),
-    ) -> None:
-        self._require_open()
-        reason = check_choice(finish_reason, FINISH_REASONS, name="finish reason")
-        spans = check_spans(weight_versions, self.end - self.start)
-        cached = None if cached_tokens is None else check_count(cached_tokens, name="cached_tokens")
-        dropped = check_count(retractions, name="retractions")
-        if not self._told_routing and self._trajectory.routing is not None:
-            self._trajectory._append(self._turn, RoutingAbsent(reason="not recorded"))
-        header = SegmentClosed(finish_reason=reason, cached_tokens=cached, retractions=dropped, weight_versions=spans)
-        self._trajectory._append(self._turn, header)
-        self._closed = True
-        self._trajectory._segment_closed()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._closed:
-            return
-        if error is None:
-            self.close("abort")
-            return
-        try:
-            self._end("error")
-        except TrajstoreError:  # the exception on its way out tells more; of this one the store's flush does
-            self._closed = True
-            self._trajectory._segment_closed()
-
-    def _append_tokens(self, ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32] | None) -> None:
-        data = ids.tobytes()
-        nonfinite = 0
-        if logprobs is not None:
-            data += logprobs.tobytes()
-            nonfinite = len(ids) - int(np.count_nonzero(np.isfinite(logprobs)))
-        info, payload = _payload(data)
-        header = Tokens(
-            start=self.end, count=len(ids), payload=info, logprobs=logprobs is not None, nonfinite=nonfinite
-        )
-        self._trajectory._append(self._turn, header, payload)
-        self._trajectory._took(ids)
-        with np.errstate(invalid="ignore"):  # infinities of both signs
-            self.logprob_sum += np.nan if logprobs is None else float(logprobs.sum(dtype=np.float64))
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise Conflict(f"{self._trajectory.id}: segment {self.index} is closed; open another one")
-        self._trajectory._require_unfenced()
-
-
 class _Telling:
     """Around the calls of a handle: what stopped its lane and is raised by one of them has been told.
 
@@ -615,16 +409,6 @@ class _Telling:
     ) -> None:
         if isinstance(error, TrajstoreError):
             self._flusher.told(error)
-
-
-def _check_origin(origin: Origin) -> Origin:
-    return check_choice(origin, ORIGINS, name="origin of routing rows")
-
-
-def _payload(data: bytes | memoryview) -> tuple[PayloadInfo, Buffer | None]:
-    """What the header says of the bytes, and the bytes that go beside it (None if they ride in it)."""
-    info = PayloadInfo.of(data)
-    return info, data if info.inline is None else None
 
 
 def _items(components: Mapping[str, float] | None) -> Iterable[tuple[str, float]]:

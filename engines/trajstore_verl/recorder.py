@@ -18,8 +18,8 @@ from trajstore.adapter import as_reason, refusing, require_input
 from trajstore.events import Status
 from trajstore.fold import Policy
 from trajstore.ingest import token_array
+from trajstore.segment_writer import SegmentWriter
 from trajstore.threaded import run_threaded
-from trajstore.writing import SegmentWriter
 from trajstore_verl.recording import record_output
 from trajstore_verl.token_output import output_fields
 from trajstore_verl.turn import Turn, find_turn

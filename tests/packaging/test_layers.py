@@ -10,8 +10,8 @@ LIBRARY = Path(trajstore.__file__).parent
 LAYERS = (
     {"__main__", "cli"},
     {"archiver", "abandon", "materializer", "ready", "blob", "exchange", "recovery"},
-    {"adapter", "threaded"},
-    {"opening", "store", "reading", "writing"},
+    {"adapter", "threaded", "engine"},
+    {"opening", "store", "reading", "writing", "segment_writer"},
     {"view", "backlog"},
     {"archive"},
     {"server", "locks", "binaries"},
