@@ -16,7 +16,7 @@ from trajstore.events import EventId
 from trajstore.log.feed import ARCHIVER, Hint, parse_stream
 from trajstore.log.keys import Keys
 from trajstore.log.reader import HotReader
-from trajstore.log.wire import Wire, memory_use
+from trajstore.log.wire import Wire, memory_use, reply_fields
 from trajstore.summary import Summary
 
 __all__ = ["Backlog", "PartitionBacklog", "measure_backlog"]
@@ -143,7 +143,7 @@ def _waiting_hints(wire: Wire, keys: Keys, partition: int) -> Iterator[Hint]:
     start = f"({delivered}" if pending[1] is None else pending[1].decode()
     while entries := parse_stream(wire.call("XRANGE", feed, start, "+", "COUNT", _PAGE)):
         for at, fields in entries:
-            yield Hint(partition, at, *(fields.get(name, b"").decode() for name in (b"t", b"k", b"e")))
+            yield Hint(partition, at, *(fields.get(name, b"").decode(errors="replace") for name in (b"t", b"k", b"e")))
         start = f"({entries[-1][0]}"
 
 
@@ -155,5 +155,5 @@ def _age(wire: Wire, at: str) -> float:
 
 def _last_delivered(groups: Iterable[Sequence[Any]]) -> str:
     """Newest id that the archiver's group was given, from XINFO GROUPS."""
-    fields = (dict(zip(group[::2], group[1::2], strict=True)) for group in groups)
+    fields = map(reply_fields, groups)
     return next(str(group[b"last-delivered-id"].decode()) for group in fields if group[b"name"] == ARCHIVER.encode())

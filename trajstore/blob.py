@@ -6,6 +6,7 @@ under the names of `Trajectory`, everything else as JSON under the metadata key 
 
 import io
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -13,30 +14,33 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
-from trajstore.errors import Corrupt
+from trajstore.errors import UNREADABLE, Corrupt
 from trajstore.history import Segment
 from trajstore.routing import RoutingSpec
 from trajstore.trajectory import Trajectory
 
 __all__ = ["Readable", "from_blob", "read_blob", "to_blob"]
 
-_ARRAYS = (
-    "token_ids",
-    "logprobs",
-    "loss_mask",
-    "segment_ids",
-    "weight_version_ids",
-    "routed_experts",
-    "routing_mask",
-    "routing_source",
-)
-
-
-_DTYPES = {"BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8), "I16": np.dtype("<i2"), "U16": np.dtype("<u2")} | {
-    "I32": np.dtype("<i4"),
-    "F32": np.dtype("<f4"),
+_COLUMNS = {
+    "token_ids": np.dtype("<i4"),
+    "logprobs": np.dtype("<f4"),
+    "loss_mask": np.dtype(np.bool_),
+    "segment_ids": np.dtype("<i2"),
+    "weight_version_ids": np.dtype("<i4"),
+    "routing_mask": np.dtype(np.bool_),
+    "routing_source": np.dtype("<i2"),
 }
-"""Of these arrays, by their names in the format."""
+"""The arrays `[T]` of a trajectory; `routed_experts` is as its routing spec says."""
+
+_NAMES = {
+    np.dtype(np.bool_): "BOOL",
+    np.dtype(np.uint8): "U8",
+    np.dtype("<i2"): "I16",
+    np.dtype("<u2"): "U16",
+    np.dtype("<i4"): "I32",
+    np.dtype("<f4"): "F32",
+}
+"""Of dtypes, in the format."""
 
 
 class Readable(Protocol):
@@ -76,7 +80,7 @@ class _Rest(msgspec.Struct, kw_only=True):
 
 def to_blob(trajectory: Trajectory) -> bytes:
     """Serialize."""
-    arrays = {name: getattr(trajectory, name) for name in _ARRAYS}
+    arrays = {name: getattr(trajectory, name) for name in (*_COLUMNS, "routed_experts")}
     rest = _Rest(**{name: getattr(trajectory, name) for name in _Rest.__struct_fields__})
     text = msgspec.json.encode(rest).decode()
     return save({name: array for name, array in arrays.items() if array is not None}, {"trajstore": text})
@@ -107,24 +111,38 @@ def read_blob(file: Readable, nbytes: int) -> Trajectory:
         header = msgspec.json.decode(file.read(length))
         rest = msgspec.json.decode(header.pop("__metadata__")["trajstore"], type=_Rest)
         tensors = msgspec.convert(header, dict[str, _Tensor])
-        arrays = {}
+        dtypes = _require_arrays(tensors, rest.routing)
+        fields: dict[str, Any] = {"routed_experts": None}
         at = 0
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
-            arrays[name] = _read_array(file, tensor, at, room=nbytes - 8 - length - at)
+            fields[name] = _read_array(file, tensor, dtypes[name], at, room=nbytes - 8 - length - at)
             at = tensor.data_offsets[1]
         if at != nbytes - 8 - length:
             raise ValueError("it goes on behind its arrays")
-        wanted = _ARRAYS if rest.routing is not None else [name for name in _ARRAYS if name != "routed_experts"]
-        fields: dict[str, Any] = {"routed_experts": None} | {name: arrays[name] for name in wanted}
         fields |= {name: getattr(rest, name) for name in _Rest.__struct_fields__}
         return Trajectory(**fields)
-    except (msgspec.MsgspecError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (*UNREADABLE, KeyError, TypeError, AttributeError, ValueError) as error:
         raise Corrupt(f"this is no folded trajectory: {error}") from error
 
 
-def _read_array(file: Readable, tensor: _Tensor, at: int, *, room: int) -> npt.NDArray[Any]:
+def _require_arrays(tensors: Mapping[str, _Tensor], routing: RoutingSpec | None) -> dict[str, np.dtype[Any]]:
+    """Dtypes of a trajectory's arrays, if these are they: all of them, each as long as `token_ids`."""
+    tokens = tensors["token_ids"].shape[:1]
+    wanted = {name: (dtype, tokens) for name, dtype in _COLUMNS.items()}
+    if routing is not None:
+        wanted["routed_experts"] = (routing.dtype, (*tokens, routing.num_layers, routing.top_k))
+    if differing := tensors.keys() ^ wanted.keys():
+        raise ValueError(f"it should not have, or lacks, {', '.join(sorted(differing))}")
+    for name, (dtype, shape) in wanted.items():
+        found = tensors[name]
+        if (found.dtype, found.shape) != (_NAMES[dtype], shape):
+            raise ValueError(f"{name} is {found.dtype} {list(found.shape)}, not {_NAMES[dtype]} {list(shape)}")
+    return {name: dtype for name, (dtype, _) in wanted.items()}
+
+
+def _read_array(file: Readable, tensor: _Tensor, dtype: np.dtype[Any], at: int, *, room: int) -> npt.NDArray[Any]:
     """The array that begins at `at`, where the one before has ended, in at most `room` bytes."""
-    dtype, (start, stop) = _DTYPES[tensor.dtype], tensor.data_offsets
+    start, stop = tensor.data_offsets
     if start != at or not 0 <= stop - start <= room or min(tensor.shape, default=0) < 0:
         raise ValueError(f"an array lies at {start} to {stop}, where none can lie")
     if math.prod(tensor.shape) * dtype.itemsize != stop - start:

@@ -5,7 +5,10 @@ Each class also derives from the built-in that fits, so code that knows nothing 
 
 import errno
 
+import msgspec
+
 __all__ = [
+    "UNREADABLE",
     "Conflict",
     "Corrupt",
     "Fenced",
@@ -17,6 +20,11 @@ __all__ = [
     "TrajstoreError",
     "Unavailable",
 ]
+
+
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for bytes that are not what they should be: cut off, of other types, no UTF-8, or nested deeper
+than the stack. For `except`; each becomes an error below."""
 
 
 class TrajstoreError(Exception):

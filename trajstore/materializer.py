@@ -13,6 +13,7 @@ import msgspec
 
 from trajstore.blob import to_blob
 from trajstore.deletion import removal
+from trajstore.entries import Event
 from trajstore.errors import (
     Corrupt,
     NotFound,
@@ -22,7 +23,7 @@ from trajstore.errors import (
     TrajstoreError,
     Unavailable,
 )
-from trajstore.events import CLOSED_STATUSES, TrajectoryDeleted
+from trajstore.events import CLOSED_STATUSES, SegmentOpened, TrajectoryClosed, TrajectoryDeleted, TrajectoryOpened
 from trajstore.fold import Policy
 from trajstore.log.feed import MATERIALIZER, FeedFollower, Hint, worker_name
 from trajstore.ready import ReadyMember, ReadyQueue
@@ -44,7 +45,8 @@ class Materialized(msgspec.Struct):
         groups: entries published.
         tokens: of the trajectories.
         nbytes: of their blobs.
-        refused: trajectories that cannot be folded; each is logged, and stays in the log untouched.
+        refused: trajectories that cannot be folded; each is logged, and stays in the log untouched. The group of one
+            that is closed does not wait for it.
         seconds: spent on reading, folding and publishing.
     """
 
@@ -172,8 +174,23 @@ class Materializer:
         except NotFound:
             pass  # a spurious hint, or a trajectory whose data is gone
         except (SequenceGap, SchemaError, RoutingError, Corrupt) as error:
+            log.error("%s cannot be folded: %s", id, error)
+            self._offer_unreadable(id)
             self.done.refused += 1
-            log.error("%s cannot be folded and is not published: %s", id, error)
+
+    def _offer_unreadable(self, id: str) -> None:
+        """The group of one that cannot be folded waits for it no longer, if its events can be read at all."""
+        try:
+            events = self._store.events(id)
+        except (NotFound, SchemaError, Corrupt):
+            return
+        member, opened = _unreadable(id, events), events[0].header
+        if member is None or not isinstance(opened, TrajectoryOpened):
+            return
+        group, size = opened.group, opened.group_size
+        if group is None or size is None or self._ready.offered(id, group=group, group_size=size) >= member.version:
+            return
+        self._offer(member, group=group, group_size=size)
 
     def _publish(self, id: str) -> None:
         try:
@@ -203,20 +220,25 @@ class Materializer:
             tokens=len(trajectory),
             nbytes=len(blob),
         )
+        is_new = self._offer(member, group=group, group_size=size)
+        self._on_step("offered")
+        if is_new:
+            self.done.trajectories += 1
+            self.done.tokens += len(trajectory)
+            self.done.nbytes += len(blob)
+
+    def _offer(self, member: ReadyMember, *, group: str | None, group_size: int | None) -> bool:
+        """Offer a member; whether it was not known before."""
         offer = self._ready.offer(
             member,
             group=group,
-            group_size=size,
+            group_size=group_size,
             policy=self._policy,
             keep=self._assembly_seconds,
             goes_on=self._goes_on,
         )
-        self._on_step("offered")
-        if offer.is_new:
-            self.done.trajectories += 1
-            self.done.tokens += len(trajectory)
-            self.done.nbytes += len(blob)
         self.done.groups += offer.published is not None
+        return offer.is_new
 
     def _withdraw(self, id: str) -> None:
         """If it was deleted: what it still has in the hot log goes, and its group waits for it no longer."""
@@ -244,3 +266,12 @@ class Materializer:
         except TrajstoreError:
             return False  # nothing more will come of it; what was offered stays
         return history.status not in CLOSED_STATUSES or history.closes > member.version
+
+
+def _unreadable(id: str, events: Sequence[Event]) -> ReadyMember | None:
+    """How a trajectory that cannot be folded is offered; None for one that is open."""
+    turns = [event.header for event in events if isinstance(event.header, SegmentOpened | TrajectoryClosed)]
+    if not turns or not isinstance(turns[-1], TrajectoryClosed):
+        return None
+    closes = sum(isinstance(header, TrajectoryClosed) for header in turns)
+    return ReadyMember(id=id, version=closes, status="unreadable", at=events[-1].id, tokens=0, nbytes=0)

@@ -6,19 +6,20 @@ because it can always be folded again. Publishing is keyed by (trajectory, versi
 A group is complete when as many members have been closed as it is to have, aborted ones too: whether to train on those
 is the trainer's choice. It is published again, whole and under a higher version, for each change after that: a member
 that was resumed and closed again, or one beyond its size. A member that was deleted counts as come and is left out: its
-group waits for it no longer, and is not published again because of it.
+group waits for it no longer. It is published again because of that only if the member was aborted, for then a trainer
+may wait for it. A member that cannot be folded counts as come, too, and is named.
 """
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import redis
 
 from trajstore.blob import read_blob
 from trajstore.entries import decode_entry
-from trajstore.errors import Corrupt, SchemaError, Unavailable
+from trajstore.errors import UNREADABLE, Corrupt, SchemaError, Unavailable
 from trajstore.events import EventId
 from trajstore.history import find_tombstone
 from trajstore.log.bulk import Value
@@ -26,10 +27,22 @@ from trajstore.log.feed import lowest_needed, parse_stream
 from trajstore.log.keys import Keys
 from trajstore.log.run import TRAINER_GROUP
 from trajstore.log.stream import parse_entries
-from trajstore.log.wire import FULL_AT, Command, Wire, memory_use, translate
+from trajstore.log.wire import FULL_AT, Command, Wire, memory_use, reply_fields, translate
 from trajstore.trajectory import Trajectory
 
-__all__ = ["Delivery", "Offer", "ReadyFollower", "ReadyGroup", "ReadyMember", "ReadyQueue", "parse_deliveries"]
+__all__ = [
+    "Delivery",
+    "EntryPlace",
+    "Offer",
+    "ReadyFollower",
+    "ReadyGroup",
+    "ReadyMember",
+    "ReadyQueue",
+    "assembly_name",
+    "parse_deliveries",
+]
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +58,10 @@ class ReadyMember(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         id: of the trajectory.
         version: how often it had been closed; a re-closed one comes again with a higher version.
-        status: completed, truncated, failed or aborted.
-        at: id of the last event folded.
-        tokens: T.
-        nbytes: size of its blob.
+        status: completed, truncated, failed or aborted; "unreadable" for one that cannot be folded.
+        at: id of the last event folded; of an unreadable one, of the last that there is.
+        tokens: T; 0 of an unreadable one.
+        nbytes: size of its blob; 0 likewise.
     """
 
     id: str
@@ -64,16 +77,35 @@ class ReadyGroup(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         group: name, None for a trajectory without one.
-        version: sum of the members' versions, of deleted ones the last offered; rises when a member was closed again or
-            another one came.
+        version: sum of the members' versions, of deleted ones the last offered (one more if that was aborted); rises
+            when a member was closed again, another one came, or an aborted one was deleted.
         policy: of the fold.
         members: by id.
+        size: how many members the group was to have when it was first published; None for a trajectory by itself, and
+            in entries that were written before it was recorded.
     """
 
     group: str | None
     version: int
     policy: str
     members: tuple[ReadyMember, ...]
+    size: int | None = None
+
+
+class EntryPlace(NamedTuple):
+    """Where an entry lies in the ready streams."""
+
+    partition: int
+    at: str
+
+    def __str__(self) -> str:
+        return f"{self.partition}/{self.at}"
+
+    @classmethod
+    def parse(cls, text: str) -> "EntryPlace":
+        """From `str(place)`."""
+        partition, _, at = text.partition("/")
+        return cls(int(partition), at)
 
 
 class Delivery(NamedTuple):
@@ -82,6 +114,11 @@ class Delivery(NamedTuple):
     partition: int
     at: str
     group: ReadyGroup
+
+    @property
+    def place(self) -> EntryPlace:
+        """Where it lies."""
+        return EntryPlace(self.partition, self.at)
 
 
 class Offer(NamedTuple):
@@ -105,7 +142,7 @@ class ReadyQueue:
 
     def offered(self, id: str, *, group: str | None, group_size: int | None) -> int:
         """Version under which a trajectory was last offered, 0 if it never was."""
-        data = self._wire.call("HGET", self._keys.assembly(_assembly_name(id, group, group_size)), id)
+        data = self._wire.call("HGET", self._keys.assembly(assembly_name(id, group, group_size)), id)
         return 0 if data is None else _decode_member(data).version
 
     def offer(
@@ -121,27 +158,30 @@ class ReadyQueue:
         """Put a trajectory in its group's place; publish the group if that completes it.
 
         Args:
-            group_size: as this member knows it; where members differ, the largest counts.
+            group_size: as this member knows it; where members differ, the largest counts that was known when the group
+                was first published.
             keep: seconds for which the assembly of a complete group is remembered, against repeated hints.
             goes_on: asked about aborted members: True for one that was resumed since, and that will be offered again
                 when it is closed. The group waits for it.
         """
-        name = _assembly_name(member.id, group, group_size)
+        name = assembly_name(member.id, group, group_size)
         key = self._keys.assembly(name)
         for _ in range(_ATTEMPTS):
             with self._wire.watching(key) as watch:
                 flat = watch.call("HGETALL", key)
-                held = dict(zip(flat[::2], flat[1::2], strict=True))
+                held = reply_fields(flat)
                 published, known_size = int(held.pop(_PUBLISHED, b"0")), int(held.pop(_SIZE, b"0"))
                 members = {found.id: found for found in map(_decode_member, held.values())}
                 before = members.get(member.id)
-                if member.status == _DELETED and before is not None:  # no version comes or goes with it
-                    member = msgspec.structs.replace(member, version=before.version)
+                if member.status == _DELETED and before is not None:
+                    # No version comes or goes with it, unless it was aborted: for such a one trainers may wait.
+                    known = before.version + (before.status == "aborted")
+                    member = msgspec.structs.replace(member, version=known)
                 if before is not None and (before.version > member.version or before.status == _DELETED):
                     return Offer(False, None)
                 members[member.id] = member
                 there = tuple(members[one] for one in sorted(members) if members[one].status != _DELETED)
-                size = max(known_size, group_size or 1)
+                size = known_size if published else max(known_size, group_size or 1)
                 commands: list[Command] = [("HSET", key, member.id, _encode(member), _SIZE, size)]
                 version = sum(one.version for one in members.values())
                 others = (one for one in members.values() if one.id != member.id and one.status == "aborted")
@@ -149,14 +189,17 @@ class ReadyQueue:
                 if len(members) >= size and not there:
                     commands.append(("PEXPIRE", key, int(keep * 1000)))
                 elif len(members) >= size and version > published and not any(map(goes_on, others)):
-                    ready = ReadyGroup(group=group, version=version, policy=policy, members=there)
+                    whole = group is not None and group_size is not None
+                    ready = ReadyGroup(
+                        group=group, version=version, policy=policy, members=there, size=size if whole else None
+                    )
                     stream = self._keys.ready(self._keys.partition(name))
                     commands.append(("XADD", stream, "*", "g", _encode(ready)))
                     commands.append(("HSET", key, _PUBLISHED, version))
                     commands.append(("PEXPIRE", key, int(keep * 1000)))
                 if self._wire.transaction(commands, watch=watch) is not None:
                     if known_size not in (0, group_size or 1):
-                        log.warning("group %s: sizes %d and %s; the larger counts", group, known_size, group_size)
+                        log.warning("group %s: sizes %d and %s; %d counts", group, known_size, group_size, size)
                     return Offer(before is None or before.version < member.version, ready)
         raise Unavailable(f"group {group!r} was changed by others {_ATTEMPTS} times in a row")
 
@@ -178,7 +221,8 @@ class ReadyQueue:
             group, group_size, policy, keep, goes_on: as for `offer`.
 
         Returns:
-            The entry of its group, if that waited for this one only; None else.
+            The entry of its group, if that waited for this one only, or had been published with it as aborted; None
+            else.
         """
         if group is None or group_size is None:  # nobody waits for it
             return None
@@ -298,7 +342,7 @@ class ReadyFollower:
             stream = self._keys.ready(partition)
             groups = self._groups(stream)
             needed = lowest_needed(
-                groups, self._wire.call_all([("XPENDING", stream, _field(one, b"name")) for one in groups])
+                groups, self._wire.call_all([("XPENDING", stream, reply_fields(one)[b"name"]) for one in groups])
             )
             commands: list[Command] = [] if needed is None else [("XTRIM", stream, "MINID", str(needed))]
             for delivery in some:
@@ -316,8 +360,8 @@ class ReadyFollower:
 
     def _last_delivered(self, stream: str) -> str:
         """Newest entry that any consumer of the group has had."""
-        mine = [one for one in self._groups(stream) if _field(one, b"name") == self._group.encode()]
-        return str(_field(mine[0], b"last-delivered-id").decode()) if mine else "0-0"
+        mine = [one for one in self._groups(stream) if reply_fields(one)[b"name"] == self._group.encode()]
+        return str(reply_fields(mine[0])[b"last-delivered-id"].decode()) if mine else "0-0"
 
     def _groups(self, stream: str) -> list[Any]:
         return list(self._wire.call("XINFO", "GROUPS", stream))
@@ -330,14 +374,17 @@ def _read_fold(value: Value) -> Trajectory | Corrupt:
         return error
 
 
-def _assembly_name(id: str, group: str | None, group_size: int | None) -> str:
+def assembly_name(id: str, group: str | None, group_size: int | None) -> str:
     """Where a trajectory is put together with others: its group, or by itself (behind a character no group has)."""
     return group if group is not None and group_size is not None else f"\x00{id}"
 
 
 def parse_deliveries(partition: int, entries: object) -> list[Delivery]:
     """Entries of a partition's ready stream, as a reply holds them; those trimmed meanwhile are left out."""
-    return [Delivery(partition, at, _decode_group(fields[b"g"])) for at, fields in parse_stream(entries)]
+    return [
+        Delivery(partition, at, _decode_group(fields.get(b"g", b""), EntryPlace(partition, at)))
+        for at, fields in parse_stream(entries)
+    ]
 
 
 def _is_tombstone(reply: object) -> bool:
@@ -348,10 +395,21 @@ def _is_tombstone(reply: object) -> bool:
         return False
 
 
-def _field(flat: Any, name: bytes) -> Any:
-    return dict(zip(flat[::2], flat[1::2], strict=True))[name]
-
-
 _encode = msgspec.msgpack.Encoder().encode
-_decode_member = msgspec.msgpack.Decoder(ReadyMember).decode
-_decode_group = msgspec.msgpack.Decoder(ReadyGroup).decode
+_member = msgspec.msgpack.Decoder(ReadyMember)
+_group = msgspec.msgpack.Decoder(ReadyGroup)
+
+
+def _decode_member(data: bytes) -> ReadyMember:
+    return _decoded(_member, data, "what is known of a group that is put together")
+
+
+def _decode_group(data: bytes, place: EntryPlace) -> ReadyGroup:
+    return _decoded(_group, data, f"ready entry {place}")
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[T], data: bytes, what: str) -> T:
+    try:
+        return decoder.decode(data)
+    except UNREADABLE as error:
+        raise Corrupt(f"{what} cannot be read: {error}; it is damaged, or not trajstore's") from error

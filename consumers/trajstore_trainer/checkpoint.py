@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 
 from trajstore.errors import Conflict, SchemaError
-from trajstore_trainer.claims import Place, Slot
+from trajstore.ready import EntryPlace
+from trajstore_trainer.claims import Slot
 from trajstore_trainer.filtered import Filtered
 
 __all__ = ["DatasetState", "find_states", "is_complete", "require_own"]
@@ -50,9 +51,9 @@ class DatasetState(msgspec.Struct, frozen=True, kw_only=True):
         return Slot(self.rank, self.worker)
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[EntryPlace]:
         """Its entries."""
-        return [Place.parse(entry) for entry in self.entries]
+        return [EntryPlace.parse(entry) for entry in self.entries]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""

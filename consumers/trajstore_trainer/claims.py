@@ -19,32 +19,16 @@ from typing import NamedTuple
 from ulid import ULID
 
 from trajstore.log.keys import Keys
-from trajstore.log.wire import Command, Wire
-from trajstore.ready import Delivery, parse_deliveries
+from trajstore.log.wire import Command, Wire, reply_fields
+from trajstore.ready import Delivery, EntryPlace, parse_deliveries
 
-__all__ = ["Claims", "Place", "Slot", "consumer_name", "slot_of"]
+__all__ = ["Claims", "Slot", "consumer_name", "slot_of"]
 
 log = logging.getLogger(__name__)
 
 _PAGE = 500
 _ROUNDS = 20
 _NAME = re.compile(r"rank-(\d+)\.(\d+):")
-
-
-class Place(NamedTuple):
-    """Where an entry lies in the ready streams."""
-
-    partition: int
-    at: str
-
-    def __str__(self) -> str:
-        return f"{self.partition}/{self.at}"
-
-    @classmethod
-    def parse(cls, text: str) -> "Place":
-        """From `str(place)`."""
-        partition, _, at = text.partition("/")
-        return cls(int(partition), at)
 
 
 class Slot(NamedTuple):
@@ -87,14 +71,11 @@ class Claims:
         self._group = group
         self._consumer = consumer
         self._lease = lease
-        self._looks: dict[tuple[int, str], tuple[float, float]] = {}
-        self._lived: set[str] = set()
-        self._has_looked = False
 
-    def keep(self) -> set[Place]:
+    def keep(self) -> set[EntryPlace]:
         """Make what this consumer has fresh again, and tell what that is."""
         after = dict.fromkeys(range(self._keys.partitions), "0-0")
-        mine: set[Place] = set()
+        mine: set[EntryPlace] = set()
         while after:
             streams = [self._keys.ready(partition) for partition in after]
             reply = self._wire.call(
@@ -104,7 +85,7 @@ class Claims:
             pages = {name.decode(): [entry[0].decode() for entry in entries] for name, entries in reply or []}
             for partition, stream in zip(list(after), streams, strict=True):
                 page = pages.get(stream, [])
-                mine.update(Place(partition, at) for at in page)
+                mine.update(EntryPlace(partition, at) for at in page)
                 if len(page) == _PAGE:
                     after[partition] = page[-1]
                 else:
@@ -133,15 +114,15 @@ class Claims:
             log.warning("%d entries of an earlier %s stay with it, for it keeps using them", missed, self._consumer)
         return found
 
-    def take_over(self, count: int, *, may: Callable[[str, bool], bool]) -> list[Delivery]:
+    def take_over(self, count: int, *, may: Callable[[str], bool]) -> list[Delivery]:
         """Take up to `count` entries of consumers that have been silent for the lease.
 
         Args:
-            may: asked about each with its name, and whether it has given a sign of life since this one first looked.
+            may: asked about each with its name.
         """
         found: list[Delivery] = []
         for consumer in self._others():
-            if consumer.idle < self._lease or not may(consumer.name, consumer.name in self._lived):
+            if consumer.idle < self._lease or not may(consumer.name):
                 continue
             for _, page in self._pending(consumer, idle=self._lease):
                 ids = [at for at, _ in page[: count - len(found)]]
@@ -152,14 +133,14 @@ class Claims:
                     return found
         return found
 
-    def owners(self, places: Sequence[Place]) -> list[str | None]:
+    def owners(self, places: Sequence[EntryPlace]) -> list[str | None]:
         """Who has each of these entries; None for one that was acknowledged."""
         replies = self._wire.call_all(
             [("XPENDING", self._keys.ready(one.partition), self._group, one.at, one.at, 1) for one in places]
         )
         return [reply[0][1].decode() if reply else None for reply in replies]
 
-    def read(self, places: Sequence[Place]) -> list[Delivery]:
+    def read(self, places: Sequence[EntryPlace]) -> list[Delivery]:
         """These entries, as far as they have not been trimmed."""
         replies = self._wire.call_all([("XRANGE", self._keys.ready(one.partition), one.at, one.at) for one in places])
         return [
@@ -184,39 +165,18 @@ class Claims:
 
     def _others(self) -> list[_Consumer]:
         """The other consumers that have something in hand."""
-        partitions, asked = range(self._keys.partitions), time.monotonic()
+        partitions = range(self._keys.partitions)
         replies = self._wire.call_all(
             [("XINFO", "CONSUMERS", self._keys.ready(one), self._group) for one in partitions]
         )
         found = []
         for partition, reply in zip(partitions, replies, strict=True):
             for flat in reply:
-                fields = dict(zip(flat[::2], flat[1::2], strict=True))
+                fields = reply_fields(flat)
                 one = _Consumer(partition, fields[b"name"].decode(), fields[b"pending"], fields[b"idle"] / 1000)
-                if one.name != self._consumer:
-                    self._note(one, asked)
-                    if one.pending:
-                        found.append(one)
-        self._has_looked = True
+                if one.name != self._consumer and one.pending:
+                    found.append(one)
         return found
-
-    def _note(self, consumer: _Consumer, asked: float) -> None:
-        """See whether a consumer gave a sign of life between two looks.
-
-        One that is new did. Of any other, the silence grows with the time, at least by that from one reply to the next
-        question, if it did not; half of that allows for clocks that differ.
-        """
-        key = (consumer.partition, consumer.name)
-        if key not in self._looks:
-            if self._has_looked:
-                self._lived.add(consumer.name)
-        else:
-            before, replied = self._looks[key]
-            if asked - replied < self._lease / 8:  # too close to tell
-                return
-            if consumer.idle < before + (asked - replied) / 2:
-                self._lived.add(consumer.name)
-        self._looks[key] = (consumer.idle, time.monotonic())
 
     def _pending(self, consumer: _Consumer, *, idle: float = 0.0) -> Iterator[tuple[float, list[tuple[str, int]]]]:
         """Pages of what a consumer has: when each was asked for, and (id, milliseconds idle) of its entries."""

@@ -4,35 +4,31 @@ Entries of the ready streams are claimed, read ahead by a thread, judged by the 
 acknowledged after the step, or when a checkpoint is durable.
 """
 
-import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 import trajstore
-from trajstore.errors import Conflict, Fenced, SchemaError, Unavailable
+from trajstore.errors import Conflict, SchemaError
 from trajstore.log.run import TRAINER_GROUP
+from trajstore.ready import EntryPlace
 from trajstore.store import Store
 from trajstore.trajectory import Trajectory
 from trajstore_trainer.checkpoint import DatasetState, is_complete, require_own
-from trajstore_trainer.claims import Place, Slot, slot_of
+from trajstore_trainer.claims import Slot, slot_of
 from trajstore_trainer.counts import Counts
-from trajstore_trainer.decisions import Decisions
 from trajstore_trainer.filtered import Filtered, FilteredLog
+from trajstore_trainer.handing import Handing
 from trajstore_trainer.pinning import pinned
 from trajstore_trainer.reader import ReadyTrajectories
-from trajstore_trainer.selection import Selection, judge
-from trajstore_trainer.session import Session, place_of
-from trajstore_trainer.settling import Settling, fenced_message
+from trajstore_trainer.selection import Selection
+from trajstore_trainer.session import Session
+from trajstore_trainer.settling import Settling
 
 __all__ = ["TrajectoryDataset"]
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -108,6 +104,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         self._opened: Store | None = None
         self._settles: Settling | None = None
         self._session: Session | None = None
+        self._handing: Handing | None = None
         self._gathered: list[ReadyTrajectories] = []
 
     @property
@@ -128,7 +125,8 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         """Groups as they are handed out; a second iterator goes on where the first ended.
 
         Raises:
-            Unavailable: nothing came before the deadline, or the server does not answer (also a `TimeoutError`).
+            Unavailable: nothing came before the deadline, the server had no room until then for a decision on a group
+                that may be published again, or does not answer (also a `TimeoutError`).
             Fenced: with checkpoints, others took over what was handed out here, for this process was silent for longer
                 than the lease or was started again elsewhere. Begin again from the last checkpoint.
             SchemaError: the age of a weight version cannot be told; the group stays, and comes again.
@@ -177,7 +175,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
             raise Conflict("this dataset was made with checkpoints=True: save state_dict(), then call commit(state)")
         self._refuse_fork()
         if ready is not None:
-            self._settle([place_of(one) for one in ready])
+            self._settle([one.delivery.place for one in ready])
         elif self._session is not None:
             self._settle(list(self._used(self._session)))
 
@@ -194,8 +192,8 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         """
         self._require_checkpoints("state_dict()")
         session = self._session
-        if session is not None:
-            self._require_held(session, self._timeout)
+        if self._handing is not None:
+            self._handing.require_held(self._timeout)
         handed = {} if session is None else self._used(session)
         return DatasetState(
             run=self._store.incarnation,
@@ -234,7 +232,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         Args:
             state: this rank's state. If the number of ranks has changed, and wherever it is at hand, the states of all
                 ranks, as a list or whatever holds them: rank r of W then goes on with what the ranks r, r + W, r + 2W
-                ... had.
+                ... had, and takes over what silent ranks have. With its own state alone it takes over nothing.
 
         Raises:
             Conflict: made without checkpoints, or the state is of another run or consumer group.
@@ -244,10 +242,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         self._require_checkpoints("load_state_dict(state)")
         states = require_own(state, run=self._store.incarnation, group=self._group)
         knows_all = is_complete(states, rank=self._rank, world_size=self._world_size)
-        if self._session is not None:
-            self._session.close()
-            self._session = None
-            self._gathered.clear()
+        self._end()
         self._settle_states(states)
         self._knows_all = knows_all
 
@@ -268,10 +263,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
     def close(self) -> None:
         """Hand back what was read ahead, and close the store if it was opened here."""
         if self._process == os.getpid():
-            if self._session is not None:
-                self._session.close()
-                self._session = None
-                self._gathered.clear()
+            self._end()
             if self._opened is not None:
                 self._opened.close()
                 self._opened = self._settles = None
@@ -293,6 +285,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
             "_opened": None,
             "_settles": None,
             "_session": None,
+            "_handing": None,
             "_gathered": [],
             "_process": None,
             "counts": Counts(),
@@ -330,10 +323,10 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         if not self._checkpoints:
             raise Conflict(f"{call} needs a dataset that was made with checkpoints=True; without, call acknowledge()")
 
-    def _begin(self) -> Session:
-        """The session of this process, begun if it was not."""
+    def _begin(self) -> Handing:
+        """What hands out in this process; reading begins if it had not."""
         store = self._store
-        if self._session is None:
+        if self._handing is None:
             info = get_worker_info()
             if info is not None:
                 self._worker, self._workers = Slot(self._rank, info.id), info.num_workers
@@ -347,90 +340,42 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
                 prefetch_groups=self._prefetch_groups,
                 prefetch_bytes=self._prefetch_bytes,
             )
-        return self._session
+            self._handing = Handing(
+                store,
+                self._session,
+                self._settling,
+                group=self._group,
+                checkpoints=self._checkpoints,
+                selection=self._selection,
+                counts=self.counts,
+                progress_seconds=self._progress_seconds,
+            )
+        return self._handing
 
-    def _may_take_over(self, consumer: str, has_lived: bool) -> bool:
+    def _end(self) -> None:
+        """End reading, if it had begun."""
+        if self._session is not None:
+            self._session.close()
+            self._session = self._handing = None
+            self._gathered.clear()
+
+    def _may_take_over(self, consumer: str) -> bool:
         """Whether what a silent consumer has may be trained on here.
 
-        Of a rank that has not read since this session began, nobody knows whether its checkpoint holds what it has,
-        unless all states were loaded here: it acknowledges that when it starts.
+        Only the states of all tell what of it a checkpoint holds; each rank acknowledges that when it starts, and may
+        be about to.
         """
-        return not self._checkpoints or self._knows_all or slot_of(consumer) is None or has_lived
+        return not self._checkpoints or self._knows_all or slot_of(consumer) is None
 
     def _next(self) -> ReadyTrajectories:
-        session = self._begin()
-        begun = now = time.monotonic()
-        next_line = begun + self._progress_seconds
-        while True:
-            self._require_held(session, max(0.0, begun + self._timeout - now))
-            ready = session.peek(max(0.0, min(next_line, begun + self._timeout) - now))
-            self.counts.again, self.counts.taken_over = session.again, session.taken_over
-            if ready is not None and (chosen := self._choose(session, ready)) is not None:
-                return chosen
-            now = time.monotonic()
-            if now >= begun + self._timeout:
-                raise Unavailable(
-                    f"no group came within {self._timeout:g} s; {self._progress(session)}. Is a materializer running "
-                    "(`trajstore materialize STORE`), and are trajectories being closed?"
-                ) from session.trouble
-            if now >= next_line:
-                log.info("waiting for %.0f s; %s", now - begun, self._progress(session))
-                next_line = now + self._progress_seconds
+        return self._begin().next(version=self._version, timeout=self._timeout)
 
-    def _choose(self, session: Session, ready: ReadyTrajectories) -> ReadyTrajectories | None:
-        """Hand out what of the next group is to be trained on; None if it is nothing, or the group is gone."""
-        place = place_of(ready)
-        decisions = Decisions(self._store.wire, self._store.keys, consumers=self._group)
-        verdict = decisions.apply(ready, judge(ready, self._selection, version=self._version))
-        record = None
-        if verdict.reasons:
-            record = Filtered(
-                entry=str(place), group=ready.group, version=ready.version, why=verdict.why, reasons=verdict.reasons
-            )
-        if record is not None and not self._checkpoints:
-            FilteredLog(self._store.wire, self._store.keys, consumers=self._group).write([record])
-        self._require_held(session, self._timeout)
-        if not session.hand_out(ready, record if self._checkpoints else None):
-            return None
-        if record is not None:
-            log.info(
-                "%s: not trained on %s%s",
-                "a trajectory without a group" if ready.group is None else f"group {ready.group}",
-                ", ".join(f"{id} ({reason})" for id, reason in sorted(verdict.reasons.items())),
-                f": {verdict.why}" if verdict.why else "",
-            )
-        self.counts.add(verdict)
-        if not verdict.keep:
-            if not self._checkpoints:
-                self._settle([place])
-            return None
-        return replace(ready, trajectories=verdict.keep)
-
-    def _require_held(self, session: Session, timeout: float) -> None:
-        """What was handed out is this consumer's still.
-
-        Raises:
-            Fenced: with checkpoints, it is not.
-            Unavailable: the server did not answer before the deadline.
-        """
-        lost = session.lost(timeout)
-        if not lost:
-            return
-        first = str(min(lost))
-        if self._checkpoints:
-            raise Fenced(fenced_message(session.consumer, len(lost), first))
-        log.warning(
-            "%s was silent for longer than the lease: %d entries that it had handed out, the first %s, go to others",
-            session.consumer, len(lost), first,
-        )  # fmt: skip
-        session.settled(lost)
-
-    def _used(self, session: Session) -> dict[Place, Filtered | None]:
+    def _used(self, session: Session) -> dict[EntryPlace, Filtered | None]:
         """What was handed out, but for the groups of a batch that has not been."""
-        gathered = set(map(place_of, self._gathered))
+        gathered = {one.delivery.place for one in self._gathered}
         return {place: record for place, record in session.handed.items() if place not in gathered}
 
-    def _settle(self, places: Sequence[Place]) -> None:
+    def _settle(self, places: Sequence[EntryPlace]) -> None:
         self.counts.acknowledged += self._settling.settle(places)
         if self._session is not None:
             self._session.settled(places)
@@ -439,10 +384,3 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         self.counts.acknowledged += self._settling.settle_states(states)
         if self._session is not None:
             self._session.settled([place for one in states for place in one.places])
-
-    def _progress(self, session: Session) -> str:
-        return (
-            f"{session.consumer.partition(':')[0]} has had {self.counts}; {len(session.handed)} entries are not "
-            f"acknowledged, {session.prefetched} groups are read ahead"
-            f"{'' if session.trouble is None else f'; the server: {session.trouble}'}"
-        )

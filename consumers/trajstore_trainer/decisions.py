@@ -1,19 +1,21 @@
 """Against training twice on a group that is published again: what one entry decided on stays decided.
 
 A materializer publishes a group once more when a member that was aborted is resumed and closed. Where the group has
-been trained on without that member, or was dropped because of it, later entries of it are passed over.
+been trained on without that member, or was dropped because of it, other entries of it are passed over. They need not
+come in the order in which they were published: one rank may have read the earlier ahead and use it last.
 """
 
 from trajstore.log.keys import Keys
 from trajstore.log.wire import Wire
-from trajstore_trainer.claims import Place
+from trajstore.ready import assembly_name
 from trajstore_trainer.reader import ReadyTrajectories
 from trajstore_trainer.selection import DECIDED, Verdict
 
 __all__ = ["Decisions"]
 
 _KEPT_SECONDS = 7 * 86400
-"""As long as a materializer remembers a published group, and so may publish it again (`assembly_seconds`)."""
+"""For which a decision outlives the materializer's memory of the group, when no more entries of it are published: those
+there are may lie in a prefetch, or unread."""
 
 
 class Decisions:
@@ -37,13 +39,15 @@ class Decisions:
         if not verdict.decides and ready.version <= len(members):  # nothing was closed twice: no entry came before it
             return verdict
         first = ready.trajectories[0]
-        whole = first.group is not None and first.group_size is not None
-        key = self._keys.chosen(str(first.group) if whole else f"\x00{first.id}", self._consumers)
-        entry = str(Place(ready.delivery.partition, ready.delivery.at)).encode()
-        if verdict.decides:
-            _, chosen = self._wire.call_all([("SET", key, entry, "NX", "EX", _KEPT_SECONDS), ("GET", key)])
-        else:
-            chosen = self._wire.call("GET", key)
+        name = assembly_name(first.id, first.group, first.group_size)
+        key = self._keys.chosen(name, self._consumers)
+        entry = str(ready.delivery.place).encode()
+        chosen, left = self._wire.call_all([("GET", key), ("PTTL", self._keys.assembly(name))])
+        seconds = _KEPT_SECONDS + max(0, left) // 1000
+        if chosen is not None:
+            self._wire.call("EXPIRE", key, seconds)
+        elif verdict.keep or verdict.decides:
+            _, chosen = self._wire.call_all([("SET", key, entry, "NX", "EX", seconds), ("GET", key)])
         if chosen in (None, entry):
             return verdict
         return Verdict([], {member.id: DECIDED for member in members}, DECIDED)

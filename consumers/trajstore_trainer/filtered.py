@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from trajstore.errors import StoreFull
+from trajstore.errors import UNREADABLE, Corrupt, StoreFull
 from trajstore.log.feed import parse_stream
 from trajstore.log.keys import Keys
 from trajstore.log.wire import Wire
-from trajstore_trainer.claims import Place
+from trajstore.ready import EntryPlace
 
 __all__ = ["Filtered", "FilteredLog"]
 
@@ -56,7 +56,7 @@ class FilteredLog:
         """
         commands = [
             (
-                "XADD", self._keys.filtered(Place.parse(one.entry).partition), "MAXLEN", "~", _KEPT, "*",
+                "XADD", self._keys.filtered(EntryPlace.parse(one.entry).partition), "MAXLEN", "~", _KEPT, "*",
                 "c", self._consumers, "f", _encode(one),
             )
             for one in records
@@ -72,10 +72,20 @@ class FilteredLog:
         replies = self._wire.call_all([("XRANGE", self._keys.filtered(one), "-", "+") for one in partitions])
         mine = self._consumers.encode()
         found = [
-            _decode(fields[b"f"]) for reply in replies for _, fields in parse_stream(reply) if fields[b"c"] == mine
+            _decode(fields.get(b"f", b""))
+            for reply in replies
+            for _, fields in parse_stream(reply)
+            if fields.get(b"c") == mine
         ]
         return list({one.entry: one for one in found}.values())
 
 
+def _decode(data: bytes) -> Filtered:
+    try:
+        return _decoder.decode(data)
+    except UNREADABLE as error:
+        raise Corrupt(f"a record of what was filtered cannot be read: {error}; is it trajstore's?") from error
+
+
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Filtered).decode
+_decoder = msgspec.msgpack.Decoder(Filtered)

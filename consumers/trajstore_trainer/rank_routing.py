@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trajstore.errors import SchemaError
+from trajstore.errors import UNREADABLE, SchemaError
 from trajstore.fold import Policy
 from trajstore.reading import Archive
 from trajstore.routing import RoutingArray, RoutingSpec
@@ -195,7 +195,7 @@ def _read_ready(store: Store, place: RoutingPlace, bounds: Sequence[tuple[int, i
     try:
         header = msgspec.json.decode(text, type=_BlobHeader)
         folded = msgspec.json.decode(header.metadata["trajstore"], type=_Folded)
-    except (msgspec.MsgspecError, KeyError) as error:
+    except (*UNREADABLE, KeyError) as error:
         log.warning("the ready payload of %s is damaged or just went, and is not used: %s", place.id, error)
         return None
     if (folded.id, folded.at, folded.policy) != (place.id, place.at, place.policy):

@@ -10,7 +10,7 @@ from trajstore.errors import Corrupt, NotFound, RoutingError, SchemaError, Seque
 from trajstore.fold import Policy
 from trajstore.log.feed import worker_name
 from trajstore.log.run import TRAINER_GROUP
-from trajstore.ready import Delivery, ReadyFollower, ReadyMember
+from trajstore.ready import Delivery, EntryPlace, ReadyFollower, ReadyMember
 from trajstore.store import Store
 from trajstore.trajectory import Trajectory
 
@@ -25,10 +25,10 @@ class ReadyTrajectories:
 
     Attributes:
         group: name, None for a trajectory without one.
-        version: rises when the group is published again because a member was closed again or another one came.
+        version: rises when the group is published again because a member was closed again, another one came, or an
+            aborted one was deleted.
         trajectories: its members, folded, by id.
-        missing: members that cannot be read any more, by id, with the reason: deleted ones, and damaged ones. Normally
-            empty.
+        missing: members that cannot be read, by id, with the reason: deleted ones, and damaged ones. Normally empty.
         delivery: what `TrajectoryReader.acknowledge` acknowledges.
     """
 
@@ -73,7 +73,7 @@ class TrajectoryReader:
         self._queue = ReadyFollower(store.wire, store.keys, group, consumer or worker_name())
         self._former = dict.fromkeys(range(store.partitions if consumer else 0), "0-0")
         self._held: list[Delivery] = []
-        self._outstanding: set[tuple[int, str]] = set()
+        self._outstanding: set[EntryPlace] = set()
         self._next_claim = 0.0
         self.deleted = 0
 
@@ -127,18 +127,18 @@ class TrajectoryReader:
         self._hold(claimed)
 
     @property
-    def in_hand(self) -> set[tuple[int, str]]:
-        """Partition and id of every entry that this reader has and did not acknowledge."""
+    def in_hand(self) -> set[EntryPlace]:
+        """Every entry that this reader has and did not acknowledge. Any thread may ask."""
         return self._outstanding.copy()
 
-    def settled(self, places: Iterable[tuple[int, str]]) -> None:
+    def settled(self, places: Iterable[EntryPlace]) -> None:
         """These entries, which this reader gave, were acknowledged by others for it. Any thread may say so."""
         self._outstanding.difference_update(places)
 
-    def forget(self, places: Iterable[tuple[int, str]]) -> None:
+    def forget(self, places: Iterable[EntryPlace]) -> None:
         """These entries are others' now, or acknowledged by others."""
         lost = set(places)
-        self._held = [one for one in self._held if _place(one) not in lost]
+        self._held = [one for one in self._held if one.place not in lost]
         self._outstanding.difference_update(lost)
 
     def acknowledge(self, ready: Iterable[ReadyTrajectories]) -> None:
@@ -149,7 +149,7 @@ class TrajectoryReader:
         """
         deliveries = [one.delivery for one in ready]
         self._queue.acknowledge(deliveries)
-        self._outstanding.difference_update(map(_place, deliveries))
+        self._outstanding.difference_update(one.place for one in deliveries)
 
     def _fill(self, groups: int, at_least: int, deadline: float) -> None:
         """Hold at least so many entries, or what there is at the deadline; look for `groups`."""
@@ -193,7 +193,7 @@ class TrajectoryReader:
             found = self._queue.take_over(
                 idle=self._claim_seconds,
                 count=wanted - len(self._held),
-                skip=lambda one: _place(one) in self._outstanding,
+                skip=lambda one: one.place in self._outstanding,
             )
             self._hold(found)
             if len(self._held) < wanted:  # else there may be more
@@ -204,9 +204,9 @@ class TrajectoryReader:
             self._hold(self._queue.poll(count=wanted - len(self._held), block=block))
 
     def _hold(self, found: Sequence[Delivery]) -> None:
-        new = [one for one in found if _place(one) not in self._outstanding]
+        new = [one for one in found if one.place not in self._outstanding]
         self._held += new
-        self._outstanding.update(map(_place, new))
+        self._outstanding.update(one.place for one in new)
 
     def _read(self, deliveries: Sequence[Delivery]) -> tuple[set[str], list[ReadyTrajectories]]:
         """Ids of deleted members, and the entries."""
@@ -240,16 +240,19 @@ class TrajectoryReader:
         return deleted, ready
 
     def _fold(self, member: ReadyMember, laid: Trajectory | Corrupt | None, policy: Policy) -> Trajectory:
-        """As it lay ready, else folded again."""
-        if isinstance(laid, Trajectory):
-            return laid
-        if laid is not None:
+        """As it lay ready, else folded again.
+
+        A materializer with another policy, or that came later to an aborted trajectory, lays another fold in its place.
+        """
+        wanted = (member.id, member.at, policy)
+        if isinstance(laid, Corrupt):
             log.warning("the ready payload of %s is damaged and is folded again: %s", member.id, laid)
+        elif laid is not None:
+            found = (laid.id, laid.at, laid.policy)
+            if found == wanted:
+                return laid
+            log.warning("the ready payload of %s at %s by %s is that of %s at %s by %s; folded again", *wanted, *found)
         return self._store.load(member.id, policy=policy, until=member.at)
-
-
-def _place(delivery: Delivery) -> tuple[int, str]:
-    return delivery.partition, delivery.at
 
 
 def _version(member: ReadyMember) -> tuple[str, int]:

@@ -56,8 +56,8 @@ class Selection:
     Attributes:
         statuses: of members to train on.
         aborted: what becomes of a group with an aborted member (unless `statuses` has "aborted"). "wait": it is passed
-            over, and comes again when the member has been resumed and closed. "drop": the group is given up, for good.
-            "rest": the others are trained on; the member is not, for good, even when it is resumed.
+            over, and comes again when the member has been resumed and closed, or deleted. "drop": the group is given
+            up, for good. "rest": the others are trained on; the member is not, for good, even when it is resumed.
         unfit: what becomes of a group with another unfit member: "drop" or "rest".
         min_members: a group of which less is left is dropped; a trajectory without a group is not asked.
         max_staleness: the most weight versions that the oldest sampled token of a member may be behind; None: any.
@@ -97,7 +97,7 @@ class Verdict:
         keep: the members to train on; empty if the entry is passed over.
         reasons: why each other member is not, by id.
         why: the reason of the entry that is passed over; "" for one that is trained on.
-        waits: passed over, and comes again when an aborted member is closed.
+        waits: passed over, and comes again when an aborted member is closed or deleted.
         decides: trained on or dropped although a member may come back: no later version of it may be trained on.
     """
 
@@ -123,7 +123,8 @@ def judge(ready: ReadyTrajectories, selection: Selection, *, version: int | None
     for one in ready.trajectories:
         if fault := _fault(one, selection, version):
             faults[one.id] = fault
-    size = max((one.group_size or 0 for one in ready.trajectories), default=0)
+    published = ready.delivery.group.size  # members that came later may know another one
+    size = published or max((one.group_size or 0 for one in ready.trajectories), default=0)
     may_return = any(status == ABORTED for status in statuses.values())
     left = [one for one in ready.trajectories if one.id not in faults]
     absent = max(0, size - len(ids))

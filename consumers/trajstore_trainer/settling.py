@@ -6,10 +6,10 @@ A crash in between repeats both.
 from collections.abc import Iterable, Sequence
 
 from trajstore.errors import Fenced
-from trajstore.ready import ReadyFollower
+from trajstore.ready import EntryPlace, ReadyFollower
 from trajstore.store import Store
 from trajstore_trainer.checkpoint import DatasetState
-from trajstore_trainer.claims import Claims, Place
+from trajstore_trainer.claims import Claims
 from trajstore_trainer.filtered import Filtered, FilteredLog
 
 __all__ = ["Settling", "fenced_message"]
@@ -28,7 +28,7 @@ class Settling:
         self._records = FilteredLog(store.wire, store.keys, consumers=group)
         self._queue = ReadyFollower(store.wire, store.keys, group, "")
 
-    def settle(self, places: Sequence[Place], records: Sequence[Filtered] = ()) -> int:
+    def settle(self, places: Sequence[EntryPlace], records: Sequence[Filtered] = ()) -> int:
         """Acknowledge entries; how many were there.
 
         Raises:
@@ -59,7 +59,7 @@ class Settling:
             if lost:
                 raise Fenced(fenced_message(one.consumer, len(lost), lost[0]))
 
-    def _owners(self, state: DatasetState) -> list[tuple[Place, str | None]]:
+    def _owners(self, state: DatasetState) -> list[tuple[EntryPlace, str | None]]:
         return list(zip(state.places, self._claims.owners(state.places), strict=True))
 
 

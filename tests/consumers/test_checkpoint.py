@@ -5,8 +5,8 @@ import json
 import pytest
 
 import trajstore
+from trajstore.ready import EntryPlace
 from trajstore_trainer.checkpoint import DatasetState, find_states, is_complete, require_own
-from trajstore_trainer.claims import Place
 from trajstore_trainer.filtered import Filtered
 
 pytestmark = pytest.mark.torch
@@ -31,7 +31,7 @@ def test_state_survives_json_with_what_was_filtered():
     before = state(entries=("0/17-0", "1/9-2"), filtered=(record,))
     (after,) = find_states(json.loads(json.dumps(before.to_dict())))
     assert after == before
-    assert after.places == [Place(0, "17-0"), Place(1, "9-2")]
+    assert after.places == [EntryPlace(0, "17-0"), EntryPlace(1, "9-2")]
 
 
 def test_states_are_found_at_any_depth_and_in_order():

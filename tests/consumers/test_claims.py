@@ -6,8 +6,8 @@ import time
 import pytest
 
 from tests.consumers.rollouts import finish, materialize, wait_until
-from trajstore.ready import ReadyFollower
-from trajstore_trainer.claims import Claims, Place, Slot, consumer_name, slot_of
+from trajstore.ready import EntryPlace, ReadyFollower
+from trajstore_trainer.claims import Claims, Slot, consumer_name, slot_of
 
 pytestmark = pytest.mark.torch
 
@@ -26,17 +26,17 @@ def give(store, claims, count):
         finish(store, seed=i)
     materialize(store)
     taken = ReadyFollower(store.wire, store.keys, "trainer", claims._consumer).poll(count=count)
-    return {Place(one.partition, one.at) for one in taken}
+    return {one.place for one in taken}
 
 
 def places(deliveries):
-    return {Place(one.partition, one.at) for one in deliveries}
+    return {one.place for one in deliveries}
 
 
 def test_place_of_a_consumer_is_read_from_its_name():
     assert slot_of(consumer_name(Slot(12, 3))) == (12, 3)
     assert slot_of("host-1234-01ARZ3NDEKTSV4RRFFQ69G5FAV") is None
-    assert Place.parse(str(Place(3, "17-0"))) == (3, "17-0")
+    assert EntryPlace.parse(str(EntryPlace(3, "17-0"))) == (3, "17-0")
 
 
 def test_keeping_tells_what_one_has_page_by_page(embedded, claims, monkeypatch):
@@ -53,7 +53,7 @@ def test_silent_consumer_is_inherited_by_one_of_those_that_try(embedded, claims)
     heirs, found = [claims(rank) for rank in (1, 2, 3)], [[], [], []]
 
     def inherit(i):
-        wait_until(lambda: found[i].extend(heirs[i].take_over(12, may=lambda *_: True)) or sum(map(len, found)) >= 12)
+        wait_until(lambda: found[i].extend(heirs[i].take_over(12, may=lambda _: True)) or sum(map(len, found)) >= 12)
 
     threads = [threading.Thread(target=inherit, args=(i,)) for i in range(3)]
     for thread in threads:
@@ -69,7 +69,7 @@ def test_consumer_that_gives_a_sign_of_life_keeps_what_it_has(embedded, claims):
     had = give(embedded, one, 3)
     for _ in range(8):
         assert one.keep() == had
-        assert heir.take_over(3, may=lambda *_: True) == []
+        assert heir.take_over(3, may=lambda _: True) == []
         threading.Event().wait(0.05)
 
 
@@ -103,43 +103,23 @@ def test_entry_that_another_took_after_the_look_stays_with_it(embedded, claims):
     """XCLAIM with the idle time that was seen: who has it now has only just got it."""
     old, heir, late = claims(), claims(1), claims()
     had = give(embedded, old, 3)
-    page = wait_until(lambda: late._wire.call("XPENDING", embedded.keys.ready(0), "trainer", "IDLE", 250, "-", "+", 9))
-    seen = [(at.decode(), idle) for at, _, idle, _ in page]
-    taken = places(wait_until(lambda: heir.take_over(9, may=lambda *_: True)))
-    assert late._claim_as_seen(0, seen, time.monotonic()) == []
-    assert taken <= had
-    assert heir.keep() >= taken
+    partition = min(had).partition
+    idle = wait_until(
+        lambda: late._wire.call("XPENDING", embedded.keys.ready(partition), "trainer", "IDLE", 250, "-", "+", 9)
+    )
+    seen = [(at.decode(), milliseconds) for at, _, milliseconds, _ in idle]
+    taken = set()
+    wait_until(lambda: taken.update(places(heir.take_over(9, may=lambda _: True))) or taken == had)
+    assert late._claim_as_seen(partition, seen, time.monotonic()) == []
+    assert heir.keep() == had
 
 
-@pytest.mark.parametrize("lives", [True, False])
-def test_sign_of_life_is_seen_between_two_looks_and_not_imagined(embedded, claims, lives):
-    other, one = claims(1), claims(lease=0.4)
-    give(embedded, other, 2)
-    other.keep()
-    asked = []
-
-    def may(name, has_lived):
-        asked.append(has_lived)
-        return False
-
-    one.adopt(lambda _: False)
-    for _ in range(20):
-        one.adopt(lambda _: False)
-    if lives:
-        threading.Event().wait(0.1)
-        other.keep()
-        one.adopt(lambda _: False)
-    wait_until(lambda: one.take_over(9, may=may) or asked)
-    assert set(asked) == {lives}
-
-
-def test_consumer_that_came_after_the_first_look_has_lived(embedded, claims):
-    one, other = claims(), claims(1)
-    one.adopt(lambda _: False)
-    give(embedded, other, 2)
-    asked = []
-    wait_until(lambda: one.take_over(9, may=lambda _, lived: asked.append(lived)) or asked)
-    assert set(asked) == {True}
+def test_consumer_is_asked_for_by_name_before_anything_is_taken_over(embedded, claims):
+    old, heir, asked = claims(), claims(1), []
+    had = give(embedded, old, 2)
+    wait_until(lambda: heir.take_over(9, may=lambda name: asked.append(name) or False) or asked)
+    assert set(asked) == {old._consumer}
+    assert old.keep() == had
 
 
 def test_leaving_removes_the_name_where_nothing_is_in_hand(embedded, claims):

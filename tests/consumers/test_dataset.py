@@ -4,9 +4,10 @@ import json
 import logging
 import os
 import pickle
+import threading
 import time
 from contextlib import ExitStack, suppress
-from itertools import islice
+from itertools import count, islice
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader
 import trajstore
 from tests.consumers.rollouts import finish, look, materialize, wait_until
 from tests.log.proxy import FaultyProxy
-from trajstore_trainer import TrajectoryDataset, TrajectoryReader, padded_batch
+from trajstore.store import Store
+from trajstore_trainer import Selection, TrajectoryDataset, TrajectoryReader, padded_batch
 
 pytestmark = pytest.mark.torch
 
@@ -127,6 +129,29 @@ def test_groups_of_a_living_rank_stay_with_it_however_long_its_step_takes(store,
     assert nothing(dataset(rank=1, world_size=2, lease=0.3))
     assert slow.counts.groups == len(had)
     slow.acknowledge()
+    assert look(store) == []
+
+
+def test_rank_that_reads_for_longer_than_the_lease_keeps_what_it_has(store, dataset, monkeypatch):
+    """Folding again what does not lie ready any more takes as long as the archive takes."""
+    publish(store, 2)
+    for one in look(store):
+        for member in one.members:
+            store.wire.call("UNLINK", store.keys.ready_payload(member.id, member.version))
+    load, loads, goes_on = Store.load, count(), threading.Event()
+
+    def slow_load(*one, **options):
+        assert next(loads) == 0 or goes_on.wait(30)
+        return load(*one, **options)
+
+    monkeypatch.setattr(Store, "load", slow_load)
+    slow = dataset(rank=0, world_size=2, lease=0.3, prefetch_groups=1, checkpoints=True)
+    had = take(slow, 1)
+    wait_until(lambda: handed(store) == 2)
+    assert nothing(dataset(rank=1, world_size=2, lease=0.3, checkpoints=True))
+    goes_on.set()
+    assert sorted([*had, *take(slow, 1)]) == ["g0", "g1"]
+    slow.commit(slow.state_dict())
     assert look(store) == []
 
 
@@ -269,6 +294,34 @@ def test_rank_that_has_not_started_again_loses_nothing_to_one_that_has(store, da
     assert set(got) < rest
 
 
+@pytest.mark.parametrize("loads", ["its own state", "all states"])
+def test_rank_takes_over_from_others_only_if_it_knows_all_states(store, dataset, loads):
+    """Even from one that it has seen alive: the old job's other rank may end later than this one starts again."""
+    publish(store, 4)
+    options = {"world_size": 2, "checkpoints": True, "lease": 0.3, "prefetch_groups": 1}
+    ranks = [dataset(rank=rank, **options) for rank in range(2)]
+    got = [name for one in ranks for name in take(one, 1)]
+    wait_until(lambda: handed(store) == 4)
+    states = [one.state_dict() for one in ranks]
+    ranks[0].close()
+    again = dataset(rank=0, **options)
+    again.load_state_dict(states if loads == "all states" else states[0])
+    got += take(again, 1)
+    assert nothing(again), "the other rank lives"
+    ranks[1].close()
+    if loads == "all states":
+        again._timeout = 10.0
+        got += take(again, 1)
+    assert nothing(again)
+    late = dataset(rank=1, **options)
+    late.load_state_dict(states[1])
+    if loads == "its own state":
+        got += take(late, 1)
+    assert nothing(late)
+    assert again.counts.taken_over == (loads == "all states")
+    assert sorted(got) == ["g0", "g1", "g2", "g3"]
+
+
 def test_one_rank_commits_for_all(store, dataset):
     publish(store, 6)
     ranks = [dataset(rank=rank, world_size=2, checkpoints=True, prefetch_groups=1, lease=0.3) for rank in range(2)]
@@ -406,6 +459,38 @@ def test_ranks_cut_off_for_longer_than_the_lease_take_nothing_from_each_other(ow
         assert look(stores[0]) == []
 
 
+@pytest.mark.parametrize("lost", ["what is new", "what the predecessor had", "what a silent rank had"])
+def test_group_whose_delivery_was_lost_on_the_way_comes_all_the_same(own_server, run_name, lost):
+    """The server counts it as this rank's, and this rank keeps its claims fresh: no other would ever get it."""
+    with ExitStack() as job:
+        proxy = job.enter_context(FaultyProxy(own_server.port))
+        direct, store = (
+            job.enter_context(trajstore.open(url, partitions=1, timeout=2.0))
+            for url in (own_server.url(run_name), proxy.url(run_name))
+        )
+        options = {"world_size": 2, "lease": 0.4, "timeout": 20.0}
+        if lost == "what is new":
+            one = job.enter_context(TrajectoryDataset(store, rank=1, **options))
+            publish(direct, 1)
+            got = take(one, 1)
+            proxy.drop_reply(b"$1\r\n>\r\n")
+            publish(direct, 2, first=1)
+        else:
+            publish(direct, 3)
+            dead = job.enter_context(TrajectoryDataset(direct, rank=lost == "what the predecessor had", **options))
+            take(dead, 3)
+            dead.close()
+            proxy.drop_reply(b"XCLAIM")
+            one = job.enter_context(TrajectoryDataset(store, rank=1, **options))
+            got = []
+        got += take(one, 3 - len(got))
+        assert proxy.fired.is_set()
+        assert sorted(got) == ["g0", "g1", "g2"]
+        assert nothing(one), "and none comes twice"
+        one.acknowledge()
+        assert look(direct) == []
+
+
 def test_full_server_can_be_trained_from_and_acknowledged(own_server, run_name):
     """Else nothing would ever free its memory."""
     with trajstore.open(own_server.url(run_name), partitions=2, timeout=10.0) as store:
@@ -417,6 +502,23 @@ def test_full_server_can_be_trained_from_and_acknowledged(own_server, run_name):
             dataset.acknowledge()
             assert nothing(dataset)
             assert dataset.counts.passed_over == {"failed": 1}
+        assert look(store) == []
+
+
+def test_group_waits_where_a_full_server_cannot_keep_what_was_decided_on_it(own_server, run_name):
+    """Without the decision it could be trained on twice."""
+    with trajstore.open(own_server.url(run_name), partitions=2, timeout=10.0) as store:
+        for status in ("completed", "completed", "aborted"):
+            finish(store, group="g", group_size=3, status=status)
+        materialize(store)
+        own_server.client().config_set("maxmemory", "1")
+        with TrajectoryDataset(store, timeout=0.6, selection=Selection(aborted="rest")) as dataset:
+            with pytest.raises(trajstore.Unavailable, match=r"no group came within.*memory is full"):
+                next(iter(dataset))
+            own_server.client().config_set("maxmemory", "0")
+            dataset._timeout = 10.0
+            assert take(dataset, 1) == ["g"]
+            dataset.acknowledge()
         assert look(store) == []
 
 

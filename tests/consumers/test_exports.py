@@ -352,6 +352,10 @@ def test_files_of_another_kind_or_a_newer_version_are_refused(embedded, tmp_path
     for path, read in (("text", read_batch), ("text", read_trajectories), ("batch", read_trajectories)):
         with pytest.raises(trajstore.Corrupt):
             list(read(tmp_path / path))
+    other = msgspec.msgpack.encode({"format": "somebody.else", "version": 1})
+    (tmp_path / "other").write_bytes(struct.pack("<q", len(other)) + other)
+    with pytest.raises(trajstore.Corrupt, match=r"somebody\.else"):
+        list(read_trajectories(tmp_path / "other"))
     newer = msgspec.msgpack.encode({"format": "trajstore.trajectories", "version": 2})
     (tmp_path / "newer").write_bytes(struct.pack("<q", len(newer)) + newer)
     with pytest.raises(trajstore.SchemaError, match="has version 2 of its format"):

@@ -208,6 +208,30 @@ def test_member_beyond_the_group_size_publishes_the_whole_group_again(store):
     assert entries(store) == [entry("g", 2, *ids[:2]), entry("g", 3, *ids)]
 
 
+def test_published_group_grows_no_more_whatever_its_later_members_say(store):
+    made = [finish(store, group="g", group_size=2) for _ in range(2)]
+    materialize(store)
+    made.append(finish(store, group="g", group_size=4))
+    materialize(store)
+    ids = [one.id for one in made]
+    assert entries(store) == [entry("g", 2, *ids[:2]), entry("g", 3, *ids)]
+    assert {one.size for one in look(store)} == {2}
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_group_comes_again_when_a_member_for_which_trainers_may_wait_is_deleted(store, resumed):
+    first, second = abort(store, group="g", group_size=2), finish(store, group="g", group_size=2)
+    materialize(store)
+    if resumed:
+        resume(store, first)
+        materialize(store)
+    store.delete(first.id)
+    for _ in range(2):
+        materialize(store)
+        assert entries(store) == [entry("g", 2, first.id, second.id), entry("g", 3, second.id)]
+        hint(store, first.id)
+
+
 @pytest.mark.parametrize("sizes", [(2, 3, 3), (3, 2, 3), (3, 3, 2)])
 def test_where_members_differ_in_group_size_the_largest_counts(store, sizes):
     made = []
@@ -259,17 +283,64 @@ def test_trajectory_that_cannot_be_folded_is_counted_and_blocks_no_other(store, 
     store.wire.call("DEL", *(key(gone.id) for key in (store.keys.entries, store.keys.payloads)))
     done = materialize(store)
     assert (done.refused, done.trajectories) == (1, 2)
-    assert members(look(store)) == [(good.id, 1)]
+    assert members(look(store)) == sorted([(good.id, 1), (bad.id, 1), (mate.id, 1)])
     assert bad.id in caplog.text
     assert mate.id not in caplog.text
     assert pending(store) == 0
 
 
+def damage(store, trajectory):
+    """Make its payload another one."""
+    name = store.keys.payloads(trajectory.id)
+    store.wire.call("HSET", name, store.wire.call("HKEYS", name)[0], b"\x00" * 3200)
+
+
+def lose_an_event(store, trajectory):
+    store.wire.call("XDEL", store.keys.entries(trajectory.id), "2-0")
+
+
+@pytest.mark.parametrize("harm", [damage, lose_an_event])
+@pytest.mark.parametrize("first", [True, False])
+def test_member_that_cannot_be_folded_is_named_and_does_not_hold_its_group_back(store, harm, first):
+    """What becomes of the group is the trainer's choice."""
+    bad = finish(store, group="g", group_size=2, tokens=400)
+    harm(store, bad)
+    if first:
+        assert materialize(store).refused == 1
+        assert look(store) == []
+    good = finish(store, group="g", group_size=2)
+    materialize(store)
+    (ready,) = look(store)
+    found = {one.id: (one.version, one.status, one.nbytes > 0) for one in ready.members}
+    assert found == {bad.id: (1, "unreadable", False), good.id: (1, "completed", True)}
+    assert laid(store, [one for one in ready.members if one.id == bad.id]) == [None]
+    hint(store, bad.id)
+    assert materialize(store).groups == 0
+
+
+@pytest.mark.parametrize("harm", [damage, lose_an_event])
+def test_group_waits_for_a_member_that_cannot_be_folded_while_it_is_open(store, harm):
+    bad = abort(store, group="g", group_size=2, tokens=400)
+    resume(store, bad)
+    harm(store, bad)
+    finish(store, group="g", group_size=2)
+    materialize(store)
+    assert look(store) == []
+    store.delete(bad.id)
+    materialize(store)
+    assert len(look(store)) == 1
+
+
+def test_trajectory_by_itself_that_cannot_be_folded_is_not_published(store):
+    bad = finish(store, tokens=400)
+    damage(store, bad)
+    assert materialize(store).refused == 1
+    assert look(store) == []
+
+
 def test_damaged_payload_is_refused_and_blocks_no_other(store):
     bad, good = finish(store, tokens=400), finish(store)
-    name = store.keys.payloads(bad.id)
-    field = store.wire.call("HKEYS", name)[0]
-    store.wire.call("HSET", name, field, b"\x00" * 3200)
+    damage(store, bad)
     done = materialize(store)
     assert (done.refused, done.trajectories) == (1, 1)
     assert members(look(store)) == [(good.id, 1)]

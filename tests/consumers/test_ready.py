@@ -3,11 +3,12 @@
 import threading
 
 import msgspec
+import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
 from tests.builders import record_seed_case
-from tests.consumers.rollouts import laid, look, members, wait_until
+from tests.consumers.rollouts import finish, laid, look, members, wait_until
 from trajstore.blob import from_blob, to_blob
 from trajstore.errors import Corrupt
 from trajstore.ready import ReadyFollower, ReadyMember, ReadyQueue
@@ -91,6 +92,27 @@ def test_only_aborted_members_are_asked_whether_they_go_on(queue):
     assert asked == [], "the group is not complete anyway"
     assert offer(member("c", status="aborted")).published is not None
     assert asked == ["a"]
+
+
+def test_entry_says_the_size_with_which_its_group_was_first_published(queue, store):
+    for id, size in (("a", 2), ("b", 3), ("c", 2), ("d", 4), ("e", 9)):
+        publish(queue, id, group="g", size=size)
+    publish(queue, "alone")
+    publish(queue, "one-of-many", group="h")
+    found = sorted(((one.group or "", one.version, one.size, len(one.members)) for one in look(store)), key=str)
+    assert found == [("", 1, None, 1), ("g", 3, 3, 3), ("g", 4, 3, 4), ("g", 5, 3, 5), ("h", 1, None, 1)]
+
+
+def test_entry_without_a_size_is_read(queue, follow, store):
+    """As it was written before there was one."""
+    one = publish(queue, "a", group="g", size=1).published
+    before = msgspec.structs.asdict(one) | {"members": [msgspec.structs.asdict(member("a"))]}
+    del before["size"]
+    stream = store.keys.ready(store.keys.partition("g"))
+    store.wire.call("XADD", stream, "*", "g", msgspec.msgpack.encode(before))
+    first, second = follow("one").poll(count=2)
+    assert (first.group.size, second.group.size) == (1, None)
+    assert first.group.members == second.group.members
 
 
 # Delivery
@@ -235,6 +257,50 @@ def test_no_damage_of_the_header_is_taken_for_room_or_for_more_rows(store):
     assert to_blob(from_blob(with_changes(first))) == blob
 
 
+def with_array(blob, name, array):
+    """The same blob with another array of this name; None for without."""
+    text = blob[8 : 8 + int.from_bytes(blob[:8], "little")]
+    arrays = {key: value for key, value in (load(blob) | {name: array}).items() if value is not None}
+    return save(arrays, msgspec.json.decode(text)["__metadata__"])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("logprobs", lambda array: array.view(np.int32)),
+        ("routed_experts", lambda array: array.astype(np.uint16)),
+        ("routing_mask", lambda array: array.view(np.uint8)),
+        ("routed_experts", lambda array: array.reshape(array.shape[1], array.shape[0], array.shape[2])),
+        ("routed_experts", lambda array: array.reshape(len(array), -1)),
+        ("segment_ids", lambda array: array.reshape(1, -1)),
+        ("loss_mask", lambda array: np.append(array, True)),
+        ("logprobs", lambda _: None),
+        ("routed_experts", lambda _: None),
+        ("more", lambda _: np.zeros(3, np.uint8)),
+    ],
+)
+def test_array_of_another_dtype_or_shape_is_corrupt_and_named(store, name, change):
+    """Its bytes may be as many as wanted. One that is missing or too many is named, too."""
+    blob = to_blob(store.load(record_seed_case(store).id))
+    arrays = load(blob)
+    assert to_blob(from_blob(with_array(blob, "logprobs", arrays["logprobs"]))) == blob
+    with pytest.raises(Corrupt, match=name):
+        from_blob(with_array(blob, name, change(arrays.get(name))))
+
+
+def test_arrays_that_are_longer_than_the_tokens_are_corrupt(store):
+    blob = to_blob(store.load(record_seed_case(store).id))
+    with pytest.raises(Corrupt, match=r"logprobs is F32 \[10\], not F32 \[9\]"):
+        from_blob(with_array(blob, "token_ids", load(blob)["token_ids"][:-1]))
+
+
+def test_routing_of_a_trajectory_without_a_spec_is_corrupt(store):
+    blob = to_blob(store.load(finish(store, routing=None).id))
+    assert from_blob(blob).routed_experts is None
+    with pytest.raises(Corrupt, match="routed_experts"):
+        from_blob(with_array(blob, "routed_experts", np.zeros((5, 3, 2), np.uint8)))
+
+
 def test_folds_arrive_beside_those_that_are_gone_or_damaged(queue, follow, store):
     """More than are asked for at once, in order, over one connection that stays in step."""
     trajectory = store.load(record_seed_case(store).id)
@@ -247,14 +313,3 @@ def test_folds_arrive_beside_those_that_are_gone_or_damaged(queue, follow, store
         kinds = ["gone" if one is None else "damaged" if isinstance(one, Corrupt) else one.id for one in found]
         assert kinds == [[trajectory.id, "damaged", "damaged", "damaged", "gone"][i % 5] for i in range(23)]
     assert store.wire.call("PING") == b"PONG"
-
-
-def test_blob_without_one_of_its_arrays_is_corrupt(store):
-    trajectory = store.load(record_seed_case(store).id)
-    blob = to_blob(trajectory)
-    text = blob[8 : 8 + int.from_bytes(blob[:8], "little")]
-    metadata = msgspec.json.decode(text)["__metadata__"]
-    for name in ("logprobs", "routed_experts"):
-        arrays = {key: value for key, value in load(blob).items() if key != name}
-        with pytest.raises(Corrupt, match=name):
-            from_blob(save(arrays, metadata))

@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 
 import trajstore
-from tests.consumers.rollouts import abort, finish, look, materialize, resume
+from tests.consumers.rollouts import abort, finish, look, materialize, resume, wait_until
 from trajstore_trainer import Selection, TrajectoryDataset, TrajectoryReader
 from trajstore_trainer.selection import judge, trailing_integer
 
@@ -149,13 +149,14 @@ def test_member_deleted_before_its_group_was_whole_is_missed_too(store):
     assert judged(store).why == "missing"
 
 
-def test_member_beyond_the_size_makes_no_group_be_trained_on_twice(store, dataset):
+@pytest.mark.parametrize("size", [2, 3], ids=["of that size", "of a raised one"])
+def test_member_beyond_the_size_makes_no_group_be_trained_on_twice(store, dataset, size):
     """The materializer publishes the group again, with all its members."""
     made = [finish(store, group="g", group_size=2) for _ in range(2)]
     materialize(store)
     one = dataset()
     assert take(one) == [sorted(member.id for member in made)]
-    late = finish(store, group="g", group_size=2)
+    late = finish(store, group="g", group_size=size)
     materialize(store)
     assert nothing(one)
     (record,) = one.filtered()
@@ -254,6 +255,38 @@ def test_aborted_trajectory_that_is_trained_on_as_it_is_does_not_come_again_resu
     resume(store, trajectory, "completed")
     materialize(store)
     assert nothing(one)
+
+
+@pytest.mark.parametrize("options", [{"aborted": "rest"}, {"statuses": ("completed", "aborted")}])
+def test_group_is_trained_on_once_in_whatever_order_its_entries_are_used(store, options):
+    """One rank has read the earlier entry ahead, and another gets the later one first."""
+    made = aborted_group(store)
+    reading = {"world_size": 2, "timeout": 10.0, "prefetch_groups": 1, "selection": Selection(**options)}
+    with (
+        TrajectoryDataset(store, rank=0, **reading) as slow,
+        TrajectoryDataset(store, rank=1, **reading) as quick,
+    ):
+        wait_until(lambda: slow._begin() and slow._session.prefetched)
+        resume(store, made[0], "completed")
+        materialize(store)
+        assert take(quick) == [ids_of(made)]
+        assert nothing(slow)
+        assert slow.counts.passed_over == {"an earlier version of the group was decided on": 1}
+
+
+def test_decision_outlives_the_materializers_memory_of_the_group(store, dataset):
+    month = 30 * 86400
+    made = [finish(store, group="g", group_size=2), abort(store, group="g", group_size=2)]
+    materialize(store, assembly_seconds=month)
+    one = dataset(aborted="rest", min_members=1)
+    assert take(one) == [[made[0].id]]
+    decided = store.keys.chosen("g", "trainer")
+    assert store.wire.call("TTL", decided) > month
+    store.wire.call("EXPIRE", decided, 60)
+    resume(store, made[1], "completed")
+    materialize(store, assembly_seconds=month)
+    assert nothing(one)
+    assert store.wire.call("TTL", decided) > month, "another entry of it may come after this one"
 
 
 # What is left out

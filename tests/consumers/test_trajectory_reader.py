@@ -1,14 +1,18 @@
 """The trainer's reader: what was published comes, once acknowledged it is gone, and nothing waits for ever."""
 
+import dataclasses
 import threading
 
 import numpy as np
 import pytest
 
 import trajstore
+from tests.builders import record_seed_case
 from tests.consumers.rollouts import abort, finish, look, materialize, resume, wait_until
 from trajstore.blob import to_blob
-from trajstore_trainer import TrajectoryReader
+from trajstore.log.wire import reply_fields
+from trajstore_trainer import Selection, TrajectoryReader
+from trajstore_trainer.selection import judge
 
 pytestmark = pytest.mark.torch
 
@@ -19,6 +23,10 @@ def ids(ready):
 
 def groups(ready):
     return sorted(entry.group for entry in ready)
+
+
+def ids_of(made):
+    return sorted(one.id for one in made)
 
 
 def publish(store, count, size=1, first=0):
@@ -198,6 +206,56 @@ def test_expired_and_damaged_payloads_are_folded_again(store):
     assert ids([ready]) == sorted(one.id for one in made)
     for one in ready.trajectories:
         np.testing.assert_array_equal(one.routed_experts, store.load(one.id).routed_experts)
+
+
+def test_payload_of_another_policy_is_folded_again(store):
+    """Two materializers of one run, each with a policy of its own."""
+    made = []
+    for policy in ("last_segment_wins", "as_sampled"):
+        made.append(record_seed_case(store, group="g", group_size=2))
+        made[-1].close("completed")
+        store.flush()
+        materialize(store, policy=policy)
+    (ready,) = TrajectoryReader(store).take()
+    assert ready.delivery.group.policy == "as_sampled"
+    one, other = (store.load(made[0].id, policy=policy) for policy in ("last_segment_wins", "as_sampled"))
+    assert to_blob(one) != to_blob(other)
+    assert [to_blob(found) for found in ready.trajectories] == [
+        to_blob(store.load(found.id, policy="as_sampled")) for found in ready.trajectories
+    ]
+
+
+@pytest.mark.parametrize("changed", [{"policy": "as_sampled"}, {"at": "2-1"}, {"id": "01ARZ3NDEKTSV4RRFFQ69G5FAV"}])
+def test_payload_of_another_fold_is_not_taken_for_this_one(store, caplog, changed):
+    (made,) = publish(store, 1)
+    whole = store.load(made.id)
+    payload = store.keys.ready_payload(made.id, 1)
+    other = dataclasses.replace(whole, token_ids=whole.token_ids + 1)
+    store.wire.call("SET", payload, to_blob(other))
+    reader = TrajectoryReader(store, consumer="rank-0")
+    assert to_blob(reader.take()[0].trajectories[0]) == to_blob(other), "this is where it is read"
+    store.wire.call("SET", payload, to_blob(dataclasses.replace(other, **changed)))
+    (ready,) = TrajectoryReader(store, consumer="rank-0").take()
+    assert to_blob(ready.trajectories[0]) == to_blob(whole)
+    assert made.id in caplog.text
+
+
+def test_member_that_cannot_be_folded_is_named_and_the_others_come(store):
+    bad, good = finish(store, group="g", group_size=2, tokens=400), finish(store, group="g", group_size=2)
+    key = store.keys.payloads(bad.id)
+    (field, payload), *_ = reply_fields(store.wire.call("HGETALL", key)).items()
+    store.wire.call("HSET", key, field, b"\0" * 10)
+    materialize(store)
+    reader = TrajectoryReader(store, consumer="rank-0")
+    (ready,) = reader.take()
+    assert ids([ready]) == [good.id]
+    assert set(ready.missing) == {bad.id}
+    assert judge(ready, Selection(), version=None).why == "missing"
+    kept = judge(ready, Selection(unfit="rest", min_members=1), version=None)
+    assert ([one.id for one in kept.keep], kept.reasons) == ([good.id], {bad.id: "missing"})
+    store.wire.call("HSET", key, field, payload)
+    (ready,) = TrajectoryReader(store, consumer="rank-0").take()
+    assert ids([ready]) == ids_of([bad, good]), "it can be read again by now"
 
 
 def test_group_published_again_shares_members_with_its_acknowledged_entry(store):

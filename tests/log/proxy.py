@@ -72,7 +72,8 @@ class FaultyProxy:
 
     def refuse(self) -> None:
         """Turn connections away, and cut those there are, until `accept`."""
-        self._refusing = True
+        with self._lock:  # what is being connected just now is turned away, or is there to be cut
+            self._refusing = True
         self.cut_all()
 
     def accept(self) -> None:
@@ -118,14 +119,17 @@ class FaultyProxy:
                 server = None if self._refusing else socket.create_connection(("127.0.0.1", self._target))
             except OSError:  # the server is down
                 server = None
-            if server is None:
+            with self._lock:
+                link = None if server is None or self._refusing else _Link(client, server)
+                if link is not None:
+                    self._links.append(link)
+            if link is None:
                 self.refused += 1
-                client.close()
+                for one in (client, server):
+                    if one is not None:
+                        one.close()
                 continue
             self.connections += 1
-            link = _Link(client, server)
-            with self._lock:
-                self._links.append(link)
             for work in (self._requests, self._replies):
                 thread = threading.Thread(target=work, args=(link,), daemon=True)
                 thread.start()

@@ -5,7 +5,9 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import redis
 
+import trajstore
 from tests.log.proxy import requests_in
 from trajstore.errors import Corrupt, Unavailable
 from trajstore.log.bulk import Value, fetch
@@ -36,7 +38,7 @@ def ends():
     server.settimeout(20)
     packer = pool_options(20.0)["command_packer"]
 
-    def send(parts):
+    def send(parts, check_health=True):
         for part in parts:
             client.sendall(part)
 
@@ -84,10 +86,10 @@ def test_several_are_asked_for_ahead_and_no_more_than_several(ends):
     sent = []
     send = connection.send_packed_command
 
-    def counted(parts):
+    def counted(parts, **options):
         parts = list(parts)
         sent.extend([b"GET"] * b"".join(parts).count(b"GET"))
-        send(parts)
+        send(parts, **options)
 
     connection.send_packed_command = counted
 
@@ -101,6 +103,53 @@ def test_several_are_asked_for_ahead_and_no_more_than_several(ends):
     connection.disconnect()
     thread.join(20)
     assert found == [(b"%d" % number, min(12, number + 4)) for number in range(12)]
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        b"$-5\r\n",
+        b"$x\r\n",
+        b"$\r\n",
+        b"$1_0\r\n",
+        b"$" + b"1" * 5000 + b"\r\n",
+        b":1\r\n",
+        b"*1\r\n$1\r\na\r\n",
+        b"$1\r\naXX$1\r\nb\r\n",
+        b"$5\r\nabc\r\n$1\r\nb\r\n",
+    ],
+)
+def test_reply_that_get_cannot_have_is_an_error_of_the_server(ends, replies):
+    connection, server = ends
+    server.sendall(replies)
+    with pytest.raises(redis.InvalidResponse):
+        fetch(connection, ["a", "b"], WHOLE)
+    assert connection._sock.fileno() == -1, "nobody reads on in the middle of a reply"
+
+
+def test_connection_is_looked_after_only_while_nothing_is_pending(own_server, own_client, run_name):
+    """A health check sends PING, and would take the next value for its answer."""
+    own_client.mset({f"k{i}": b"%d" % i * 100_000 for i in range(12)})
+    with trajstore.open(f"{own_server.url(run_name)}&health_check_interval=3600", timeout=10.0) as store:
+        keys = [f"k{i}" for i in range(12)]
+        connection = store.wire._pool.get_connection()
+        store.wire._pool.release(connection)
+
+        def read(value):
+            connection.next_health_check = 0.0  # it is due
+            return value.read()
+
+        assert store.wire.fetch(keys, read) == [own_client.get(key) for key in keys]
+        assert store.wire.fetch(keys, WHOLE) == [own_client.get(key) for key in keys]
+
+
+def test_refusal_names_the_acl_as_for_any_command(own_server, own_client, run_name):
+    own_client.execute_command("ACL", "SETUSER", "writer", "on", ">secret", "~*", "&*", "+@all")
+    port = own_server.port
+    with trajstore.open(f"redis://writer:secret@127.0.0.1:{port}/0?run={run_name}", timeout=10.0) as store:
+        own_client.execute_command("ACL", "SETUSER", "writer", "-get")
+        with pytest.raises(Unavailable, match="ACL"):
+            store.wire.fetch(["a"], WHOLE)
 
 
 @pytest.mark.parametrize("fault", ["drop_reply", "cut_before"])

@@ -578,7 +578,9 @@ def test_group_of_which_all_is_deleted_is_dropped(store):
 
 
 def test_published_group_comes_again_without_the_deleted_only_if_another_member_changes(store):
-    first, second, third = (abort(store, group="g", group_size=3) for _ in range(3))
+    """An aborted one is another matter: tests/consumers/test_materializer.py."""
+    first = finish(store, group="g", group_size=3)
+    second, third = (abort(store, group="g", group_size=3) for _ in range(2))
     materialize(store)
     store.delete(first.id)
     materialize(store)

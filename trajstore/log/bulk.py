@@ -4,10 +4,12 @@ redis-py gathers every reply of a pipeline in a growing buffer and cuts the valu
 the time that a batch takes (benchmarks/reader.py). Here a value is read like a file while it arrives.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import redis
+from redis._parsers import BaseParser
 
 __all__ = ["Value", "fetch"]
 
@@ -17,6 +19,8 @@ _AHEAD = 4
 """Values asked for before the first has come: they hide the way to the server, which holds each of them meanwhile."""
 
 _BUFFER = 1 << 16
+
+_LENGTH = re.compile(rb"\$(\d{1,18})")
 
 
 class Value:
@@ -52,7 +56,7 @@ def fetch(connection: Any, keys: Sequence[str], read: Callable[[Value], T]) -> l
         read: called with each value as it arrives. What it raises leaves the connection closed.
 
     Raises:
-        redis.RedisError: the server refused, or the connection was lost.
+        redis.RedisError: the server refused, what came is no reply to GET, or the connection was lost.
     """
     commands = [("GET", key) for key in keys]
     stream, line_end = _Stream(connection._sock), bytearray(2)
@@ -68,8 +72,11 @@ def fetch(connection: Any, keys: Sequence[str], read: Callable[[Value], T]) -> l
                 found.append(read(value))
                 value.read()
                 stream.fill(memoryview(line_end))
+                if line_end != b"\r\n":
+                    raise redis.InvalidResponse(f"a value of {nbytes} bytes goes on with {bytes(line_end)!r}")
             if number + _AHEAD < len(commands):
-                connection.send_packed_command(connection.pack_command(*commands[number + _AHEAD]))
+                following = connection.pack_command(*commands[number + _AHEAD])
+                connection.send_packed_command(following, check_health=False)  # a PING's reply would come behind values
     except BaseException:
         connection.disconnect()
         raise
@@ -86,16 +93,24 @@ class _Stream:
         self._start = self._stop = 0
 
     def length(self) -> int | None:
-        """Size of the value that comes next, None for no value."""
+        """Size of the value that comes next, None for no value.
+
+        Raises:
+            redis.RedisError: an error reply, as redis-py raises it, or none that GET may have.
+        """
         line = self._line()
         if line[:1] == b"-":
-            raise redis.ResponseError(line[1:].decode(errors="replace").removeprefix("ERR "))
+            text = line[1:].decode(errors="replace")
+            raise BaseParser.parse_error(text)  # type: ignore[no-untyped-call]
         if line[:1] == b"+":  # what a server may do with a short value: fakeredis does
             self._start -= len(line) + 1  # it begins behind the sign
             return len(line) - 1
-        if line[:1] != b"$":
-            raise redis.InvalidResponse(f"GET was answered with {line!r}")
-        return None if line == b"$-1" else int(line[1:])
+        if line == b"$-1":
+            return None
+        length = _LENGTH.fullmatch(line)
+        if length is None:
+            raise redis.InvalidResponse(f"GET was answered with {line[:100]!r}")
+        return int(length[1])
 
     def fill(self, buffer: memoryview) -> None:
         """The next bytes, as many as there is room."""

@@ -14,7 +14,7 @@ from ulid import ULID
 from trajstore.events import EventId
 from trajstore.log.keys import Keys
 from trajstore.log.stream import stream_last_id
-from trajstore.log.wire import Command, Wire
+from trajstore.log.wire import Command, Wire, reply_fields
 
 __all__ = ["ARCHIVER", "FEED_GROUPS", "MATERIALIZER", "FeedFollower", "FeedTail", "Hint", "parse_stream", "worker_name"]
 
@@ -89,7 +89,7 @@ class FeedFollower:
         """Drop hints that no group needs any more: those below every group's oldest unacknowledged one."""
         partitions = list(partitions)
         groups = self._wire.call_all([("XINFO", "GROUPS", self._keys.feed(partition)) for partition in partitions])
-        names = [[_fields(group)["name"] for group in some] for some in groups]
+        names = [[reply_fields(group)[b"name"] for group in some] for some in groups]
         summaries = iter(
             self._wire.call_all(
                 [
@@ -155,8 +155,7 @@ def parse_stream(entries: Any) -> list[tuple[str, dict[bytes, bytes]]]:
     parsed = []
     for entry in entries:
         if entry is not None and entry[1] is not None:
-            fields = entry[1]
-            parsed.append((entry[0].decode(), dict(zip(fields[::2], fields[1::2], strict=True))))
+            parsed.append((entry[0].decode(), reply_fields(entry[1])))
     return parsed
 
 
@@ -164,7 +163,7 @@ def lowest_needed(groups: Any, pending: Sequence[Any]) -> EventId | None:
     """Oldest id that some group still needs, from XINFO GROUPS and each group's XPENDING summary."""
     needed = [
         EventId(last.epoch, last.seq + 1)
-        for last in (EventId.parse(_fields(group)["last-delivered-id"]) for group in groups)
+        for last in (EventId.parse(reply_fields(group)[b"last-delivered-id"]) for group in groups)
     ]
     needed += [EventId.parse(summary[1]) for summary in pending if summary and summary[1] is not None]
     return min(needed, default=None)
@@ -172,11 +171,7 @@ def lowest_needed(groups: Any, pending: Sequence[Any]) -> EventId | None:
 
 def _hint(partition: int, entry: tuple[str, dict[bytes, bytes]]) -> Hint:
     at, fields = entry
-    return Hint(partition, at, *(fields.get(name, b"").decode() for name in (b"t", b"k", b"e")))
-
-
-def _fields(flat: Any) -> dict[str, Any]:
-    return {name.decode(): value for name, value in zip(flat[::2], flat[1::2], strict=True)}
+    return Hint(partition, at, *(fields.get(name, b"").decode(errors="replace") for name in (b"t", b"k", b"e")))
 
 
 def worker_name() -> str:

@@ -5,10 +5,10 @@ from typing import Any
 import msgspec
 import redis
 
-from trajstore.errors import Corrupt
+from trajstore.errors import UNREADABLE, Corrupt
 from trajstore.events import EventId
 from trajstore.log.batch import ENTRY_FIELD
-from trajstore.log.wire import translate
+from trajstore.log.wire import reply_fields, translate
 
 __all__ = ["nonce_of", "parse_entries", "stream_last_event", "stream_last_id"]
 
@@ -36,12 +36,12 @@ def stream_last_id(reply: Any) -> EventId | None:
         if "no such key" in str(reply):
             return None
         raise translate(reply, "XINFO STREAM")
-    return EventId.parse(_stream_fields(reply)[b"last-generated-id"])
+    return EventId.parse(reply_fields(reply)[b"last-generated-id"])
 
 
 def stream_last_event(reply: Any) -> EventId | None:
     """Id of the last event of the newest entry that a stream still holds, from XINFO STREAM; None if it holds none."""
-    newest = None if isinstance(reply, redis.ResponseError) else _stream_fields(reply).get(b"last-entry")
+    newest = None if isinstance(reply, redis.ResponseError) else reply_fields(reply).get(b"last-entry")
     if not newest:
         return None
     at, entry = parse_entries([newest])[0]
@@ -51,12 +51,8 @@ def stream_last_event(reply: Any) -> EventId | None:
 def _outline(entry: bytes) -> _Outline:
     try:
         return _decode_outline(entry)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise Corrupt(f"a stream entry was not written by trajstore: {error}") from error
-
-
-def _stream_fields(reply: Any) -> dict[bytes, Any]:
-    return dict(zip(reply[::2], reply[1::2], strict=True))
 
 
 def parse_entries(reply: Any) -> list[tuple[EventId, bytes]]:

@@ -6,8 +6,10 @@ pinned. Large arguments go out by the Python packer, which sends them without a 
 """
 
 import logging
+import os
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, urlencode
@@ -29,8 +31,10 @@ __all__ = [
     "Session",
     "Wire",
     "describe_url",
+    "first_refusal",
     "info_fields",
     "memory_use",
+    "reply_fields",
     "server_info",
     "split_run",
 ]
@@ -46,6 +50,13 @@ _READ_SIZE = 1 << 20
 
 _STARTING = 2.0
 """Seconds that a server between its start and its first `listen` gets; a wrong port is told apart by nothing else."""
+
+_PLACE = re.compile(r"(\[[^\]@]*\]|[^\[\]:/@]*)(:[0-9]*)?(/.*)?")
+"""Host, port and path. What is none may be half of a password with a special character in it."""
+
+_REST_OF_PASSWORD = re.compile(r"[^=&]*@")
+
+_NAMED_OPTION = re.compile(r"(?:Invalid value for|unexpected keyword argument) '(\w+)'")
 
 FULL_AT = 0.9
 """Share of `maxmemory` at which writing stops, so that what drains the server keeps room to work."""
@@ -73,9 +84,13 @@ class Wire:
         try:
             pool = redis.ConnectionPool.from_url(url, **pool_options(timeout))
             pool.make_connection()
-        except (ValueError, TypeError) as error:
-            raise SchemaError(f"{describe_url(url)} is no usable Redis URL: {error}") from error
-        return cls(pool, timeout=timeout)
+            problem = _missing_file(pool.connection_kwargs)
+            if not problem:
+                return cls(pool, timeout=timeout)
+        except (ValueError, TypeError, redis.RedisError) as error:
+            problem = _problem_of_url(error)
+        # Not chained: what redis-py and urllib say repeats parts of the URL, a password among them.
+        raise SchemaError(f"{describe_url(url)} is no usable Redis URL: {problem}")
 
     def call(self, *command: Argument) -> Any:
         """Send one command, return its raw reply.
@@ -141,16 +156,10 @@ class Wire:
             replies = watch.session.exchange([("MULTI",), *commands, ("EXEC",)])
         else:
             replies = self.exchange([("MULTI",), *commands, ("EXEC",)])
-        result = replies[-1]
-        if isinstance(result, redis.RedisError):
-            first = next((r for r in replies if isinstance(r, redis.RedisError)), result)
-            raise translate(first, "MULTI")
-        if result is None:
-            return None
-        for reply in result:
-            if isinstance(reply, redis.RedisError):
-                raise translate(reply, "MULTI")
-        return list(result)
+        refused = first_refusal(replies, commands)
+        if refused is not None:
+            raise refused
+        return None if replies[-1] is None else list(replies[-1])
 
     @contextmanager
     def watching(self, *keys: str) -> "Iterator[Watch]":
@@ -304,6 +313,23 @@ def translated(what: str) -> Iterator[None]:
         raise translate(error, what) from error
 
 
+def first_refusal(replies: Sequence[Any], commands: Sequence[Command]) -> TrajstoreError | None:
+    """Our error for the first command of a transaction that was refused, None if none was.
+
+    Args:
+        replies: to MULTI, the commands, and EXEC.
+        commands: those between the two.
+    """
+    begun, *queued, result = replies
+    heard = [begun, *queued, *(result if isinstance(result, list) else [result])]
+    names = ["MULTI", *(str(command[0]) for command in commands)]
+    names += names[1:] if isinstance(result, list) else ["EXEC"]
+    for name, reply in zip(names, heard, strict=True):
+        if isinstance(reply, redis.RedisError):
+            return translate(reply, name)
+    return None
+
+
 def translate(error: redis.RedisError, what: str) -> TrajstoreError:
     """Our error for redis-py's: `StoreFull` for a full server, `Corrupt` for a foreign key, else `Unavailable`."""
     if isinstance(error, redis.OutOfMemoryError):
@@ -311,13 +337,24 @@ def translate(error: redis.RedisError, what: str) -> TrajstoreError:
             f"the server refused {what}: memory is full. Start an archiver (`trajstore archive STORE`) to drain it, "
             "or raise maxmemory"
         )
-    if isinstance(error, redis.AuthenticationError | NoPermissionError):
-        return Unavailable(f"the server refused {what}: {error}; check the user and password of the URL and its ACL")
+    if isinstance(error, NoPermissionError):
+        return Unavailable(
+            f"the server refused {what}: {error}; the URL's user lacks this right (ACL). docs/security.md has the "
+            "rules that each role needs"
+        )
+    if isinstance(error, redis.AuthenticationError):
+        return Unavailable(f"the server refused {what}: {error}; check the user and password of the URL")
     if str(error).startswith("WRONGTYPE"):
         return Corrupt(f"the server refused {what}: a key of trajstore's holds something else ({error})")
     if isinstance(error, redis.ResponseError) and not isinstance(error, redis.BusyLoadingError | redis.ReadOnlyError):
         return Unavailable(f"the server refused {what}: {error}")
-    return Unavailable(f"the server did not answer {what}: {error}")
+    hint = ""
+    if "_ssl.c" in str(error):
+        hint = (
+            " See whether this is a TLS port, whether ssl_ca_certs= of the URL has the CA of its certificate, which is "
+            "for this host name, and whether it asks for a client's (ssl_certfile=, ssl_keyfile=)"
+        )
+    return Unavailable(f"the server did not answer {what}: {error}{hint}")
 
 
 def _is_refused(error: Unavailable) -> bool:
@@ -348,6 +385,11 @@ def server_info(wire: Wire) -> ServerInfo:
     return ServerInfo(run_id, values == [b"yes", b"always"])
 
 
+def reply_fields(reply: Sequence[Any]) -> dict[Any, Any]:
+    """Names and values that stand in turn in a reply, as HGETALL and XINFO give them."""
+    return dict(zip(reply[::2], reply[1::2], strict=True))
+
+
 def info_fields(info: bytes) -> dict[str, str]:
     """The fields of an INFO reply."""
     lines = (line.partition(":") for line in info.decode().splitlines())
@@ -374,6 +416,33 @@ def split_run(url: str) -> tuple[str, str | None]:
 
 
 def describe_url(url: str) -> str:
-    """A URL fit for messages: without user, password and options."""
-    scheme, mark, rest = url.partition("?")[0].partition("://")
-    return scheme + mark + rest.rpartition("@")[2]  # a password may hold an unescaped / or #
+    """A URL fit for messages: without user, password and options; a path as it is."""
+    if "://" not in url:
+        return url
+    address, _, options = url.partition("?")
+    scheme, mark, rest = address.partition("://")
+    shown = rest.rpartition("@")[2]  # a password may hold an unescaped / or #
+    if _PLACE.fullmatch(shown) is None or _REST_OF_PASSWORD.match(options):
+        shown = "***"
+    return scheme + mark + shown
+
+
+def _missing_file(options: Mapping[str, Any]) -> str:
+    """What is wrong with the files of TLS: the first that is not there; "" if they are."""
+    for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
+        if options.get(name) and not os.path.isfile(options[name]):
+            return f"its option {name!r} names no file"
+    return ""
+
+
+def _problem_of_url(error: Exception) -> str:
+    """What is wrong, in words that hold nothing of the URL but names of options."""
+    named = _NAMED_OPTION.search(str(error))
+    if named is not None:
+        return f"redis-py does not know its option {named[1]!r}, or not that value"
+    if isinstance(error, redis.RedisError):
+        return "one of its options has a value that redis-py does not know"
+    return (
+        "it is redis://[USER:PASSWORD@]HOST:PORT/DB, also rediss:// and unix://; in USER and PASSWORD, write what is "
+        "no letter and no digit as %XX (/ as %2F, ? as %3F, # as %23, @ as %40)"
+    )

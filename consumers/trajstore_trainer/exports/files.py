@@ -16,7 +16,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from trajstore.errors import Corrupt, SchemaError
+from trajstore.errors import UNREADABLE, Corrupt, SchemaError
 from trajstore.trajectory import Trajectory
 from trajstore_trainer.batch import PaddedBatch
 from trajstore_trainer.packed import PackedBatch
@@ -25,6 +25,7 @@ __all__ = ["read_batch", "read_trajectories", "write_batch", "write_trajectories
 
 _BATCHES: dict[str, type[PaddedBatch] | type[PackedBatch]] = {"padded": PaddedBatch, "packed": PackedBatch}
 _VERSION = 1
+_FORMAT = "trajstore.trajectories"
 
 
 class _BatchHeader(msgspec.Struct, kw_only=True):
@@ -79,7 +80,7 @@ def read_batch(path: str | os.PathLike[str]) -> PaddedBatch | PackedBatch:
             found: dict[str, Any] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         found |= {name: msgspec.convert(value, hints[name]) for name, value in header.fields.items()}
         return kind(**found)
-    except (SafetensorError, msgspec.MsgspecError, KeyError, TypeError) as error:
+    except (SafetensorError, *UNREADABLE, KeyError, TypeError) as error:
         raise Corrupt(f"{os.fspath(path)} is no file of a batch: {error}") from error
 
 
@@ -122,8 +123,10 @@ def read_trajectories(path: str | os.PathLike[str]) -> Iterator[Trajectory]:
                     yield decoder.decode(data)
                 else:
                     header = msgspec.msgpack.decode(data, type=_FileHeader)
+                    if header.format != _FORMAT:
+                        raise ValueError(f"the format of its file is {header.format!r}")
                     _require_version(path, header.version)
-            except (msgspec.MsgspecError, ValueError, TypeError) as error:
+            except (*UNREADABLE, ValueError, TypeError) as error:
                 if isinstance(error, SchemaError):
                     raise
                 raise Corrupt(f"{os.fspath(path)}: record {number} is no trajectory: {error}") from error
@@ -133,7 +136,7 @@ def read_trajectories(path: str | os.PathLike[str]) -> Iterator[Trajectory]:
 
 
 def _records(trajectories: Iterable[Trajectory]) -> Iterator[_FileHeader | Trajectory]:
-    yield _FileHeader(format="trajstore.trajectories", version=_VERSION)
+    yield _FileHeader(format=_FORMAT, version=_VERSION)
     yield from trajectories
 
 
@@ -146,6 +149,8 @@ def _encode_array(value: Any) -> _Array:
 
 def _decode_array(_: type, value: Any) -> npt.NDArray[Any]:
     array = msgspec.convert(value, _Array)
+    if np.dtype(array.dtype).kind not in "biuf":
+        raise ValueError(f"an array of {array.dtype:.40} is no number's")
     return np.frombuffer(array.data, np.dtype(array.dtype).newbyteorder("<")).reshape(array.shape).copy()
 
 
