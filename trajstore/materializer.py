@@ -67,6 +67,8 @@ class Materializer:
         blob_seconds: how long a fold lies ready; a later reader folds again.
         blob_bytes: larger folds are not laid ready, readers fold them themselves. Redis takes up to 512 MB.
         assembly_seconds: how long a published group is remembered against repeated hints.
+        group_seconds: a group that has waited so long is published without the members that are late; None: never.
+            Counted, by the server's clock, from when a materializer that is given this first finds the group waiting.
         claim_seconds: after this long, hints of a silent materializer are taken over.
         on_step: hears the steps of each publish: folded, laid, offered, acknowledged.
     """
@@ -79,6 +81,7 @@ class Materializer:
         blob_seconds: float = 3600.0,
         blob_bytes: int = 256 << 20,
         assembly_seconds: float = 7 * 86400.0,
+        group_seconds: float | None = None,
         claim_seconds: float = 60.0,
         on_step: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -88,6 +91,7 @@ class Materializer:
         self._blob_seconds = blob_seconds
         self._blob_bytes = blob_bytes
         self._assembly_seconds = assembly_seconds
+        self._group_seconds = group_seconds
         self._claim_seconds = claim_seconds
         self._on_step = on_step
         self._ready = ReadyQueue(store.wire, store.keys)
@@ -95,6 +99,7 @@ class Materializer:
         self._partitions = list(range(store.partitions))
         self._waiting: dict[str, list[Hint]] = {}
         self._next_claim = 0.0
+        self._next_late = 0.0
 
     def run(
         self,
@@ -118,6 +123,8 @@ class Materializer:
                 self._notice(once=once)
                 idle = not self._waiting
                 self._work(stopped)
+                if idle or not once:  # `once` has what is there come first
+                    self._publish_late(once=once)
             except OSError as error:  # Unavailable and StoreFull are such, and so is an archive's disk
                 if once:
                     raise
@@ -144,6 +151,19 @@ class Materializer:
         if not self._waiting:
             block = 0.0 if once else min(0.5, self._claim_seconds / 4)
             self._collect(self._feed.poll(self._partitions, count=_READ_AHEAD, block=block))
+
+    def _publish_late(self, *, once: bool) -> None:
+        """Publish what has waited for too long, a few times within that time."""
+        if self._group_seconds is None or (time.monotonic() < self._next_late and not once):
+            return
+        for partition in self._partitions:
+            published = self._ready.publish_late(
+                partition, after=self._group_seconds, policy=self._policy, keep=self._assembly_seconds
+            )
+            for ready in published:
+                log.warning("group %s is published without %d members that are late", ready.group, ready.late)
+            self.done.groups += len(published)
+        self._next_late = time.monotonic() + min(30.0, max(0.1, self._group_seconds / 4))
 
     def _collect(self, hints: Sequence[Hint]) -> None:
         notes = [hint for hint in hints if hint.is_note]  # they close nothing

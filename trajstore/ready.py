@@ -7,7 +7,8 @@ A group is complete when as many members have been closed as it is to have, abor
 is the trainer's choice. It is published again, whole and under a higher version, for each change after that: a member
 that was resumed and closed again, or one beyond its size. A member that was deleted counts as come and is left out: its
 group waits for it no longer. It is published again because of that only if the member was aborted, for then a trainer
-may wait for it. A member that cannot be folded counts as come, too, and is named.
+may wait for it. A member that cannot be folded counts as come, too, and is named. A group that waits for longer than a
+materializer's `group_seconds` is published without those that are late, and again when they come.
 """
 
 import logging
@@ -83,6 +84,9 @@ class ReadyGroup(msgspec.Struct, frozen=True, kw_only=True):
         members: by id.
         size: how many members the group was to have when it was first published; None for a trajectory by itself, and
             in entries that were written before it was recorded.
+        came: how many members had come, deleted ones too; fewer than `size` where others are late. None in older
+            entries.
+        before: version under which the group was published last, 0 for none; None in older entries.
     """
 
     group: str | None
@@ -90,6 +94,13 @@ class ReadyGroup(msgspec.Struct, frozen=True, kw_only=True):
     policy: str
     members: tuple[ReadyMember, ...]
     size: int | None = None
+    came: int | None = None
+    before: int | None = None
+
+    @property
+    def late(self) -> int:
+        """Members that had not come when it was published."""
+        return max(0, self.size - self.came) if self.size is not None and self.came is not None else 0
 
 
 class EntryPlace(NamedTuple):
@@ -133,6 +144,43 @@ class Offer(NamedTuple):
     published: ReadyGroup | None
 
 
+class _Assembly(NamedTuple):
+    """What is known of a group while it is put together: members by id, deleted ones too."""
+
+    members: dict[str, ReadyMember]
+    size: int
+    published: int
+
+    @classmethod
+    def of(cls, reply: Sequence[Any]) -> "_Assembly":
+        """From HGETALL."""
+        held = reply_fields(reply)
+        published, size = int(held.pop(_PUBLISHED, b"0")), int(held.pop(_SIZE, b"0"))
+        return cls({one.id: one for one in map(_decode_member, held.values())}, size, published)
+
+    @property
+    def there(self) -> tuple[ReadyMember, ...]:
+        """Members that were not deleted, by id."""
+        return tuple(self.members[id] for id in sorted(self.members) if self.members[id].status != _DELETED)
+
+    @property
+    def version(self) -> int:
+        """Of the group as it is now."""
+        return sum(one.version for one in self.members.values())
+
+    def entry(self, group: str | None, policy: str, *, size: int | None) -> ReadyGroup:
+        """The group as it is now."""
+        return ReadyGroup(
+            group=group,
+            version=self.version,
+            policy=policy,
+            members=self.there,
+            size=size,
+            came=len(self.members),
+            before=self.published,
+        )
+
+
 class ReadyQueue:
     """The materializer's side of the ready streams."""
 
@@ -168,11 +216,8 @@ class ReadyQueue:
         key = self._keys.assembly(name)
         for _ in range(_ATTEMPTS):
             with self._wire.watching(key) as watch:
-                flat = watch.call("HGETALL", key)
-                held = reply_fields(flat)
-                published, known_size = int(held.pop(_PUBLISHED, b"0")), int(held.pop(_SIZE, b"0"))
-                members = {found.id: found for found in map(_decode_member, held.values())}
-                before = members.get(member.id)
+                held = _Assembly.of(watch.call("HGETALL", key))
+                members, before = held.members, held.members.get(member.id)
                 if member.status == _DELETED and before is not None:
                     # No version comes or goes with it, unless it was aborted: for such a one trainers may wait.
                     known = before.version + (before.status == "aborted")
@@ -180,26 +225,22 @@ class ReadyQueue:
                 if before is not None and (before.version > member.version or before.status == _DELETED):
                     return Offer(False, None)
                 members[member.id] = member
-                there = tuple(members[one] for one in sorted(members) if members[one].status != _DELETED)
-                size = known_size if published else max(known_size, group_size or 1)
+                size = held.size if held.published else max(held.size, group_size or 1)
                 commands: list[Command] = [("HSET", key, member.id, _encode(member), _SIZE, size)]
-                version = sum(one.version for one in members.values())
                 others = (one for one in members.values() if one.id != member.id and one.status == "aborted")
                 ready: ReadyGroup | None = None
-                if len(members) >= size and not there:
+                whole = group is not None and group_size is not None
+                if len(members) >= size and not held.there:
                     commands.append(("PEXPIRE", key, int(keep * 1000)))
-                elif len(members) >= size and version > published and not any(map(goes_on, others)):
-                    whole = group is not None and group_size is not None
-                    ready = ReadyGroup(
-                        group=group, version=version, policy=policy, members=there, size=size if whole else None
-                    )
-                    stream = self._keys.ready(self._keys.partition(name))
-                    commands.append(("XADD", stream, "*", "g", _encode(ready)))
-                    commands.append(("HSET", key, _PUBLISHED, version))
-                    commands.append(("PEXPIRE", key, int(keep * 1000)))
+                    commands += self._waits_no_more(name)
+                elif len(members) >= size and held.version > held.published and not any(map(goes_on, others)):
+                    ready = held.entry(group, policy, size=size if whole else None)
+                    commands += self._publication(name, ready, keep)
+                elif held.version > held.published:
+                    commands.append(("HSETNX", self._keys.waiting(self._keys.partition(name)), name, b""))
                 if self._wire.transaction(commands, watch=watch) is not None:
-                    if known_size not in (0, group_size or 1):
-                        log.warning("group %s: sizes %d and %s; %d counts", group, known_size, group_size, size)
+                    if held.size not in (0, group_size or 1):
+                        log.warning("group %s: sizes %d and %s; %d counts", group, held.size, group_size, size)
                     return Offer(before is None or before.version < member.version, ready)
         raise Unavailable(f"group {group!r} was changed by others {_ATTEMPTS} times in a row")
 
@@ -228,6 +269,50 @@ class ReadyQueue:
             return None
         gone = ReadyMember(id=id, version=0, status=_DELETED, at=at, tokens=0, nbytes=0)
         return self.offer(gone, group=group, group_size=group_size, policy=policy, keep=keep, goes_on=goes_on).published
+
+    def publish_late(self, partition: int, *, after: float, policy: str, keep: float) -> list[ReadyGroup]:
+        """Publish the groups that have waited for `after` seconds, without the members that are late.
+
+        How long is measured by the server's clock, from the first call that found the group waiting.
+
+        Args:
+            policy, keep: as for `offer`.
+        """
+        key = self._keys.waiting(partition)
+        waiting = reply_fields(self._wire.call("HGETALL", key))
+        if not waiting:
+            return []
+        now = int(self._wire.call("TIME")[0])
+        found = [part for name, since in waiting.items() if not since for part in (name, now)]
+        if found:
+            self._wire.call("HSET", key, *found)
+        late = [name for name, since in waiting.items() if now - int(since or now) >= after]
+        published = (self._publish_late(name.decode(), policy=policy, keep=keep) for name in late)
+        return [ready for ready in published if ready is not None]
+
+    def _publish_late(self, name: str, *, policy: str, keep: float) -> ReadyGroup | None:
+        key = self._keys.assembly(name)
+        for _ in range(_ATTEMPTS):
+            with self._wire.watching(key) as watch:
+                held = _Assembly.of(watch.call("HGETALL", key))
+                ready = held.entry(name, policy, size=held.size)
+                due = bool(held.there) and held.version > held.published
+                commands = self._publication(name, ready, keep) if due else self._waits_no_more(name)
+                if self._wire.transaction(commands, watch=watch) is not None:
+                    return ready if due else None
+        raise Unavailable(f"group {name!r} was changed by others {_ATTEMPTS} times in a row")
+
+    def _publication(self, name: str, ready: ReadyGroup, keep: float) -> list[Command]:
+        key = self._keys.assembly(name)
+        return [
+            ("XADD", self._keys.ready(self._keys.partition(name)), "*", "g", _encode(ready)),
+            ("HSET", key, _PUBLISHED, ready.version),
+            ("PEXPIRE", key, int(keep * 1000)),
+            *self._waits_no_more(name),
+        ]
+
+    def _waits_no_more(self, name: str) -> list[Command]:
+        return [("HDEL", self._keys.waiting(self._keys.partition(name)), name)]
 
     def put_blob(self, id: str, version: int, blob: bytes, *, keep: float) -> None:
         """Lay a fold beside its entry for `keep` seconds, if the server has room for it; else readers fold it."""

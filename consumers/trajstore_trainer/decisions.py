@@ -36,7 +36,9 @@ class Decisions:
         members = ready.delivery.group.members
         if verdict.waits or not ready.trajectories:
             return verdict
-        if not verdict.decides and ready.version <= len(members):  # nothing was closed twice: no entry came before it
+        before = ready.delivery.group.before
+        is_first = before == 0 if before is not None else ready.version <= len(members)  # else something closed twice
+        if is_first and not verdict.decides:
             return verdict
         first = ready.trajectories[0]
         name = assembly_name(first.id, first.group, first.group_size)

@@ -24,6 +24,8 @@ STALE = "stale"
 MIXED = "mixed versions"
 UNROUTED = "missing routing"
 WAITING = "waits for an aborted member"
+EXPECTING = "waits for a late member"
+LATE = "a member is late"
 DROPPED = "its group was dropped"
 TOO_FEW = "too few members left"
 SURPLUS = "more members than the group's size"
@@ -58,6 +60,9 @@ class Selection:
         aborted: what becomes of a group with an aborted member (unless `statuses` has "aborted"). "wait": it is passed
             over, and comes again when the member has been resumed and closed, or deleted. "drop": the group is given
             up, for good. "rest": the others are trained on; the member is not, for good, even when it is resumed.
+        late: what becomes of a group that was published without members that were late (a materializer's
+            `group_seconds`). "wait": it is passed over, and comes again when they have come. "drop": it is given up,
+            for good. "rest": those that are there are trained on; the late ones are not, for good.
         unfit: what becomes of a group with another unfit member: "drop" or "rest".
         min_members: a group of which less is left is dropped; a trajectory without a group is not asked.
         max_staleness: the most weight versions that the oldest sampled token of a member may be behind; None: any.
@@ -69,6 +74,7 @@ class Selection:
 
     statuses: Collection[str] = ("completed", "truncated")
     aborted: Literal["wait", "drop", "rest"] = "wait"
+    late: Literal["wait", "drop", "rest"] = "wait"
     unfit: Literal["drop", "rest"] = "drop"
     min_members: int = 2
     max_staleness: int | None = None
@@ -79,8 +85,9 @@ class Selection:
     def __post_init__(self) -> None:
         if isinstance(self.statuses, str) or not self.statuses or not set(self.statuses) <= set(CLOSED_STATUSES):
             raise SchemaError(f"statuses are some of {', '.join(CLOSED_STATUSES)}, not {self.statuses!r}")
-        if self.aborted not in ("wait", "drop", "rest"):
-            raise SchemaError(f"aborted= is 'wait', 'drop' or 'rest', not {self.aborted!r}")
+        for name in ("aborted", "late"):
+            if getattr(self, name) not in ("wait", "drop", "rest"):
+                raise SchemaError(f"{name}= is 'wait', 'drop' or 'rest', not {getattr(self, name)!r}")
         if self.unfit not in ("drop", "rest"):
             raise SchemaError(f"unfit= is 'drop' or 'rest', not {self.unfit!r}")
         if self.max_staleness is not None and self.max_staleness < 0:
@@ -97,7 +104,7 @@ class Verdict:
         keep: the members to train on; empty if the entry is passed over.
         reasons: why each other member is not, by id.
         why: the reason of the entry that is passed over; "" for one that is trained on.
-        waits: passed over, and comes again when an aborted member is closed or deleted.
+        waits: passed over, and comes again when an aborted member is closed or deleted, or a late one has come.
         decides: trained on or dropped although a member may come back: no later version of it may be trained on.
     """
 
@@ -123,18 +130,22 @@ def judge(ready: ReadyTrajectories, selection: Selection, *, version: int | None
     for one in ready.trajectories:
         if fault := _fault(one, selection, version):
             faults[one.id] = fault
-    published = ready.delivery.group.size  # members that came later may know another one
-    size = published or max((one.group_size or 0 for one in ready.trajectories), default=0)
-    may_return = any(status == ABORTED for status in statuses.values())
+    group = ready.delivery.group
+    size = group.size or max((one.group_size or 0 for one in ready.trajectories), default=0)  # later ones may say more
+    may_return = ABORTED in statuses.values() or group.late > 0
     left = [one for one in ready.trajectories if one.id not in faults]
-    absent = max(0, size - len(ids))
+    absent = max(0, size - len(ids) - group.late)
 
     def passed_over(why: str, *, others: str = DROPPED, decides: bool = False) -> Verdict:
         reasons = {id: faults.get(id, others) for id in ids}
-        return Verdict([], reasons, why, waits=why == WAITING, decides=decides and may_return)
+        return Verdict([], reasons, why, waits=why in (WAITING, EXPECTING), decides=decides and may_return)
 
-    if size and len(ids) > size:
+    if size and max(len(ids), group.came or 0) > size:
         return passed_over(SURPLUS, others=SURPLUS)
+    if group.late and selection.late == "wait":
+        return passed_over(EXPECTING, others=EXPECTING)
+    if group.late and selection.late == "drop":
+        return passed_over(LATE, decides=True)
     if ABORTED in faults.values() and selection.aborted == "wait":
         return passed_over(WAITING, others=WAITING)
     if ABORTED in faults.values() and selection.aborted == "drop":

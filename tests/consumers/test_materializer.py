@@ -143,6 +143,85 @@ def test_last_member_publishes_the_group_once_by_id(store):
     assert (ready.group, ready.version) == ("g", 3)
 
 
+def waiting(store, name="g"):
+    """Since when a group waits, by the server's clock; b"" until somebody looked, None if it does not."""
+    return store.wire.call("HGET", store.keys.waiting(store.keys.partition(name)), name)
+
+
+def set_back(store, seconds, name="g"):
+    """As if it had waited for so much longer."""
+    since = int(waiting(store, name)) - seconds
+    store.wire.call("HSET", store.keys.waiting(store.keys.partition(name)), name, since)
+
+
+def test_group_with_a_late_member_is_published_without_it_after_so_long(store):
+    made = [finish(store, group="g", group_size=3) for _ in range(2)]
+    materialize(store, group_seconds=1000)
+    assert look(store) == []
+    set_back(store, 990)
+    materialize(store, group_seconds=1000)
+    assert look(store) == []
+    set_back(store, 20)
+    assert materialize(store, group_seconds=1000).groups == 1
+    (ready,) = look(store)
+    assert [one.id for one in ready.members] == sorted(one.id for one in made)
+    assert (ready.size, ready.came, ready.late, ready.before) == (3, 2, 1, 0)
+    assert waiting(store) is None
+    assert materialize(store, group_seconds=0).groups == 0, "once"
+
+
+def test_group_comes_again_whole_when_its_late_member_comes(store):
+    made = [finish(store, group="g", group_size=3) for _ in range(2)]
+    materialize(store, group_seconds=0)
+    made.append(finish(store, group="g", group_size=3))
+    materialize(store, group_seconds=0)
+    early, whole = look(store)
+    assert (early.version, whole.version) == (2, 3)
+    assert [one.id for one in whole.members] == sorted(one.id for one in made)
+    assert (whole.late, whole.before) == (0, 2)
+    assert waiting(store) is None
+
+
+def test_group_waits_for_ever_where_no_materializer_is_told_otherwise(store):
+    finish(store, group="g", group_size=2)
+    materialize(store)
+    assert waiting(store) == b""
+    materialize(store)
+    assert look(store) == []
+
+
+def test_complete_and_single_trajectories_wait_for_nobody(store):
+    finish(store)
+    for _ in range(2):
+        finish(store, group="g", group_size=2)
+    materialize(store)
+    assert waiting(store) is None
+    assert all(store.wire.call("HGETALL", store.keys.waiting(p)) == [] for p in range(store.partitions))
+
+
+def test_late_group_of_which_all_is_deleted_is_not_published(store):
+    gone = finish(store, group="g", group_size=2)
+    materialize(store)
+    store.delete(gone.id)
+    assert materialize(store, group_seconds=0).groups == 0
+    assert look(store) == []
+    assert waiting(store) is None
+
+
+def test_rival_materializers_publish_a_late_group_once(store, open_store):
+    for i in range(8):
+        finish(store, group=f"g{i}", group_size=2)
+    materialize(store)
+    rivals = [Materializer(open_store(), group_seconds=0) for _ in range(4)]
+    threads = [threading.Thread(target=rival.run, kwargs={"once": True}) for rival in rivals]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(one.group for one in look(store)) == [f"g{i}" for i in range(8)]
+    assert sum(rival.done.groups for rival in rivals) == 8
+
+
 def test_members_without_a_group_size_are_published_one_by_one(store):
     made = [finish(store, group="g") for _ in range(2)]
     materialize(store)

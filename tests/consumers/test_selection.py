@@ -164,6 +164,55 @@ def test_member_beyond_the_size_makes_no_group_be_trained_on_twice(store, datase
     assert record.why == "more members than the group's size"
 
 
+@pytest.mark.parametrize(
+    ("late", "early", "whole", "why"),
+    [
+        ("wait", False, True, "waits for a late member"),
+        ("drop", False, False, "a member is late"),
+        ("rest", True, False, "an earlier version of the group was decided on"),
+    ],
+)
+def test_group_with_a_late_member_waits_or_is_decided_for_good(store, dataset, late, early, whole, why):
+    made = [finish(store, group="g", group_size=3) for _ in range(2)]
+    materialize(store, group_seconds=0)
+    one = dataset(late=late)
+    assert take(one) == [ids_of(made)] if early else nothing(one)
+    made.append(finish(store, group="g", group_size=3))
+    materialize(store)
+    one._timeout = 10.0
+    assert take(one) == [ids_of(made)] if whole else nothing(one)
+    assert why in one.counts.passed_over
+    assert {record.why for record in one.filtered()} >= {why}
+
+
+def test_late_member_is_not_taken_for_a_missing_one(store):
+    for _ in range(3):
+        finish(store, group="g", group_size=4)
+    materialize(store, group_seconds=0)
+    verdict = judged(store, late="rest", unfit="drop")
+    assert len(verdict.keep) == 3
+    assert verdict.decides
+
+
+def test_group_that_lost_a_member_and_got_another_is_not_trained_on_twice(store, dataset):
+    """It has as many members as it should, but another one had come: what is left of it was trained on."""
+    made = [finish(store, group="g", group_size=2) for _ in range(2)]
+    materialize(store)
+    one = dataset()
+    assert take(one) == [ids_of(made)]
+    store.delete(made[0].id)
+    finish(store, group="g", group_size=2)
+    materialize(store)
+    assert nothing(one)
+    assert one.counts.passed_over == {"more members than the group's size": 1}
+
+
+@pytest.mark.parametrize("name", ["aborted", "late"])
+def test_unknown_policy_is_refused_and_named(name):
+    with pytest.raises(trajstore.SchemaError, match=f"{name}= is 'wait', 'drop' or 'rest', not 'never'"):
+        Selection(**{name: "never"})
+
+
 def test_mixed_versions_and_missing_routing_are_unfit_where_they_are_not_wanted(store, dataset):
     mixed = abort(store, tokens=10)
     resume(store, mixed, "completed")

@@ -66,8 +66,14 @@ def archive(store: str, once: bool, folder: str | None, pack_mb: int, pack_secon
 @click.option(
     "--policy", type=click.Choice(POLICIES), default="last_segment_wins", show_default=True, help="Of the folds."
 )
+@click.option(
+    "--group-seconds",
+    type=SECONDS,
+    metavar="S",
+    help="Publish a group that has waited so long without the members that are late; default: it waits for ever.",
+)
 @_as_json
-def materialize(store: str, once: bool, policy: Policy, as_json: bool) -> None:
+def materialize(store: str, once: bool, policy: Policy, group_seconds: float | None, as_json: bool) -> None:
     """Run a materializer.
 
     It folds trajectories as they close, and publishes complete groups for trainers. Any number may run; they share
@@ -81,7 +87,7 @@ def materialize(store: str, once: bool, policy: Policy, as_json: bool) -> None:
     """
     begun = time.monotonic()
     with graceful_stop() as stopped, open_run(store) as run:
-        materializer = Materializer(run, policy=policy)
+        materializer = Materializer(run, policy=policy, group_seconds=group_seconds)
         by_signal = run_worker(
             f"materializing {run.location}",
             lambda: materializer.run(once=once, stop=stopped),

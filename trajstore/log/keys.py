@@ -62,6 +62,10 @@ class Keys:
         """Hash of open segments: the last event of each, and when it was first seen so (server time)."""
         return f"{self._tag(partition)}:quiet"
 
+    def waiting(self, partition: int) -> str:
+        """Hash of groups that wait for members: by name, since when (server time); "" until a materializer looked."""
+        return f"{self._tag(partition)}:waiting"
+
     def ready(self, partition: int) -> str:
         """Stream of published trajectories and groups."""
         return f"{self._tag(partition)}:ready"
