@@ -7,7 +7,7 @@ are pure, and the only fold there is: `load`, the materializer, provenance and a
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import msgspec
 import numpy as np
@@ -20,17 +20,30 @@ from trajstore.history import History, Recording, Segment, read_history
 from trajstore.routing import RoutingArray
 from trajstore.trajectory import RoutedRows, Trajectory
 
-__all__ = ["POLICIES", "Candidate", "Fetch", "Placement", "Plan", "Policy", "input_digest", "plan"]
+__all__ = [
+    "POLICIES",
+    "Candidate",
+    "Fetch",
+    "Placement",
+    "Plan",
+    "Policy",
+    "decide",
+    "input_digest",
+    "plan",
+    "split_tokens",
+    "version_pieces",
+]
 
 Policy = Literal["last_segment_wins", "as_sampled"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 
 Fetch: TypeAlias = Callable[[Sequence[Event]], Iterable[Buffer]]
-"""Payload bytes of events, in the order asked for; a generator keeps one at a time in memory."""
+"""Payload bytes of events, in the order asked for; a generator keeps one at a time in memory. Who gives a view of an
+array that is all there is of it gives the array away."""
 
 
 ReadRows: TypeAlias = Callable[[Event, int, int], RoutingArray]
-"""Rows `[first, last)` of an event's payload."""
+"""Rows `[first, last)` of an event's payload. An array that owns its memory is given away."""
 
 
 class Placement(NamedTuple):
@@ -88,7 +101,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         payloads = iter(fetch(self.needed()))
         for span, buffer in zip(history.spans, islice(payloads, len(history.spans)), strict=True):
             at, n = slice(span.start, span.stop), span.stop - span.start
-            ids, probs = _split_tokens(span.event, buffer)
+            ids, probs = split_tokens(span.event, buffer)
             token_ids[at] = ids[:n]
             segment_ids[at] = span.segment
             loss_mask[at] = span.sampled
@@ -110,7 +123,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
                     if len(buffer) != (recording.stop - recording.start) * spec.row_bytes:
                         raise Corrupt(f"{id}: the payload of event {event.id} has {len(buffer)} bytes")
                     first, last = start - recording.start, stop - recording.start
-                    routed[start:stop] = spec.from_bytes(buffer)[first:last]
+                    given = _given_array(buffer) if last - first == length else None
+                    if given is not None and (given.shape, given.dtype) == (routed.shape, routed.dtype):
+                        routed = given
+                    else:
+                        routed[start:stop] = spec.from_bytes(buffer)[first:last]
                     routing_mask[start:stop] = True
                     routing_source[start:stop] = recording.segment
             for start, stop in self._holes():
@@ -145,7 +162,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         """The token ids alone, int32 `[T]`; no routing is fetched. Otherwise as `apply`."""
         token_ids = np.empty(self.history.length, np.int32)
         for span, buffer in zip(self.history.spans, fetch(self._token_events()), strict=True):
-            ids, _ = _split_tokens(span.event, buffer)
+            ids, _ = split_tokens(span.event, buffer)
             token_ids[span.start : span.stop] = ids[: span.stop - span.start]
         _check_inputs(self.history.segments, token_ids, id)
         return token_ids
@@ -177,10 +194,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             found.append((low - start, read(event, low - recording.start, high - recording.start)))
             mask[low - start : high - start] = True
             source[low - start : high - start] = recording.segment
-        layers = found[0][1].shape[1] if found else spec.num_layers
-        routed = np.zeros((stop - start, layers, spec.top_k), spec.dtype)
-        for at, rows in found:
-            routed[at : at + len(rows)] = rows
+        if len(found) == 1 and len(found[0][1]) == stop - start and found[0][1].flags.owndata:
+            routed = found[0][1]
+        else:
+            layers = found[0][1].shape[1] if found else spec.num_layers
+            routed = np.zeros((stop - start, layers, spec.top_k), spec.dtype)
+            for at, rows in found:
+                routed[at : at + len(rows)] = rows
         return RoutedRows(start=start, routed_experts=routed, routing_mask=mask, routing_source=source)
 
     def why(self, row: int) -> list[Candidate]:
@@ -248,9 +268,13 @@ def plan(
     Raises:
         SequenceGap, SchemaError, RoutingError, NotFound: see `trajstore.history.read_history`.
     """
+    return decide(read_history(events, notes=notes, until=until), policy)
+
+
+def decide(history: History, policy: Policy = "last_segment_wins") -> Plan:
+    """Decide a fold from a history. As `plan`, which reads it first."""
     if policy not in POLICIES:
         raise SchemaError(f"there is no fold policy {policy!r}; policies are {' and '.join(POLICIES)}")
-    history = read_history(events, notes=notes, until=until)
     if len(history.segments) > np.iinfo(np.int16).max:
         raise SchemaError(f"{len(history.segments)} segments in one trajectory; segment_ids holds 32767")
     place = _last_segment_wins if policy == "last_segment_wins" else _as_sampled
@@ -302,7 +326,7 @@ def input_digest(token_ids: npt.NDArray[np.int32]) -> str:
     return hashlib.blake2b(token_ids.astype("<i4", copy=False).data, digest_size=16).hexdigest()
 
 
-def _split_tokens(event: Event, buffer: Buffer) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+def split_tokens(event: Event, buffer: Buffer) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
     """Token ids and logprobs of a `SegmentOpened` or `Tokens` payload."""
     header = event.header
     if isinstance(header, Tokens):
@@ -315,6 +339,14 @@ def _split_tokens(event: Event, buffer: Buffer) -> tuple[npt.NDArray[np.int32], 
         raise Corrupt(f"the payload of event {event.id} has {len(buffer)} bytes for {count} tokens")
     ids = np.frombuffer(buffer, "<i4", count)
     return ids, np.frombuffer(buffer, "<f4", count, offset=count * 4) if has_logprobs else None
+
+
+def _given_array(buffer: Buffer) -> npt.NDArray[Any] | None:
+    """The array that a payload is all of, if nobody needs it any more: to be kept instead of copied."""
+    array = buffer.obj if isinstance(buffer, memoryview) else None
+    if not isinstance(array, np.ndarray) or array.nbytes != len(buffer):
+        return None
+    return array if array.flags.owndata and array.flags.writeable else None
 
 
 def _check_inputs(segments: Sequence[Segment], token_ids: npt.NDArray[np.int32], id: str) -> None:
@@ -340,13 +372,13 @@ def _weight_versions(segments: Sequence[Segment], length: int) -> tuple[npt.NDAr
     names: dict[str, int] = {}
     result = np.full(length, -1, np.int32)
     for segment in segments:
-        for start, stop, version in _version_pieces(segment):
+        for start, stop, version in version_pieces(segment):
             if start < min(stop, segment.kept):
                 result[start : min(stop, segment.kept)] = names.setdefault(version, len(names))
     return result, tuple(names)
 
 
-def _version_pieces(segment: Segment) -> Iterator[tuple[int, int, str]]:
+def version_pieces(segment: Segment) -> Iterator[tuple[int, int, str]]:
     """Positions `[start, stop)` of a segment's output by the version that sampled them; spans override the label."""
     first = at = segment.base + segment.context
     for span in segment.weight_versions:

@@ -4,7 +4,7 @@ The first half of the fold, shared with everything else that asks about a trajec
 overlaps). Which recording wins a row is decided in `fold.py`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ __all__ = [
     "Recording",
     "Segment",
     "TokenSpan",
+    "Walk",
     "deleted_error",
     "find_tombstone",
     "leading_rows",
@@ -190,7 +191,7 @@ def read_history(events: Sequence[Event], *, notes: Iterable[Event] = (), until:
             last = f"; the last is {events[-1].at}" if events else ""
             raise NotFound(f"there is no event {until} in this trajectory{last}")
         events = cut
-    walk = _Walk()
+    walk = Walk()
     for event in events:
         walk.take(event)
     return walk.result(notes)
@@ -246,21 +247,20 @@ class _OpenSegment:
     def end(self) -> int:
         return self.opened.base + self.opened.context + self.output
 
-    def record(self, event: Event, start: int, rows: int, origin: Origin, source: str = "") -> None:
+    def recording(self, event: Event, start: int, rows: int, origin: Origin, source: str = "") -> Recording:
+        """Rows that an event says are of this segment."""
         stop = start + rows
         if start < 0 or stop > self.end:
             raise RoutingError(
                 f"{event.type} {event.id} has rows {start} to {stop - 1}, but segment {self.index} ends at {self.end}"
             )
-        self.recordings.append(
-            Recording(
-                segment=self.index,
-                event=event.id,
-                start=start,
-                stop=stop,
-                origin=origin,
-                source=source,
-            )
+        return Recording(
+            segment=self.index,
+            event=event.id,
+            start=start,
+            stop=stop,
+            origin=origin,
+            source=source,
         )
 
     @property
@@ -271,7 +271,7 @@ class _OpenSegment:
             return spans[0].version
         return self.opened.weight_version
 
-    def freeze(self, counts: int) -> Segment:
+    def freeze(self, counts: int, late: Sequence[Recording]) -> Segment:
         closed = self.closed
         return Segment(
             index=self.index,
@@ -291,13 +291,14 @@ class _OpenSegment:
             retractions=closed.retractions if closed else 0,
             absent=tuple(self.absent),
             recordings=tuple(
-                msgspec.structs.replace(recording, weight_version=self.weight_version) for recording in self.recordings
+                msgspec.structs.replace(recording, weight_version=self.weight_version)
+                for recording in (*self.recordings, *late)
             ),
         )
 
 
-class _Walk:
-    """The state between two events."""
+class Walk:
+    """The state between two events: `take` the next one, ask for the `result` after any. Errors as `read_history`."""
 
     def __init__(self) -> None:
         self.opened: TrajectoryOpened | None = None
@@ -313,6 +314,7 @@ class _Walk:
         self.carriers: dict[str, Event] = {}
 
     def take(self, event: Event) -> None:
+        """Go on by one event."""
         before = self.last
         self._follow(event)
         header = event.header
@@ -342,7 +344,8 @@ class _Walk:
                     )
             case Routing():
                 self.carriers[event.id] = event
-                self._current(event).record(event, header.start, header.rows, header.origin)
+                segment = self._current(event)
+                segment.recordings.append(segment.recording(event, header.start, header.rows, header.origin))
             case RoutingAbsent():
                 self._current(event).absent.append(header.reason)
             case SegmentClosed():
@@ -405,11 +408,14 @@ class _Walk:
         return segment
 
     def result(self, notes: Iterable[Event]) -> History:
+        """What the events so far say, and these notes."""
         if self.gap is not None:
-            raise self.gap
+            raise self.gap.with_traceback(None)  # it may be raised again and again
         if self.opened is None or self.last is None:
             raise NotFound("the trajectory has no events")
         observations = []
+        late: dict[int, list[Recording]] = {}
+        carriers = self.carriers.copy()
         for note in notes:
             header = note.header
             if isinstance(header, LateRouting):
@@ -417,10 +423,11 @@ class _Walk:
                     continue  # of a segment after `until`
                 segment = self.segments[header.segment]
                 if segment.closed is not None or segment.superseded:
-                    self.carriers[note.id] = note
-                    segment.record(note, header.start, header.rows, header.origin, "late")
+                    carriers[note.id] = note
+                    found = segment.recording(note, header.start, header.rows, header.origin, "late")
+                    late.setdefault(segment.index, []).append(found)
             elif isinstance(header, RoutingObserved):
-                self.carriers[note.id] = note
+                carriers[note.id] = note
                 observations.append(
                     Recording(
                         segment=-1,
@@ -436,23 +443,23 @@ class _Walk:
                 raise SchemaError(f"note {note.at} is a {note.type}, which this trajstore does not know; upgrade it")
         return History(
             opened=self.opened,
-            segments=self._segments(),
+            segments=self._segments(late),
             spans=tuple(self.spans),
             length=self.length,
             status=self.status,
             reward=self.reward,
             components=self.components,
             observations=tuple(observations),
-            carriers=self.carriers,
+            carriers=carriers,
             last=self.last,
             closes=self.closes,
         )
 
-    def _segments(self) -> tuple[Segment, ...]:
+    def _segments(self, late: Mapping[int, Sequence[Recording]]) -> tuple[Segment, ...]:
         """Each with the rows of it that count: those below the base of every later segment."""
         frozen: list[Segment] = []
         limit = self.segments[-1].end if self.segments else 0
         for segment in reversed(self.segments):
-            frozen.append(segment.freeze(min(limit, segment.end)))
+            frozen.append(segment.freeze(min(limit, segment.end), late.get(segment.index, ())))
             limit = min(limit, segment.opened.base)
         return tuple(reversed(frozen))

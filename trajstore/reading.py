@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Collection, Sequence
 
-from trajstore.entries import Event
+from trajstore.entries import Buffer, Event
 from trajstore.errors import Corrupt, SchemaError
 from trajstore.events import CLOSED_STATUSES, EventId
 from trajstore.fold import Plan, Policy
 from trajstore.history import Recording, read_history
-from trajstore.ingest import require_id
+from trajstore.ingest import check_count, require_id
 from trajstore.overlaps import Overlap, find_overlaps
+from trajstore.recorded import RecordedRows
 from trajstore.routing import RoutingArray
 from trajstore.summary import Summary
 from trajstore.trajectory import RoutedRows, Trajectory
@@ -21,11 +22,17 @@ ALL_STATUSES = (*_THERE, "deleted")
 
 
 class Archive:
-    """Trajectories to read. Made by `trajstore.open_archive`; a `Store` is one, too."""
+    """Trajectories to read. Made by `trajstore.open_archive`; a `Store` is one, too.
 
-    def __init__(self, view: View, partitions: int) -> None:
+    Attributes:
+        location: folder or URL, fit for messages.
+        partitions: P, in which the run's trajectories are divided.
+    """
+
+    def __init__(self, view: View, partitions: int, *, location: str = "") -> None:
         self._view = view
-        self._partitions = partitions
+        self.location = location
+        self.partitions = partitions
 
     def load(self, id: str, *, policy: Policy = "last_segment_wins", until: str | EventId | None = None) -> Trajectory:
         """A trajectory, folded; open ones too.
@@ -64,10 +71,33 @@ class Archive:
         log = self._view.read(id)
         return find_overlaps(read_history(log.events, notes=log.notes))
 
-    def recorded_rows(self, id: str, recording: Recording) -> RoutingArray:
-        """Rows of one recording, `[stop - start, L, K]`, whether or not they win a fold."""
+    def recorded_rows(self, id: str, recording: Recording, *, rows: tuple[int, int] | None = None) -> RoutingArray:
+        """Rows of one recording, `[stop - start, L, K]`, whether or not they win a fold.
+
+        Args:
+            rows: only these positions `(start, stop)`; from the archive no others are read.
+        """
         self._settle(id)
-        return self._view.rows(id, recording)
+        return self._view.rows(id, recording, rows)
+
+    def recordings(self, id: str) -> RecordedRows:
+        """A trajectory's recordings, to be read in part: for comparisons of many rows, see `RecordedRows`.
+
+        Raises:
+            NotFound, SequenceGap, Corrupt, SchemaError: as `load`.
+        """
+        self._settle(id)
+        return RecordedRows(self._view, id)
+
+    def payloads(self, id: str, events: Sequence[str]) -> Sequence[Buffer]:
+        """Payload bytes of events (`"3-1"`, `"note 1-0"`), in the order asked for; empty for an event without any.
+
+        Raises:
+            NotFound: no such trajectory or event.
+            Corrupt: stored bytes are damaged or gone.
+        """
+        self._settle(id)
+        return self._view.payloads(id, events)
 
     def load_routing(
         self,
@@ -99,6 +129,7 @@ class Archive:
         status: str | Collection[str] | None = None,
         group: str | None = None,
         mixed: bool = False,
+        partition: int | None = None,
         on_corrupt: Callable[[Corrupt], None] | None = None,
     ) -> list[Summary]:
         """Summaries of trajectories, oldest id first.
@@ -107,6 +138,7 @@ class Archive:
             status: only these: open, completed, truncated, failed, aborted, deleted; default all but deleted.
             group: only members of this group.
             mixed: only those with a segment whose output more than one weight version sampled.
+            partition: only those of this one of `partitions`: a large run is gone through part by part.
             on_corrupt: hears of each damaged record and pack, and what can be read is listed; a trajectory that has a
                 part in a damaged one is listed only where the hot log tells how it stands.
 
@@ -114,11 +146,13 @@ class Archive:
             Corrupt: without `on_corrupt`, if something cannot be read: a list is whole or none.
         """
         wanted = wanted_statuses(status)
+        if partition is not None and not 0 <= check_count(partition, name="partition") < self.partitions:
+            raise SchemaError(f"partition {partition} does not lie in [0, {self.partitions})")
         self._settle_all()
         found = [
             summary
-            for partition in range(self._partitions)
-            for summary in self._view.summaries(partition, on_corrupt=on_corrupt)
+            for number in (range(self.partitions) if partition is None else [partition])
+            for summary in self._view.summaries(number, on_corrupt=on_corrupt)
             if summary.status in wanted and (group is None or summary.group == group) and (summary.mixed or not mixed)
         ]
         return sorted(found, key=lambda summary: summary.id)

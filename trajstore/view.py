@@ -162,12 +162,19 @@ class View:
                 check_payload(data, event.payload, what=f"{id}: the payload of event {event.id} {where}")
             yield data
 
-    def rows(self, id: str, recording: Recording) -> RoutingArray:
+    def rows(self, id: str, recording: Recording, rows: tuple[int, int] | None = None) -> RoutingArray:
         """Rows of one recording, `[stop - start, L, K]`, whether or not they win a fold.
+
+        Args:
+            rows: only these positions `(start, stop)`; from the archive no others are read.
 
         Raises:
             NotFound: the trajectory has no such recording.
+            SchemaError: the recording has no such rows.
         """
+        start, stop = (recording.start, recording.stop) if rows is None else _bounds(rows)
+        if not recording.start <= start <= stop <= recording.stop:
+            raise SchemaError(f"recording {recording.event} has rows [{recording.start}, {recording.stop}), not {rows}")
 
         def fetch() -> RoutingArray:
             log = self.read(id)
@@ -175,10 +182,39 @@ class View:
             carrier = next((event for event in [*log.events, *log.notes] if event.id == recording.event), None)
             if carrier is None or not isinstance(opened, TrajectoryOpened) or opened.routing is None:
                 raise NotFound(f"{id} has no recording {recording.event}")
-            data = next(iter(self._payloads(id, [carrier])))
-            return opened.routing.from_bytes(data).copy()
+            first, last = start - recording.start, stop - recording.start
+            if first == last:
+                return opened.routing.empty(0)
+            return self._routed(id, opened.routing, slice(None), {}, carrier, first, last).copy()
 
         return _settled(id, fetch)
+
+    def payloads(self, id: str, events: Sequence[str]) -> list[Buffer]:
+        """Payload bytes of events, checked against their headers; empty for an event without any.
+
+        Raises:
+            NotFound: the trajectory has no such event.
+        """
+
+        def fetch() -> list[Buffer]:
+            log = self.read(id)
+            known = {event.id: event for event in [*log.events, *log.notes]}
+            missing = next((wanted for wanted in events if wanted not in known), None)
+            if missing is not None:
+                raise NotFound(f"{id} has no event {missing}")
+            carriers = [known[wanted] for wanted in events if known[wanted].payload is not None]
+            found = iter(self._payloads(id, carriers))
+            return [b"" if known[wanted].payload is None else next(found) for wanted in events]
+
+        return _settled(id, fetch)
+
+    def runs(self, id: str, event: Event, runs: Sequence[tuple[int, int]]) -> RoutingArray | None:
+        """Some rows of an archived recording, one run `[first, stop)` after the other, `[rows, L, K]`, and no others.
+
+        None where a compaction has moved them: read the trajectory again.
+        """
+        archive = self._archive()
+        return archive.routed(id, event, runs) if archive is not None else None
 
     def token_ids(self, id: str, until: EventId) -> npt.NDArray[np.int32]:
         """A trajectory's tokens at an event, int32 `[T]`: what a resume needs, and no routing."""
@@ -227,7 +263,7 @@ class View:
         """Rows of a recording; `hot` keeps a few hot payloads, for recordings may lie interleaved."""
         archive = self._archive()
         if event.stored != "hot" and archive is not None:
-            rows = archive.routed(id, event, first, stop, layers)
+            rows = archive.routed(id, event, [(first, stop)], layers)
             if rows is None:
                 raise _Gone(event.id)
             return rows

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from trajstore import SchemaError
 
-__all__ = ["ROUTERS", "RouterCapture", "find_routers", "read_answer"]
+__all__ = ["ROUTERS", "Recorded", "RouterCapture", "find_routers", "read_answer"]
 
 ROUTERS = ("TopKRouter", "TopkRouter", "TokenChoiceRouter", "MoEV1Gate")
 """Endings of the names of router classes whose forward returns `(logits [N, E], weights [N, K], expert ids [N, K])`, or
@@ -124,6 +124,22 @@ class Recorded:
             # Some routers leave their choice unsorted; the stable sort keeps the order of those that do not.
             order = weights.argsort(dim=-1, descending=True, stable=True)
             result[:, layer_id] = experts.gather(-1, order).to(result.device)
+        assert result is not None, "a capture has at least one router"
+        return result
+
+    def margins(self) -> Tensor:
+        """By how much the logit of the last expert chosen exceeds that of the best one left out, float32 `[tokens, H]`.
+
+        NaN in dense layers, and where a router does not choose by its logits alone (DeepSeek's groups and biases).
+        """
+        result: Tensor | None = None
+        for layer_id, logits, _, experts in self._read():
+            if result is None:
+                result = logits.new_full((len(logits), self._capture.num_hidden_layers), torch.nan, dtype=torch.float32)
+            chosen = logits.gather(-1, experts).amin(-1)
+            left_out = logits.scatter(-1, experts, -torch.inf).amax(-1)
+            margin = (chosen - left_out).float().to(result.device)
+            result[:, layer_id] = torch.where(margin >= 0, margin, torch.nan)
         assert result is not None, "a capture has at least one router"
         return result
 

@@ -2,19 +2,23 @@
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trajstore import Conflict, RoutingSpec, SchemaError
+from trajstore import Conflict, RoutingSpec, SchemaError, TrajectoryWriter
+from trajstore.engine import Scored
 from trajstore.ingest import check_count, check_label, token_array
 from trajstore_transformers.batch import Batch
 from trajstore_transformers.forward import Forward
+from trajstore_transformers.replay import end_tokens, load_model, read_tokens, resume
 from trajstore_transformers.request import Request, RequestOutput, SamplingParams
 from trajstore_transformers.sampling import Sampler
 from trajstore_transformers.weights import copy_weights
@@ -92,12 +96,7 @@ class TransformersEngine:
         prompt = token_array(prompt_token_ids, name="prompt_token_ids")
         if len(prompt) == 0:
             raise SchemaError(f"request {request_id!r} has an empty prompt; there is nothing to continue")
-        if int(prompt.max()) >= self._vocab_size:
-            at = int(prompt.argmax())
-            raise SchemaError(
-                f"request {request_id!r}: prompt_token_ids[{at}] is {prompt[at]}, outside the vocabulary of "
-                f"{self._vocab_size} tokens"
-            )
+        self._require_known(prompt, f"request {request_id!r}: prompt_token_ids")
         params = params if params is not None else SamplingParams()
         limit = params.max_tokens
         if self._context_length is not None:
@@ -121,9 +120,7 @@ class TransformersEngine:
             Conflict: the engine is closed, or its model is in training mode.
             SchemaError: the model's logits are not finite. What was generated before is kept: abort delivers it.
         """
-        self._require_usable()
-        if self._model.training:
-            raise Conflict("the model is in training mode, so it would not sample from its weights; call model.eval()")
+        self._require_evaluating()
         with torch.inference_mode():
             if self._running is not None:
                 self._running.decode(self._forward, self._sampler)
@@ -169,6 +166,65 @@ class TransformersEngine:
         label = check_label(weight_version, name="weight_version")
         copy_weights(self._model, weights)
         self.weight_version = label
+
+    # Recorded rollouts: `trajstore.engine.Scorer` and `Resumer`
+
+    @classmethod
+    def for_replay(cls, folder: Path, *, weight_version: str, dtype: str = "auto", seed: int = 0) -> Self:
+        """An engine over the model in a folder; see `trajstore.engine`.
+
+        Raises:
+            NotFound, SchemaError: see `replay.load_model`.
+        """
+        return cls(load_model(folder, dtype=dtype), weight_version=weight_version, seed=seed)
+
+    def score(self, token_ids: npt.NDArray[np.int32], *, temperature: npt.NDArray[np.float32] | None = None) -> Scored:
+        """Teacher-force tokens: the logprob of each given those before it, and the routing of all.
+
+        What is in flight is not touched. Memory is that of the cache of T tokens and of the logits of some hundred.
+
+        Args:
+            token_ids: int32 `[T]`.
+            temperature: float32 `[T]`, positive; default 1.
+
+        Raises:
+            SchemaError: no tokens, tokens outside the vocabulary or beyond the context, or a temperature that is none.
+            Conflict: the engine is closed, or its model is in training mode.
+        """
+        self._require_evaluating()
+        ids = token_array(token_ids)
+        self._require_known(ids, "the tokens to score")
+        if len(ids) == 0:
+            raise SchemaError("there are no tokens to score")
+        if self._context_length is not None and len(ids) > self._context_length:
+            raise SchemaError(f"{len(ids)} tokens to score exceed the model's context of {self._context_length}")
+        divisor = np.ones(len(ids), np.float32) if temperature is None else np.asarray(temperature, np.float32)
+        if divisor.shape != ids.shape or not (np.isfinite(divisor) & (divisor > 0)).all():
+            raise SchemaError(f"score takes one positive temperature for each of the {len(ids)} tokens")
+        return read_tokens(self._forward, ids, divisor)
+
+    def resume(
+        self,
+        trajectory: TrajectoryWriter,
+        *,
+        max_tokens: int,
+        temperature: float = 1.0,
+        stop_token_ids: tuple[int, ...] = (),
+        ignore_eos: bool = False,
+    ) -> str:
+        """Go on with a trajectory to the end of one segment, and record it; see `trajstore.engine.Resumer`.
+
+        Raises:
+            Conflict, SchemaError: see `replay.resume`.
+        """
+        ends = () if ignore_eos else end_tokens(self._model)
+        asked = {
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+            "stop_token_ids": list(stop_token_ids),
+            "ignore_eos": ignore_eos,
+        }
+        return resume(self, trajectory, SamplingParams(max_tokens, temperature, (*stop_token_ids, *ends)), asked)
 
     def close(self) -> None:
         """Take the hooks off the model and let go of the cache. What is unfinished can still be aborted."""
@@ -221,6 +277,16 @@ class TransformersEngine:
             if request.finish_reason != "":
                 del self._requests[request.id]
         return [request.report() for request in news]
+
+    def _require_known(self, token_ids: npt.NDArray[np.int32], name: str) -> None:
+        at = int(token_ids.argmax()) if len(token_ids) else 0
+        if len(token_ids) and token_ids[at] >= self._vocab_size:
+            raise SchemaError(f"{name}[{at}] is {token_ids[at]}, outside the vocabulary of {self._vocab_size} tokens")
+
+    def _require_evaluating(self) -> None:
+        self._require_usable()
+        if self._model.training:
+            raise Conflict("the model is in training mode, so it would not sample from its weights; call model.eval()")
 
     def _require_usable(self) -> None:
         if self._closed:

@@ -2,6 +2,8 @@
 
 import inspect
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -9,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trajstore import RoutingSpec, SchemaError
 from trajstore.routing import RoutingArray
-from trajstore_transformers.capture import RouterCapture
+from trajstore_transformers.capture import Recorded, RouterCapture
 
 __all__ = ["Forward"]
 
@@ -65,23 +67,53 @@ class Forward:
         Returns:
             Logits `[B, V]` of each last token, and the routing `[B, S, H, K]` in the spec's dtype, padding included.
         """
+        logits, recorded = self._run(token_ids, mask, position_ids, cache, keep=1)
+        rows = self._rows(recorded, token_ids.numel())
+        return logits[:, -1], rows.reshape(*token_ids.shape, *rows.shape[1:])
+
+    def read(
+        self, token_ids: Tensor, start: int, cache: DynamicCache
+    ) -> tuple[Tensor, RoutingArray, npt.NDArray[np.float32]]:
+        """Run S tokens of one request behind the `start` that are cached, for what the model says of each.
+
+        Args:
+            token_ids: int64 `[S]`.
+            cache: extended in place.
+
+        Returns:
+            Logits `[S, V]`, the routing `[S, H, K]` in the spec's dtype, and its margins float32 `[S, H]` (see
+            `Recorded.margins`).
+        """
+        stop = start + len(token_ids)
+        mask = token_ids.new_ones((1, stop))
+        positions = torch.arange(start, stop, device=token_ids.device)[None]
+        logits, recorded = self._run(token_ids[None], mask, positions, cache, keep=0)
+        return logits[0], self._rows(recorded, len(token_ids)), recorded.margins().cpu().numpy()
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._capture.close()
+
+    def _run(
+        self, token_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache, *, keep: int
+    ) -> tuple[Tensor, Recorded]:
+        """One forward; logits of the last `keep` tokens, 0 for all."""
         with self._capture.recording() as recorded:
             output = self._model(
                 input_ids=token_ids,
                 attention_mask=mask,
                 position_ids=position_ids,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=keep,
                 **{self._cache_name: cache},
                 **self._quiet,
             )
-        experts = recorded.experts(token_ids.numel()).to(torch.int32).cpu().numpy()
-        rows = experts.astype(self.spec.dtype).reshape(*token_ids.shape, *experts.shape[1:])
-        return output.logits[:, -1], rows
+        return output.logits, recorded
 
-    def close(self) -> None:
-        """Take the hooks off the model."""
-        self._capture.close()
+    def _rows(self, recorded: Recorded, tokens: int) -> RoutingArray:
+        """Routing `[tokens, H, K]` in the spec's dtype."""
+        experts = recorded.experts(tokens).to(torch.int32).cpu().numpy()
+        return experts.astype(self.spec.dtype)
 
     def _probe(self) -> RoutingSpec:
         """The routing spec as the routers show it on one token: configurations name these numbers in many ways."""

@@ -10,7 +10,7 @@ def record_output(segment: SegmentWriter, output: RequestOutput) -> bool:
     """Write an output to the segment whose input was the request's prompt; the last one closes it.
 
     Call it with every output of the request, in order. The engine sees the whole trajectory as its prompt and routes
-    all of it, so the rows begin at position 0 whatever the segment's base is.
+    all of it, so the rows begin at position 0 whatever the segment's base is. Without a routing spec they are left out.
 
     Returns:
         True once the segment is closed.
@@ -28,9 +28,9 @@ def record_output(segment: SegmentWriter, output: RequestOutput) -> bool:
         segment.tokens(output.token_ids, output.logprobs)
     if output.finish_reason == "":
         return False
-    if output.routed_experts is not None:
+    if segment.spec is not None and output.routed_experts is not None:
         segment.routing(output.routed_experts, start=0)
-    else:
+    elif segment.spec is not None:
         segment.no_routing("aborted before its first forward")
     segment.close(output.finish_reason)
     return True

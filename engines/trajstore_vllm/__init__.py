@@ -13,12 +13,14 @@ from trajstore_vllm.delivery import Delivery, Known
 from trajstore_vllm.http import parse_http, record_http
 from trajstore_vllm.llm import LLMRecorder
 from trajstore_vllm.outputs import parse_output, record_output
+from trajstore_vllm.replay import LLMReplay
 
 __all__ = [
     "AsyncLLMRecorder",
     "Delivery",
     "Known",
     "LLMRecorder",
+    "LLMReplay",
     "capabilities",
     "parse_http",
     "parse_output",

@@ -5,6 +5,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from trajstore.threaded import run_threaded, until_done
 from trajstore_vllm.delivery import known_of
 from trajstore_vllm.flight import Flight
 from trajstore_vllm.outputs import parse_output
+from trajstore_vllm.replay import LLMReplay
 from trajstore_vllm.requests import Rerecord, engine_label
 from trajstore_vllm.segments import Opened, deliver, end_early, fail, open_segment, refuse
 
@@ -64,6 +66,11 @@ class AsyncLLMRecorder:
         self._flights: dict[str, Flight] = {}
         self._tasks: set[asyncio.Task[Any]] = set()  # a task that nobody holds may be collected while it runs
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="trajstore-vllm")
+
+    @classmethod
+    def for_replay(cls, folder: Path, *, weight_version: str, dtype: str = "auto", seed: int = 0) -> LLMReplay:
+        """What `trajstore rerun` and `trajstore resume` use as `--engine vllm`; see `trajstore.engine`."""
+        return LLMReplay.for_replay(folder, weight_version=weight_version, dtype=dtype, seed=seed)
 
     @property
     def in_flight(self) -> tuple[str, ...]:

@@ -7,7 +7,16 @@ import pytest
 import trajstore
 from tests.cli.running import invoke, run
 
-READING = (("ls",), ("show", "ID"), ("events", "ID"), ("tail",))
+READING = (
+    ("ls",),
+    ("show", "ID"),
+    ("events", "ID"),
+    ("tail",),
+    ("replay", "ID"),
+    ("why", "ID", "--token", "0"),
+    ("diff", "ID", "0", "1"),
+    ("doctor",),
+)
 RUNNING = (("archive", "--once"), ("materialize", "--once"))
 
 

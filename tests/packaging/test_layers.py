@@ -12,12 +12,12 @@ LAYERS = (
     {"archiver", "abandon", "materializer", "ready", "blob", "exchange", "recovery"},
     {"adapter", "threaded", "engine"},
     {"opening", "store", "reading", "writing", "segment_writer"},
-    {"view", "backlog"},
+    {"view", "recorded", "backlog"},
     {"archive"},
     {"server", "locks", "binaries"},
     {"log", "deletion"},
-    {"fold", "history", "overlaps", "summary", "trajectory"},
-    {"events", "entries", "upcast", "routing", "ingest", "errors"},
+    {"fold", "history", "overlaps", "standing", "summary", "trajectory"},
+    {"events", "entries", "upcast", "routing", "ingest", "limits", "errors"},
 )
 """Modules and folders of the library from the top down."""
 

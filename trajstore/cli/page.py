@@ -12,7 +12,17 @@ import numpy.typing as npt
 from trajstore.history import Recording, Segment
 from trajstore.trajectory import Trajectory
 
-__all__ = ["SEGMENT_COLUMNS", "Strip", "header_fields", "runs", "segment_row", "strips", "token_runs"]
+__all__ = [
+    "SEGMENT_COLUMNS",
+    "Strip",
+    "header_fields",
+    "letter_strips",
+    "positions",
+    "runs",
+    "segment_row",
+    "strips",
+    "token_runs",
+]
 
 SEGMENT_COLUMNS = (
     "segment",
@@ -104,12 +114,17 @@ def token_runs(trajectory: Trajectory) -> list[tuple[str, str]]:
 
 def strips(trajectory: Trajectory, width: int) -> list[Strip]:
     """The trajectory letter by letter, `width` tokens to a strip; empty if it is too long for that."""
-    if len(trajectory) > _STRIP_TOKENS:
+    return letter_strips(trajectory.segment_ids, trajectory.routing_source, width)
+
+
+def letter_strips(segment_ids: npt.NDArray[np.int16], routing_source: npt.NDArray[np.int16], width: int) -> list[Strip]:
+    """As `strips`, from the two arrays `[T]` alone."""
+    if len(segment_ids) > _STRIP_TOKENS:
         return []
-    brought, routed = _letters(trajectory.segment_ids), _letters(trajectory.routing_source)
+    brought, routed = _letters(segment_ids), _letters(routing_source)
     return [
         Strip(start, brought[start : start + width], routed[start : start + width])
-        for start in range(0, len(trajectory), width)
+        for start in range(0, len(segment_ids), width)
     ]
 
 
@@ -122,7 +137,7 @@ def runs(values: npt.NDArray[np.signedinteger]) -> list[tuple[int, int, int]]:
 def _runs_text(values: npt.NDArray[np.signedinteger], name: Callable[[int], str], *, none: str = "") -> str:
     """`0-6 v1, 7-8 v2, 9 missing`; runs of -1 are called `none`, and left out if that is empty."""
     shown = [
-        f"{_positions(start, stop)} {name(value) if value >= 0 else none}"
+        f"{positions(start, stop)} {name(value) if value >= 0 else none}"
         for start, stop, value in runs(values)
         if value >= 0 or none
     ]
@@ -130,7 +145,8 @@ def _runs_text(values: npt.NDArray[np.signedinteger], name: Callable[[int], str]
     return (", ".join(shown[:_SHOWN_RUNS]) or "none") + (f", and {more} more runs" if more > 0 else "")
 
 
-def _positions(start: int, stop: int) -> str:
+def positions(start: int, stop: int) -> str:
+    """`[start, stop)` as people write it: `5-7`, `5`."""
     return str(start) if stop == start + 1 else f"{start}-{stop - 1}" if stop > start else f"none at {start}"
 
 
@@ -163,10 +179,10 @@ def _coverage(trajectory: Trajectory) -> str:
 
 def _segment_weights(segment: Segment) -> str:
     """The version that it opened with, and the spans of its output where the engine told them."""
-    spans = ", ".join(f"{_positions(span.start, span.end)} {span.version}" for span in segment.weight_versions)
+    spans = ", ".join(f"{positions(span.start, span.end)} {span.version}" for span in segment.weight_versions)
     return f"{segment.weight_version} (output {spans})" if spans else segment.weight_version
 
 
 def _recording(recording: Recording) -> str:
     late = f", {recording.source}" if recording.source else ""
-    return f"{_positions(recording.start, recording.stop)} {recording.origin}{late}"
+    return f"{positions(recording.start, recording.stop)} {recording.origin}{late}"

@@ -13,10 +13,20 @@ import trajstore
 from trajstore.archive.root import ArchiveRoot
 from trajstore.errors import NotFound
 from trajstore.ingest import check_id
+from trajstore.log.wire import describe_url, split_run
 from trajstore.reading import Archive
 from trajstore.store import Store
 
-__all__ = ["Place", "is_archive", "open_reading", "open_run", "place_argument", "store_argument"]
+__all__ = [
+    "Place",
+    "is_archive",
+    "open_reading",
+    "open_run",
+    "place_argument",
+    "read_place",
+    "shown_location",
+    "store_argument",
+]
 
 ENVIRONMENT = "TRAJSTORE_URL"
 
@@ -44,7 +54,7 @@ def store_argument(command: _Command) -> _Command:
 
 def place_argument(command: _Command) -> _Command:
     """Gives a command the parameter `place`, from `[STORE] ID`: one word alone is the ID."""
-    return click.argument("place", nargs=-1, metavar="[STORE] ID", callback=_one_place)(command)
+    return click.argument("place", nargs=-1, metavar="[STORE] ID", callback=read_place)(command)
 
 
 @contextmanager
@@ -59,6 +69,14 @@ def open_reading(location: str) -> Iterator[Archive]:
     else:
         with open_run(location) as store:
             yield store
+
+
+def shown_location(location: str) -> str:
+    """A store as messages and advice may repeat it: a URL without user, password and options but `run`."""
+    if "://" not in location:
+        return location
+    _, run = split_run(location)
+    return describe_url(location) + (f"?run={run}" if run else "")
 
 
 def is_archive(location: str) -> bool:
@@ -88,7 +106,9 @@ def open_run(location: str, *, archive: str | None = None) -> Store:
     """
     if not _is_folder(location):
         if location.startswith(_OBJECT_STORES):
-            raise NotFound(f"{location} is an archive; this command wants the run itself: its directory or Redis URL")
+            raise NotFound(
+                f"{describe_url(location)} is an archive; this command wants the run itself: its directory or Redis URL"
+            )
         return trajstore.open(location, archive=archive, create=False)
     folder = _folder(location)
     if not (folder / "store.json").exists():
@@ -118,12 +138,13 @@ def _one_store(ctx: click.Context, parameter: click.Parameter, value: str | None
     if "://" in value:
         try:
             urlsplit(value)
-        except ValueError as error:
-            raise click.BadParameter(f"STORE is no URL: {error}", ctx) from error
+        except ValueError:  # which repeats a password
+            raise click.BadParameter("STORE is no URL that can be read", ctx) from None
     return value
 
 
-def _one_place(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> Place:
+def read_place(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> Place:
+    """The words `[STORE] ID` of a command line, as the callback of an argument."""
     if not 1 <= len(value) <= 2:
         raise click.UsageError("give the ID of a trajectory, and before it STORE unless TRAJSTORE_URL is set", ctx)
     *stores, id = value

@@ -8,10 +8,11 @@ import msgspec
 from trajstore.cli.damage import Damage
 from trajstore.cli.documents import event_document, summary_document, trajectory_document
 from trajstore.cli.following import follow
-from trajstore.cli.page import SEGMENT_COLUMNS, Strip, header_fields, segment_row, strips, token_runs
+from trajstore.cli.page import SEGMENT_COLUMNS, header_fields, segment_row, strips, token_runs
 from trajstore.cli.place import Place, open_reading, open_run, place_argument, store_argument
 from trajstore.cli.seconds import SECONDS
 from trajstore.cli.signals import graceful_stop
+from trajstore.cli.strips import print_strips, strip_width
 from trajstore.cli.terminal import (
     STATUS_STYLES,
     diagnostics,
@@ -20,12 +21,13 @@ from trajstore.cli.terminal import (
     print_json,
     print_table,
     print_text,
-    results,
 )
 from trajstore.entries import Event
-from trajstore.events import UnknownEvent
+from trajstore.errors import Corrupt, NotFound, RoutingError, SchemaError, SequenceGap
+from trajstore.events import FINISH_REASONS, UnknownEvent
 from trajstore.fold import POLICIES, Policy
-from trajstore.reading import ALL_STATUSES
+from trajstore.reading import ALL_STATUSES, Archive
+from trajstore.standing import details, standing
 from trajstore.summary import Summary
 from trajstore.trajectory import Trajectory
 
@@ -33,8 +35,10 @@ __all__ = ["events", "ls", "show", "tail"]
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, for programs.")
 
+_UNFOLDED = (NotFound, SequenceGap, SchemaError, RoutingError, Corrupt)
+
+_WHY_COLUMNS = ("id", "status", "group", "tokens", "why")
 _LS_COLUMNS = ("id", "status", "group", "segments", "tokens", "rows", "reward", "finish", "weights", "updated")
-_SEGMENT_STYLES = ("cyan", "green", "yellow", "magenta", "blue", "red")
 
 
 @click.command()
@@ -42,33 +46,62 @@ _SEGMENT_STYLES = ("cyan", "green", "yellow", "magenta", "blue", "red")
 @click.option("--status", multiple=True, type=click.Choice(ALL_STATUSES), help="Only these; repeatable.")
 @click.option("--group", help="Only members of this group.")
 @click.option("--mixed", is_flag=True, help="Only those with a segment that more than one weight version sampled.")
+@click.option(
+    "--finish",
+    multiple=True,
+    type=click.Choice((*FINISH_REASONS, "lost")),
+    help="Only those whose last segment ended so; lost: its writer vanished. Repeatable.",
+)
+@click.option("--superseded", is_flag=True, help="Only those with tokens that a later segment rewound; reads headers.")
+@click.option("--why", "explained", is_flag=True, help="Also say why each stands as it does; reads headers.")
 @_as_json
-def ls(store: str, status: tuple[str, ...], group: str | None, mixed: bool, as_json: bool) -> None:
+def ls(
+    store: str,
+    status: tuple[str, ...],
+    group: str | None,
+    mixed: bool,
+    finish: tuple[str, ...],
+    superseded: bool,
+    explained: bool,
+    as_json: bool,
+) -> None:
     """List trajectories, oldest id first.
 
-    `rows` counts the routing rows of all recordings together, `tokens` what is left after rewinds. With --json: an
-    array of summaries. What is damaged is named on stderr, and what can be read is listed; the exit code is 1 then.
+    `rows` counts the routing rows of all recordings together, `tokens` what is left after rewinds. With --why: fewer
+    columns, and why each stands as it does: aborted, lost, failed, superseded. With --json: an array of summaries. What
+    is damaged is named on stderr, and what can be read is listed; the exit code is 1 then.
 
     \b
     Examples:
       trajstore ls runs/exp1 --status open --status aborted
+      trajstore ls runs/exp1 --finish lost --finish error --why
       trajstore ls --group prompt-17 --json | jq '.[].reward'
     """
     damage = Damage()
+    reasons: dict[str, str] = {}
     with open_reading(store) as archive:
         found = archive.list(status=status or None, group=group, mixed=mixed, on_corrupt=damage.hear)
+        if finish:
+            found = [summary for summary in found if summary.finish_reason in finish]
+        if superseded:
+            found = [summary for summary in found if summary.segments > 1 and _is_superseded(archive, summary)]
+        if explained:
+            reasons = {summary.id: _reason(archive, summary) for summary in found}
     if as_json:
-        print_json([summary_document(summary) for summary in found])
+        more = ({"why": reasons[summary.id]} if explained else {} for summary in found)
+        print_json([summary_document(summary) | one for summary, one in zip(found, more, strict=True)])
     elif found:
+        columns = _WHY_COLUMNS if explained else _LS_COLUMNS
         print_table(
-            _LS_COLUMNS,
-            [_summary_row(summary) for summary in found],
+            columns,
+            [_summary_row(summary, columns, reasons.get(summary.id, "")) for summary in found],
             right=("segments", "tokens", "rows", "reward"),
-            flexible=("group", "weights"),
+            flexible=("group", "weights", "why"),
             styles=STATUS_STYLES,
         )
     else:
-        diagnostics().print("no trajectories" + (" like that" if status or mixed or group is not None else ""))
+        like = status or mixed or finish or superseded or group is not None
+        diagnostics().print("no trajectories" + (" like that" if like else ""))
     damage.fail("trajectories that have a part there are not listed, or only as the hot log knows them")
 
 
@@ -149,19 +182,40 @@ def tail(store: str, count: int | None, seconds: float | None, from_start: bool,
         follow(run, stopped, count=count, seconds=seconds, from_start=from_start, as_json=as_json)
 
 
-def _summary_row(summary: Summary) -> tuple[str, ...]:
-    return (
-        summary.id,
-        summary.status,
-        summary.group or "",
-        str(summary.segments),
-        str(summary.tokens),
-        str(summary.rows),
-        "" if summary.reward is None else f"{summary.reward:g}",
-        summary.finish_reason,
-        summary.weight_version,
-        local_time(summary.updated, form="%Y-%m-%d %H:%M"),
-    )
+def _is_superseded(archive: Archive, summary: Summary) -> bool:
+    """It has tokens that left it. What cannot be folded has none that can be told."""
+    try:
+        segments = archive.plan(summary.id).history.segments
+    except _UNFOLDED:
+        return False
+    return any(segment.kept < segment.end for segment in segments)
+
+
+def _reason(archive: Archive, summary: Summary) -> str:
+    told = [standing(summary)]
+    if summary.status != "deleted":
+        try:
+            told += details(archive.plan(summary.id).history)
+        except _UNFOLDED as error:
+            told.append(str(error))
+    return "; ".join(told)
+
+
+def _summary_row(summary: Summary, columns: Sequence[str], why: str) -> tuple[str, ...]:
+    cells = {
+        "id": summary.id,
+        "status": summary.status,
+        "group": summary.group or "",
+        "segments": str(summary.segments),
+        "tokens": str(summary.tokens),
+        "rows": str(summary.rows),
+        "reward": "" if summary.reward is None else f"{summary.reward:g}",
+        "finish": summary.finish_reason,
+        "weights": summary.weight_version,
+        "updated": local_time(summary.updated, form="%Y-%m-%d %H:%M"),
+        "why": why,
+    }
+    return tuple(cells[name] for name in columns)
 
 
 def _event_row(event: Event) -> tuple[str, ...]:
@@ -189,24 +243,6 @@ def _print_trajectory(trajectory: Trajectory) -> None:
             right=("segment", "epoch", "base", "context", "output"),
             flexible=("engine", "weights", "finish", "recordings", "absent"),
         )
-    width = max(10, min(100, results().width - 10) // 10 * 10)
-    for strip in strips(trajectory, width):
-        _print_strip(strip, ruled=strip.start == 0, routed=trajectory.routing is not None)
+    print_strips(strips(trajectory, strip_width()), routed=trajectory.routing is not None)
     for name, text in token_runs(trajectory):
         print_text(f"{name:<10}  {text}")
-
-
-def _print_strip(strip: Strip, *, ruled: bool, routed: bool) -> None:
-    """Two lines, or one without routing; above the first strip a legend."""
-    if ruled:
-        below = "; below it the segment whose recording gave its routing row, · for none" if routed else ""
-        print_text(f"one letter per token: the segment that brought it{below}")
-    for label, letters in ((str(strip.start), strip.brought), ("", strip.routed)):
-        if label or routed:
-            print_text(f"{label:>8}  ", *_coloured(letters))
-
-
-def _coloured(letters: str) -> Sequence[tuple[str, str]]:
-    return [
-        (letter, _SEGMENT_STYLES[ord(letter) % len(_SEGMENT_STYLES)] if letter != "·" else "dim") for letter in letters
-    ]

@@ -5,19 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
-import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trajstore.archive.verify.findings import Finding
 from trajstore.archive.verify.verify import Run
 from trajstore.archive.verify.verify import verify as check
+from trajstore.cli.findings import account, counted, json_lines, text_line
 from trajstore.cli.place import is_archive, open_run, store_argument
-from trajstore.cli.terminal import diagnostics, plain, print_text
+from trajstore.cli.terminal import diagnostics
 from trajstore.errors import Corrupt
+from trajstore.log.wire import describe_url
 
 __all__ = ["verify"]
-
-_STYLES = {"error": "bold red", "warning": "yellow", "information": "dim"}
 
 
 @click.command()
@@ -57,13 +55,13 @@ def verify(store: str, ids: tuple[str, ...], packs: tuple[str, ...], quick: bool
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        lines = _json_lines if as_json else _text_lines
-        found = check(place, ids=ids, packs=packs, quick=quick, workers=workers, on_record=show)
-        lines(found, counts)
-    text = f"{counts['error']} errors, {counts['warning']} warnings, {counts['information']} information"
-    diagnostics().print(plain(f"verified {store}: {text}"), soft_wrap=True)
-    if counts["error"] or counts["warning"]:
-        raise click.exceptions.Exit(1)
+        found = counted(check(place, ids=ids, packs=packs, quick=quick, workers=workers, on_record=show), counts)
+        if as_json:
+            json_lines(found)
+        else:
+            for finding in found:
+                text_line(finding)
+    account(f"verified {describe_url(store)}", counts)
 
 
 @contextmanager
@@ -96,27 +94,3 @@ def _bar() -> Progress:
         disable=not diagnostics().is_terminal,
         redirect_stdout=False,
     )
-
-
-def _text_lines(findings: Iterator[Finding], counts: Counter[str]) -> None:
-    for finding in findings:
-        counts[finding.severity] += 1
-        where = [f"pack {finding.pack}"] if finding.pack else []
-        where += [f"trajectory {finding.trajectory}"] if finding.trajectory else []
-        where += [f"event {finding.event}"] if finding.event else []
-        place = f" in {', '.join(where)}" if where else ""
-        advice = f". {finding.what_to_do[:1].upper()}{finding.what_to_do[1:]}" if finding.what_to_do else ""
-        print_text((finding.severity, _STYLES[finding.severity]), f": {finding.kind}{place}: {finding.what}{advice}")
-
-
-def _json_lines(findings: Iterator[Finding], counts: Counter[str]) -> None:
-    """The comma leads, so that every element is complete when it is printed; the array is closed whatever happens."""
-    click.echo(b"[")
-    comma = b""
-    try:
-        for finding in findings:
-            counts[finding.severity] += 1
-            click.echo(comma + msgspec.json.encode(finding))
-            comma = b","
-    finally:
-        click.echo(b"]")

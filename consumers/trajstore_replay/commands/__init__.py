@@ -1,0 +1,1 @@
+"""The commands over this package: each module holds one, which is registered in `trajstore.commands`."""

@@ -1,0 +1,222 @@
+"""What is wrong with a run, and what to do: rollouts that nobody goes on with, stuck groups, missing workers.
+
+It looks at summaries, at headers of what the hot log holds, at the state of the feeds, and at an archive's records; it
+reads no payload and changes nothing. What it holds is the summaries of one partition, and a few words per group.
+"""
+
+import shlex
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from trajstore.archive.verify.findings import Finding, Severity
+from trajstore.archive.verify.verify import verify
+from trajstore.errors import Corrupt, NotFound, RoutingError, SchemaError, SequenceGap
+from trajstore.events import FINAL_STATUSES
+from trajstore.reading import ALL_STATUSES, Archive
+from trajstore.standing import details, standing
+from trajstore.store import Store
+from trajstore.summary import Summary
+from trajstore_replay.ages import Ages, told
+from trajstore_replay.workers import check_workers
+
+__all__ = ["check_files", "diagnose"]
+
+_PAGE = 1000
+_NAMED = 4
+
+
+def diagnose(
+    store: Archive, *, stale_seconds: float = 600.0, every_log: bool = False, name: str = ""
+) -> Iterator[Finding]:
+    """Look for what is wrong with a run or, as far as that can be told, an archive.
+
+    Args:
+        store: an open store, or an archive without its server: then nothing is known of writers and workers, and what
+            stands open or aborted is only told.
+        stale_seconds: from this age on, what waits for somebody is a warning; before, information or nothing.
+        every_log: read the headers of what lies in the archive alone, too.
+        name: of the store in the commands that the advice gives; default where it is.
+
+    Raises:
+        Unavailable: the server or the archive does not answer.
+    """
+    run = store if isinstance(store, Store) else None
+    where = shlex.quote(name or (run.location if run is not None else "STORE"))
+    damaged: list[Corrupt] = []
+    groups: dict[str, _Group] = {}
+    for partition in range(store.partitions):
+        ages = Ages.of_run(run, partition) if run is not None else Ages.of_archive()
+        found = store.list(status=ALL_STATUSES, partition=partition, on_corrupt=damaged.append)
+        for summary in found:
+            _count(groups, summary, ages)
+            if summary.status != "deleted":
+                yield from _rollout(summary, ages, where, stale=stale_seconds if run is not None else None)
+        wanted = found if every_log or run is None else _in_hot_log(run, found)
+        if every_log or run is not None:
+            for summary in wanted:
+                if summary.status != "deleted" and summary.segments:
+                    yield from _log(store, summary, where)
+    for group in sorted(groups):
+        yield from _group(group, groups[group], stale_seconds if run is not None else None)
+    for error in damaged:
+        yield Finding(
+            kind="damaged",
+            severity="error",
+            what=str(error),
+            what_to_do=f"restore it from a copy, or `trajstore rebuild`; `trajstore verify {where}` tells more",
+        )
+    if run is not None:
+        yield from check_workers(run, stale_seconds=stale_seconds, where=where)
+        if run.archive is not None:
+            yield from check_files(run)
+
+
+def _rollout(summary: Summary, ages: Ages, where: str, *, stale: float | None) -> Iterator[Finding]:
+    """What its summary tells of one trajectory."""
+    age = ages.of(summary)
+    is_stale = stale is not None and age >= stale
+    kind = _kind(summary)
+    if not kind or (kind in ("idle", "unbegun") and not is_stale):
+        return
+    command = f"trajstore resume {where} {summary.id} --model DIR"
+    resume = f"`{command}` goes on from its {summary.tokens} tokens"
+    advice = {
+        "open-segment": f"if its engine is gone: `{command} --takeover` goes on from its {summary.tokens} tokens and "
+        "fences the writer; left alone, an archiver closes it as aborted after a day",
+        "lost": f"{resume}; `trajstore why {where} {summary.id} --token -1` tells what is missing",
+        "aborted": f"{resume}, or close it as truncated or failed if nobody will",
+        "idle": f"close it, or {resume}",
+        "unbegun": "nothing is lost; close it as failed, so that its group does not wait for it",
+        "failed": f"`trajstore replay {where} {summary.id}` shows how it came to that",
+    }[kind]
+    waits = "" if kind == "failed" else f"; nothing has happened for {told(age)}"
+    yield Finding(
+        kind=kind,
+        severity="warning" if is_stale and kind != "failed" else "information",
+        trajectory=summary.id,
+        event=summary.last,
+        what=f"{standing(summary)}{waits}",
+        what_to_do=advice,
+    )
+
+
+def _kind(summary: Summary) -> str:
+    """Which finding a trajectory is, "" for none."""
+    if summary.status == "failed":
+        return "failed"
+    if summary.status in FINAL_STATUSES:
+        return ""
+    if summary.has_open_segment:
+        return "open-segment"
+    if summary.finish_reason == "lost":
+        return "lost"
+    if summary.status == "aborted" or summary.finish_reason in ("abort", "error"):
+        return "aborted"
+    return "idle" if summary.segments else "unbegun"
+
+
+def _in_hot_log(run: Store, found: list[Summary]) -> Iterator[Summary]:
+    """Those with entries in the hot log."""
+    for first in range(0, len(found), _PAGE):
+        page = found[first : first + _PAGE]
+        lengths = run.wire.exchange([("XLEN", run.keys.entries(summary.id)) for summary in page])
+        yield from (summary for summary, length in zip(page, lengths, strict=True) if length)
+
+
+def _log(store: Archive, summary: Summary, where: str) -> Iterator[Finding]:
+    """What the headers of one trajectory tell."""
+    id = summary.id
+    kind: str = "unreadable"
+    severity: Severity = "error"
+    last_good = ""
+    advice = f"`trajstore events {where} {id}` shows what was recorded; until= loads an earlier state"
+    try:
+        superseded = [one for one in details(store.plan(id).history) if "superseded" in one or "lost" in one]
+    except NotFound:
+        return  # deleted or dropped meanwhile
+    except SequenceGap as gap:
+        kind, severity, last_good, what = "gap", "warning", gap.last_good, str(gap)
+        if last_good:
+            advice = (
+                f"`trajstore show {where} {id} --until {last_good}` is what is sound; a segment whose base lies "
+                "there goes on from it"
+            )
+    except (SchemaError, RoutingError, Corrupt) as error:
+        what = str(error)
+    else:
+        for what in superseded:
+            yield Finding(
+                kind="superseded",
+                severity="information",
+                trajectory=id,
+                what=what,
+                what_to_do=f"`trajstore replay {where} {id}` shows it",
+            )
+        return
+    yield Finding(kind=kind, severity=severity, trajectory=id, event=last_good, what=what, what_to_do=advice)
+
+
+class _Group(NamedTuple):
+    """What is known of a group.
+
+    Attributes:
+        size: how many members it is to have.
+        members, come: there, and closed or deleted.
+        waiting: some that have not come, and why.
+        age: seconds since anything happened to a member.
+    """
+
+    size: int
+    members: int
+    come: int
+    waiting: tuple[str, ...]
+    age: float
+
+
+def _count(groups: dict[str, _Group], summary: Summary, ages: Ages) -> None:
+    if summary.group is None or summary.group_size is None:
+        return
+    known = groups.get(summary.group, _Group(0, 0, 0, (), float("inf")))
+    has_come = summary.status != "open"
+    waiting = known.waiting
+    if not has_come and len(waiting) < _NAMED:
+        waiting += (f"{summary.id}: {standing(summary)}",)
+    groups[summary.group] = _Group(
+        size=max(known.size, summary.group_size),
+        members=known.members + 1,
+        come=known.come + has_come,
+        waiting=waiting,
+        age=min(known.age, ages.of(summary)),
+    )
+
+
+def _group(name: str, group: _Group, stale: float | None) -> Iterator[Finding]:
+    if group.come == 0 or group.come >= group.size or (stale is not None and group.age < stale):
+        return
+    missing = list(group.waiting)
+    open_ones = group.members - group.come
+    if open_ones > len(missing):
+        missing.append(f"{open_ones - len(missing)} more that are open")
+    if group.size > group.members:
+        missing.append(f"{group.size - group.members} never created, or dropped since")
+    yield Finding(
+        kind="stuck-group",
+        severity="warning" if stale is not None else "information",
+        what=f"group {name} waits, with {group.come} of {group.size} members, for {told(group.age)}: "
+        f"{'; '.join(missing)}",
+        what_to_do="resume or close those that are open; create what is missing, or delete the group: a trainer gets "
+        "none of it before it is whole",
+    )
+
+
+def check_files(place: str | Store) -> Iterator[Finding]:
+    """What `verify` can tell of an archive without reading its data: its records, and that its files are there.
+
+    Args:
+        place: an archive's folder or URL, or an open store.
+
+    Raises:
+        NotFound: there is no archive.
+        Unavailable: it does not answer.
+    """
+    return (finding for finding in verify(place, quick=True) if finding.severity != "information")

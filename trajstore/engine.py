@@ -1,0 +1,182 @@
+"""What an engine serves so that recorded rollouts can be run again and gone on with, and finding one by its name.
+
+An engine is registered in the entry-point group `trajstore.engines`. What is registered there serves replay if it has
+`for_replay`, which makes an engine from a model's folder:
+
+    @classmethod
+    def for_replay(cls, folder: Path, *, weight_version: str, dtype: str, seed: int) -> Scorer | Resumer: ...
+
+`dtype` is "auto" (as the folder says) or a name like "bfloat16"; `seed` is of the sampling. What it returns is a
+`Scorer`, a `Resumer`, or both.
+"""
+
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from trajstore.errors import NotFound, SchemaError
+from trajstore.writing import TrajectoryWriter
+
+__all__ = ["Resumer", "Scored", "Scorer", "load_resumer", "load_scorer"]
+
+_GROUP = "trajstore.engines"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scored:
+    """What an engine says of T given tokens. H all hidden layers, L those that route, K experts per token.
+
+    Attributes:
+        logprobs: float32 `[T]`, natural log of the probability of each token given those before it; NaN for the first.
+        routed_experts: any integers `[R, H, K]` or `[R, L, K]`, the rows from 0 on; R is T, or T - 1 of an engine that
+            gives no row for the last token. None: the engine does not tell.
+        margins: float32 `[R, H]` or `[R, L]`, by how much the router's logit of the last expert chosen exceeds that of
+            the best one left out; NaN where that is not known. None: the engine does not tell.
+    """
+
+    logprobs: npt.NDArray[np.float32]
+    routed_experts: npt.NDArray[np.integer[Any]] | None = None
+    margins: npt.NDArray[np.float32] | None = None
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """An engine that reads given tokens, and says how likely it finds each, and which experts it uses for it.
+
+    Attributes:
+        name: with its version, e.g. "transformers/5.0".
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def score(self, token_ids: npt.NDArray[np.int32], *, temperature: npt.NDArray[np.float32]) -> Scored:
+        """Teacher-force these tokens.
+
+        Args:
+            token_ids: int32 `[T]`.
+            temperature: float32 `[T]`, positive: the logits are divided by it for the token's logprob.
+
+        Raises:
+            SchemaError: tokens that the model cannot read, too many of them, or a temperature that the engine cannot
+                score at.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
+@runtime_checkable
+class Resumer(Protocol):
+    """An engine that goes on with a rollout and records what it generates.
+
+    Attributes:
+        name: as of a `Scorer`.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def resume(
+        self,
+        trajectory: TrajectoryWriter,
+        *,
+        max_tokens: int,
+        temperature: float,
+        stop_token_ids: tuple[int, ...],
+        ignore_eos: bool,
+    ) -> str:
+        """Open a segment over all tokens so far, generate, record all that comes, and close it.
+
+        However it ends, nothing that was generated is lost: an exception leaves behind it a closed segment.
+
+        Args:
+            max_tokens: at most so many new ones.
+            temperature: 0 for greedy.
+            stop_token_ids: any of these ends the output, and is part of it.
+            ignore_eos: the tokens that the model itself names as the end of a text do not.
+
+        Returns:
+            The finish reason: stop, length or abort.
+
+        Raises:
+            Conflict: the model's routing is not what the trajectory records, or as `TrajectoryWriter.segment`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
+def load_scorer(
+    name: str, folder: str | Path, *, weight_version: str = "", dtype: str = "auto", seed: int = 0
+) -> Scorer:
+    """An engine that scores, over the model in a folder. Close it after use.
+
+    Args:
+        name: in the entry-point group, e.g. "transformers".
+        folder: configuration and weights, as the engine loads them from disk; nothing is downloaded.
+        weight_version, dtype, seed: see the module.
+
+    Raises:
+        NotFound: no such engine or folder.
+        SchemaError: the engine cannot be loaded here, cannot do this, or cannot use the model.
+    """
+    engine = _load(name, folder, weight_version=weight_version, dtype=dtype, seed=seed)
+    if not isinstance(engine, Scorer):
+        raise SchemaError(f"engine {name!r} cannot score given tokens; {_others(name)}")
+    return engine
+
+
+def load_resumer(
+    name: str, folder: str | Path, *, weight_version: str = "", dtype: str = "auto", seed: int = 0
+) -> Resumer:
+    """An engine that goes on with rollouts, over the model in a folder; arguments and errors as of `load_scorer`."""
+    engine = _load(name, folder, weight_version=weight_version, dtype=dtype, seed=seed)
+    if not isinstance(engine, Resumer):
+        raise SchemaError(f"engine {name!r} cannot go on with rollouts; {_others(name)}")
+    return engine
+
+
+def _load(name: str, folder: str | Path, *, weight_version: str, dtype: str, seed: int) -> object:
+    points = _points()
+    if name not in points:
+        raise NotFound(f"there is no engine {name!r}; {_others(name)}")
+    try:
+        registered = points[name].load()
+    except ImportError as error:
+        raise SchemaError(
+            f"engine {name!r} cannot be loaded here: {error}. Is it installed in this environment, with the extra that "
+            f"it needs? {_others(name).capitalize()}"
+        ) from error
+    if not hasattr(registered, "for_replay"):
+        raise SchemaError(f"engine {name!r} records, but serves no replay (it has no `for_replay`); {_others(name)}")
+    path = Path(folder)
+    if not path.is_dir():
+        raise NotFound(f"{path} is no folder; give the one that holds the model's configuration and weights")
+    made: object = registered.for_replay(path, weight_version=weight_version, dtype=dtype, seed=seed)
+    return made
+
+
+def _points() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=_GROUP)}
+
+
+def _others(name: str) -> str:
+    """Those that serve replay, for an error about one that does not."""
+    able = [other for other, point in sorted(_points().items()) if other != name and _serves_replay(point)]
+    return f"engines that serve replay: {', '.join(able) or 'none'}"
+
+
+def _serves_replay(point: EntryPoint) -> bool:
+    try:
+        return hasattr(point.load(), "for_replay")
+    except ImportError:
+        return False
