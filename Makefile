@@ -25,6 +25,7 @@ bench: .venv/installed ## throughput, as ratios measured in one run
 	@$(BIN)/python -m benchmarks.engines
 	@$(BIN)/python -m benchmarks.reader
 	@$(BIN)/python -m benchmarks.router_replay
+	@$(BIN)/python -m benchmarks.audit
 
 soak: .venv/installed ## the crash loop of the archive: hundreds of kills, on a disk and on an S3 server (about half an hour)
 	@$(BIN)/python -m tests.soak.archive --kills 300

@@ -8,8 +8,7 @@ import pytest
 
 import trajstore
 from tests.builders import SPEC, record_seed_case, rows
-from trajstore_audit import differing_sets, drift_by_layer, order_changes
-from trajstore_audit.drift import successive
+from trajstore_audit import differing_sets, drift_by_layer, order_changes, successive
 
 CHAIN = Path(__file__).parent.parent / "data" / "vllm"
 VLLM_SPEC = trajstore.RoutingSpec(layer_ids=(0, 1, 2, 3), top_k=2, num_experts=8, num_hidden_layers=4)

@@ -1,0 +1,192 @@
+"""What is wrong with recorded rows, as opposed to drifted: dead layers, stale rows, rows of another place. Pure.
+
+Drift changes some layers of some rows. A capture that breaks gives rows that look like no drift: one row again and
+again (`trajstore.archive.verify.soundness`), rows that are those of a neighbouring position, or rows that agree with
+the other recording no better than rows of any other token do.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from trajstore.routing import RoutingArray, RoutingSpec
+from trajstore_audit.compare import as_words, shared_experts
+
+__all__ = ["OFFSETS", "Agreement", "Screened", "agreement", "enough_rows", "longest_run", "matches", "screen"]
+
+OFFSETS = (-4, -3, -2, -1, 1, 2, 3, 4)
+"""How far rows are looked for from where they should be."""
+
+_STALE = 4
+"""Equal rows in a row that are worth a closer look."""
+
+_ROWS = 256
+"""Rows on which an agreement is measured."""
+
+_BITS = 60
+_SHARE = 0.15
+"""A row that differs from its own position in most layers and equals another one's in all says much: of its bits under
+uniform routing this share is counted, and `_BITS` are asked for. Real routing of 8 layers, top 8 of 128, has 445 bits a
+row; neighbours are equal with probability 2^-14 (`tests/data/routing`), nearly always where they equal their own
+position, too."""
+
+
+class Screened(NamedTuple):
+    """What a first look at some rows of a recording found.
+
+    Attributes:
+        zero: rows with a layer of zeros only.
+        zero_row, zero_layer: the first, -1 for none; the layer as an index.
+        repeated: rows equal to the one before.
+        doubtful: runs `[first, stop)` of rows that are worth a closer look, as indices.
+    """
+
+    zero: int
+    zero_row: int
+    zero_layer: int
+    repeated: int
+    doubtful: list[tuple[int, int]]
+
+
+def screen(rows: RoutingArray, starts: Sequence[int]) -> Screened:
+    """Look for layers of zeros, for repeated rows, and for layers that never change.
+
+    Args:
+        rows: `[rows, L, K]`, one run of neighbouring positions after the other.
+        starts: indices at which runs begin, 0 first.
+    """
+    count, layers, top_k = rows.shape
+    words = as_words(np.ascontiguousarray(rows).reshape(count * layers, top_k)).reshape(count, layers, -1)
+    zero, zero_row, zero_layer = 0, -1, -1
+    if top_k > 1:  # a single 0 is an expert like any other
+        dead = (words == 0).all(axis=2) if words.shape[2] > 1 else words[:, :, 0] == 0
+        if dead.any():
+            hit = dead.any(axis=1)
+            zero, zero_row = int(np.count_nonzero(hit)), int(hit.argmax())
+            zero_layer = int(dead[zero_row].argmax())
+    same = words[1:] == words[:-1]
+    unchanged = same.all(axis=2) if words.shape[2] > 1 else same[:, :, 0]
+    edges = [*starts, count]
+    repeated, doubtful = 0, []
+    equal = unchanged.all(axis=1)
+    for first, stop in pairwise(edges):
+        if stop - first < 2:
+            continue
+        steps = equal[first : stop - 1]
+        number = int(np.count_nonzero(steps))
+        repeated += number
+        constant = stop - first > _STALE and unchanged[first : stop - 1].all(axis=0).any()
+        if constant or (number >= _STALE - 1 and _longest(steps) >= _STALE - 1):
+            doubtful.append((first, stop))
+    return Screened(zero, zero_row, zero_layer, repeated, doubtful)
+
+
+def enough_rows(spec: RoutingSpec, rows: int) -> bool:
+    """Whether so many rows that equal another position's in all layers cannot do so by chance."""
+    choices = math.perm if spec.order == "engine" else math.comb
+    bits = spec.num_layers * math.log2(max(2, choices(spec.num_experts, spec.top_k)))
+    return rows * _SHARE * bits >= _BITS
+
+
+def matches(
+    first: RoutingArray, second: RoutingArray, wanted: npt.NDArray[np.int64], *, ahead: int
+) -> dict[int, npt.NDArray[np.int64]]:
+    """Which rows of the second recording are exactly the first one's at another offset.
+
+    Args:
+        first: `[rows, L, K]`; row `ahead` of it stands at the position of row 0 of `second`.
+        second: `[rows, L, K]`.
+        wanted: indices of rows in `second`.
+
+    Returns:
+        offset → indices of rows in `second`, for offsets with any.
+    """
+    found = {}
+    for offset in OFFSETS:
+        at = wanted + ahead + offset
+        there = wanted[(at >= 0) & (at < len(first))]
+        # One layer rules out nearly all; the last one depends most on what came before the token.
+        likely = there[(second[there, -1] == first[there + ahead + offset, -1]).all(axis=1)]
+        equal = (second[likely] == first[likely + ahead + offset]).all(axis=(1, 2))
+        if equal.any():
+            found[offset] = likely[equal]
+    return found
+
+
+class Agreement(NamedTuple):
+    """How well rows of both recordings agree: mean share of common experts in a cell, 0 to 1.
+
+    Attributes:
+        own: at the same positions.
+        chance: between rows of positions far apart.
+        offset, best: the offset at which they agree best, and how well; 0 and 0.0 where there is none.
+    """
+
+    own: float
+    chance: float
+    offset: int
+    best: float
+
+    @property
+    def is_shifted(self) -> bool:
+        """They agree well, and much better than where they should."""
+        return self.best > 0.6 and self.best - self.own > 0.3
+
+    @property
+    def is_other(self) -> bool:
+        """They agree hardly better than rows of any two tokens do.
+
+        In `tests/data/routing` rows of two sequences have 18 to 38 % of experts in common, up to 30 % of them by
+        chance; a row of which half the experts of every layer were replaced has more than 50 %.
+        """
+        return self.own <= self.chance + 0.25 * (1 - self.chance)
+
+
+def agreement(first: RoutingArray, second: RoutingArray, *, ahead: int) -> Agreement:
+    """Measure it on the first `_ROWS` rows of `second`.
+
+    Args:
+        first: `[rows, L, K]`; row `ahead` of it stands at the position of row 0 of `second`.
+        second: `[rows, L, K]`, at least 2 rows.
+    """
+    count = min(len(second), _ROWS, len(first) - ahead)
+    own = _common(first[ahead : ahead + count], second[:count])
+    half = count // 2
+    turned = np.concatenate([first[ahead + half : ahead + count], first[ahead : ahead + half]])
+    chance = _common(turned, second[:count])
+    offset, best = 0, 0.0
+    for step in OFFSETS:
+        low, high = max(0, -ahead - step), min(count, len(first) - ahead - step)
+        if high - low < count // 2 or high <= low:
+            continue
+        common = _common(first[ahead + step + low : ahead + step + high], second[low:high])
+        if common > best:
+            offset, best = step, common
+    return Agreement(own, chance, offset, best)
+
+
+def longest_run(positions: npt.NDArray[np.int64], *, gap: int = 2) -> tuple[int, int]:
+    """The longest run `[start, stop)` of ascending positions that leaves out no more than `gap` in a row."""
+    breaks = np.flatnonzero(np.diff(positions) > gap + 1)
+    begins = np.concatenate([[0], breaks + 1])
+    ends = np.concatenate([breaks, [len(positions) - 1]])
+    longest = int((positions[ends] - positions[begins]).argmax())
+    return int(positions[begins[longest]]), int(positions[ends[longest]]) + 1
+
+
+def _common(first: RoutingArray, second: RoutingArray) -> float:
+    top_k = first.shape[2]
+    one, other = (np.ascontiguousarray(side).reshape(-1, top_k) for side in (first, second))
+    if not len(one):
+        return 0.0
+    shared = int(shared_experts(one, other, np.arange(len(one))).sum(dtype=np.int64))
+    return float(shared / (len(one) * top_k))
+
+
+def _longest(steps: npt.NDArray[np.bool_]) -> int:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], steps, [False]])))
+    return int((edges[1::2] - edges[::2]).max(initial=0))

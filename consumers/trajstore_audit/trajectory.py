@@ -1,0 +1,289 @@
+"""The audit of one trajectory: its pairs compared, its rows looked at, what is wrong named."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from trajstore.recorded import RecordedRows
+from trajstore_audit.load import choose_rows, count_experts
+from trajstore_audit.logprobs import compare_logprobs
+from trajstore_audit.looking import Look
+from trajstore_audit.missing import missing_rows
+from trajstore_audit.one_pair import PairOutcome, compare_pair
+from trajstore_audit.pairs import Pair, observation_pairs, same_conditions, segment_pairs, version_gap
+from trajstore_audit.result import LATER, Counts, Finding, PairDrift, Parameters, Spread, WorstTrajectory
+from trajstore_audit.suspicion import Explanation, explain
+from trajstore_audit.tally import DriftTally, Part, Suspect, add_counts, add_to, count_in
+
+__all__ = ["audit_trajectory"]
+
+_MOST_GAP = 1000
+"""Version gaps beyond it count as it."""
+
+
+def audit_trajectory(
+    recorded: RecordedRows, parameters: Parameters, logprobs: npt.NDArray[np.float32] | None = None
+) -> Part:
+    """Audit one trajectory.
+
+    Args:
+        logprobs: another party's, float32 `[T]`.
+
+    Raises:
+        Corrupt: stored bytes are damaged or gone.
+    """
+    history = recorded.history
+    part = Part(trajectories=1)
+    if history.opened.routing is None:
+        return part
+    part.with_routing = 1
+    part.recordings = len(history.observations) + sum(len(segment.recordings) for segment in history.segments)
+    part.rows.total = history.length
+    part.rows.missing = missing_rows(recorded.plan)
+    pairs: list[Pair] = []
+    if parameters.against != "observations":
+        pairs += segment_pairs(history)
+    if parameters.against != "segments":
+        pairs += observation_pairs(recorded.plan)
+    look = Look(recorded, {pair.second.event for pair in pairs})
+    audit = _Trajectory(recorded, parameters, part, look, keep_drift=logprobs is not None)
+    for pair in pairs:
+        audit.take(pair)
+    audit.count_load(pairs)
+    audit.finish()
+    if logprobs is not None:
+        folded = recorded.without_routing()
+        part.logprobs = compare_logprobs(folded.logprobs, logprobs, folded.loss_mask, audit.drift)
+    return part
+
+
+class _Trajectory:
+    """What is known of it so far."""
+
+    def __init__(
+        self, recorded: RecordedRows, parameters: Parameters, part: Part, look: Look, *, keep_drift: bool
+    ) -> None:
+        self.recorded = recorded
+        self.parameters = parameters
+        self.part = part
+        self.keep_drift = keep_drift
+        self.drift = np.full(recorded.history.length, -1, np.int64)
+        self.look = look
+        self._first_pair: dict[str, PairDrift] = {}
+
+    def take(self, pair: Pair) -> None:
+        """Compare a pair."""
+        outcome = compare_pair(self.recorded, pair, look=self.look.of(pair), keep_drift=self.keep_drift)
+        tally = self.part.drift(pair.against)
+        counts = _counts(outcome, self.recorded.spec.top_k)
+        add_counts(tally.total, counts)
+        line = self._line(pair, counts, outcome)
+        self.part.pairs.append(line)
+        _divide(tally, line, counts)
+        grid = tally.grid(self.recorded.spec)
+        grid.pairs += 1
+        grid.referenced += outcome.referenced
+        grid.cells += outcome.rows_by_bucket
+        grid.differing += outcome.by_bucket
+        grid.order_changes += outcome.reordered
+        grid.shared += outcome.shared
+        self.part.bytes_read += 2 * (outcome.tokens - outcome.referenced) * self.recorded.spec.row_bytes
+        if outcome.differing:
+            self._first_pair.setdefault(pair.against, line)
+            self._name_faults(pair, outcome)
+        if self.keep_drift:
+            self._keep_drift(pair, outcome)
+
+    def count_load(self, pairs: Sequence[Pair]) -> None:
+        """Count experts in the rows that stand for all, or in all."""
+        wanted = self.parameters.load_rows
+        for against in ("segments", "observations"):
+            some = [pair for pair in pairs if pair.against == against]
+            if wanted is None:
+                chosen = [(pair, pair.start, pair.stop) for pair in some]
+            else:
+                one = choose_rows(self.recorded.id, some, rows=wanted, seed=self.parameters.seed)
+                chosen = [] if one is None else [one]
+            for pair, start, stop in chosen:
+                self._count(pair, start, stop)
+
+    def _count(self, pair: Pair, start: int, stop: int) -> None:
+        spec = self.recorded.spec
+        grid = self.part.drift(pair.against).grid(spec)
+        if grid.load is None:
+            grid.load = np.zeros((2, spec.num_layers, spec.num_experts), np.int64)
+        step = max(1, (8 << 20) // spec.row_bytes)
+        for at in range(start, stop, step):
+            runs = [(at, min(at + step, stop))]
+            for side, recording in enumerate((pair.first, pair.second)):
+                grid.load[side] += count_experts(self.recorded.rows(recording, runs), spec.num_experts)
+        grid.load_rows += stop - start
+        self.part.bytes_read += 2 * (stop - start) * spec.row_bytes
+
+    def finish(self) -> None:
+        """Once all pairs were taken: what counts once for a trajectory."""
+        spread = self.parameters.sample < 1
+        self.look.into(self.part.rows)
+        for finding in self.look.findings:
+            self._find(finding)
+        for against in ("segments", "observations"):
+            tally = self.part.drift(against)
+            for counts in (tally.total, *(one for table in tally.tables() for one in table.values())):
+                if counts.tokens:
+                    counts.trajectories = 1
+                    counts.spread = _spread(counts) if spread else None
+            for grid in tally.grids:
+                grid.trajectories = int(grid.pairs > 0)
+                if spread:
+                    cells, differing = float(grid.cells.sum()), grid.differing.sum(axis=1).astype(np.float64)
+                    grid.cc = np.full(len(differing), cells * cells)
+                    grid.cd, grid.dd = cells * differing, differing * differing
+            first = self._first_pair.get(against)
+            if first is not None and first.row is not None and first.layer is not None:
+                worst = WorstTrajectory(
+                    id=first.id,
+                    group=first.group,
+                    against=first.against,
+                    pairs=tally.total.pairs,
+                    cells=tally.total.cells,
+                    differing=tally.total.differing,
+                    first_event=first.first_event,
+                    second_event=first.second_event,
+                    first_segment=first.first_segment,
+                    second_segment=first.second_segment,
+                    row=first.row,
+                    layer=first.layer,
+                )
+                tally.worst.append(worst)
+
+    def _line(self, pair: Pair, counts: Counts, outcome: PairOutcome) -> PairDrift:
+        segments = self.recorded.history.segments
+        one, other = pair.first, pair.second
+        engines = [segments[side.segment].engine if side.segment >= 0 else "" for side in (one, other)]
+        layer_ids = self.recorded.spec.layer_ids
+        return PairDrift(
+            id=self.recorded.id,
+            group=self.recorded.history.opened.group,
+            against=pair.against,
+            first_event=one.event,
+            second_event=other.event,
+            first_segment=one.segment,
+            second_segment=other.segment,
+            start=pair.start,
+            stop=pair.stop,
+            first_version=one.weight_version,
+            second_version=other.weight_version,
+            gap=version_gap(one.weight_version, other.weight_version),
+            first_engine=engines[0],
+            second_engine=engines[1],
+            first_origin=one.origin,
+            second_origin=other.origin,
+            source=other.source,
+            tokens=counts.tokens,
+            tokens_differing=counts.tokens_differing,
+            cells=counts.cells,
+            differing=counts.differing,
+            order_changes=counts.order_changes,
+            jaccard=counts.jaccard,
+            referenced=counts.referenced,
+            row=outcome.row if outcome.row >= 0 else None,
+            layer=layer_ids[outcome.layer] if outcome.row >= 0 else None,
+        )
+
+    def _name_faults(self, pair: Pair, outcome: PairOutcome) -> None:
+        group = self.recorded.history.opened.group
+        explained = np.empty(0, np.int64)
+        for one in explain(self.recorded, pair, outcome.suspicious) if len(outcome.suspicious) else ():
+            if one.kind == "shifted":
+                self._find(_shifted(self.recorded.id, group, pair, one))
+            else:
+                add_to(self.part.findings_by_kind, {one.kind: 1})
+                suspect = Suspect(
+                    id=self.recorded.id,
+                    group=group,
+                    first_event=pair.first.event,
+                    second_event=pair.second.event,
+                    start=one.start,
+                    stop=one.stop,
+                    what=one.what,
+                )
+                self.part.suspects.append(suspect)
+            explained = np.union1d(explained, one.rows)
+        if same_conditions(pair, self.recorded.history):
+            left = outcome.differing - int(outcome.suspicious_cells[np.isin(outcome.suspicious, explained)].sum())
+            changes = [change for change in outcome.changes if change.row not in explained]
+            if left > 0 and changes:
+                self._find(self._unexpected(pair, left, outcome))
+
+    def _unexpected(self, pair: Pair, count: int, outcome: PairOutcome) -> Finding:
+        layer_ids = self.recorded.spec.layer_ids
+        change = outcome.changes[0]
+        first, layer = change.row, layer_ids[change.layer]
+        more = f", and {count - 1} more" if count > 1 else ""
+        return Finding(
+            kind="unexpected-change",
+            id=self.recorded.id,
+            group=self.recorded.history.opened.group,
+            event=pair.second.event,
+            row=first,
+            layer=layer,
+            what=f"row {first}, layer {layer} was {list(change.before)} in event {pair.first.event} and is "
+            f"{list(change.after)} in event {pair.second.event}{more}, of {outcome.cells} cells, though weight version "
+            f"{pair.first.weight_version} and engine are the same",
+            what_to_do="an engine that batches otherwise may change a few; if it should not, compare both with `diff`",
+        )
+
+    def _keep_drift(self, pair: Pair, outcome: PairOutcome) -> None:
+        """Drift by row, of rows that are still the trajectory's tokens."""
+        segment = pair.second.segment if pair.second.segment >= 0 else pair.first.segment
+        stop = min(self.recorded.history.segments[segment].counts, len(self.drift), pair.stop)
+        if pair.start < stop:
+            self.drift[pair.start : stop] = 0
+            for places, number in outcome.drift:
+                kept = places < stop
+                self.drift[places[kept]] = number[kept]
+
+    def _find(self, finding: Finding) -> None:
+        add_to(self.part.findings_by_kind, {finding.kind: 1})
+        self.part.findings.append(finding)
+
+
+def _counts(outcome: PairOutcome, top_k: int) -> Counts:
+    return Counts(
+        pairs=1,
+        tokens=outcome.tokens,
+        tokens_differing=outcome.tokens_differing,
+        cells=outcome.cells,
+        differing=outcome.differing,
+        order_changes=outcome.order_changes,
+        shared={top_k: outcome.shared.sum(axis=0).tolist()} if outcome.differing else {},
+        referenced=outcome.referenced,
+    )
+
+
+def _divide(tally: DriftTally, line: PairDrift, counts: Counts) -> None:
+    """Count a pair in each table."""
+    gap = line.gap if line.gap is None else max(-_MOST_GAP, min(_MOST_GAP, line.gap))
+    count_in(tally.segment_pairs, (min(line.first_segment, LATER), min(line.second_segment, LATER)), counts)
+    count_in(tally.version_gaps, gap, counts)
+    count_in(tally.engines, (line.first_engine, line.second_engine), counts)
+    count_in(tally.origins, (line.first_origin, line.second_origin), counts)
+    count_in(tally.sources, line.source, counts)
+
+
+def _spread(counts: Counts) -> Spread:
+    c, d, t, u = counts.cells, counts.differing, counts.tokens, counts.tokens_differing
+    return Spread(cc=c * c, cd=c * d, dd=d * d, tt=t * t, tu=t * u, uu=u * u)
+
+
+def _shifted(id: str, group: str | None, pair: Pair, one: Explanation) -> Finding:
+    return Finding(
+        kind="shifted",
+        id=id,
+        group=group,
+        event=pair.second.event,
+        row=one.start,
+        what=one.what,
+        what_to_do="a third recording tells which of both; do not train on the shifted one; see its engine's start",
+    )

@@ -1,0 +1,160 @@
+"""Audits in several processes, on a Dask cluster, and again after a kill: the same numbers, nothing counted twice."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import trajstore
+from tests.consumers.test_audit_faults import drifted, real, record
+from tests.consumers.test_audit_parts import plain
+from trajstore.archiver import Archiver
+from trajstore_audit import audit, planning, running
+
+SCRIPT = """
+import sys
+from trajstore_audit import audit, planning
+planning._IDS = 2
+def told(progress):
+    print("done", progress.trajectories, flush=True)
+    sys.stdin.readline()
+audit(sys.argv[1], work=sys.argv[2], progress=told)
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An archive of 20 trajectories, in units of two."""
+    monkeypatch.setattr(planning, "_IDS", 2)
+    folder = tmp_path / "store"
+    with trajstore.open(folder, partitions=2, ack="fsync") as store:
+        for i in range(20):
+            first = real(200 * i, 100)
+            second = drifted(first, 0.1, seed=i)
+            if i % 5 == 0:
+                second[50] = first[51]
+            trajectory = record(store, (first, 0), (second, 0), group=f"g{i % 3}")
+            trajectory.close("completed")
+        store.flush()
+        Archiver(store).run(once=True)
+    return folder / "archive"
+
+
+def numbers(found):
+    """All but how long it took."""
+    values = plain(found)
+    del values["totals"]["seconds"]
+    return values
+
+
+def test_processes_give_the_same_numbers(place):
+    alone = audit(place)
+    assert alone.findings_by_kind == {"shifted": 4}
+    heard, lines = [], []
+    several = audit(place, workers=2, progress=heard.append, pairs=lines.extend)
+    assert numbers(several) == numbers(alone)
+    assert [one.trajectories for one in heard] == sorted(one.trajectories for one in heard)
+    assert (heard[-1].trajectories, heard[-1].total, heard[-1].reused) == (20, 20, 0)
+    assert len(lines) == len({line.id for line in lines}) == 20
+
+
+def test_processes_read_a_store_with_its_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "_IDS", 2)
+    with trajstore.open(tmp_path / "store", partitions=2) as store:
+        for i in range(6):
+            record(store, (real(100 * i, 50), 0), (drifted(real(100 * i, 50), 0.2, seed=i), 0))
+        assert numbers(audit(tmp_path / "store", workers=2)) == numbers(audit(store))
+        with pytest.raises(trajstore.SchemaError, match="give its location"):
+            audit(store, workers=2)
+
+
+def test_dask_workers_give_the_same_numbers(place):
+    distributed = pytest.importorskip("distributed")
+    cluster = distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, protocol="tcp", host="127.0.0.1"
+    )
+    with cluster:
+        found = audit(place, scheduler=cluster.scheduler_address)
+    assert numbers(found) == numbers(audit(place))
+
+
+def test_scheduler_that_does_not_answer_is_unavailable(place, monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(running, "_CONNECT", 0.5)
+    with pytest.raises(trajstore.Unavailable, match="does not answer"):
+        audit(place, scheduler="tcp://127.0.0.1:9")
+
+
+def test_audit_that_was_killed_goes_on_where_it_was(place, tmp_path):
+    work = tmp_path / "work"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(place), str(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        for _ in range(3):
+            assert process.stdout.readline().startswith("done")
+            process.stdin.write("\n")
+            process.stdin.flush()
+        done = int(process.stdout.readline().removeprefix("done"))
+    finally:
+        process.kill()  # SIGKILL, while it waits
+        process.wait(timeout=30)
+        process.stdin.close()
+        process.stdout.close()
+    kept = {path.name: path.stat().st_mtime_ns for path in (work / "parts").iterdir()}
+    assert 4 <= len(kept) <= 5
+    heard = []
+    found = audit(place, work=work, progress=heard.append)
+    assert numbers(found) == numbers(audit(place))
+    assert 4 <= done <= heard[-1].reused < 20
+    after = {path.name: path.stat().st_mtime_ns for path in (work / "parts").iterdir()}
+    assert after.items() > kept.items(), "what was kept is not counted again"
+
+
+def test_part_that_is_damaged_is_counted_anew(place, tmp_path):
+    before = numbers(audit(place, work=tmp_path / "work"))
+    parts = sorted((tmp_path / "work" / "parts").iterdir())
+    parts[0].write_bytes(parts[0].read_bytes()[:100])
+    parts[1].write_bytes(b"")
+    heard = []
+    assert numbers(audit(place, work=tmp_path / "work", progress=heard.append)) == before
+    assert heard[-1].trajectories == 20
+    assert 16 <= heard[-1].reused < 20
+
+
+def test_what_has_grown_since_is_audited_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "_IDS", 1)
+    with trajstore.open(tmp_path / "store", partitions=1) as store:
+        trajectories = [record(store, (real(100 * i, 50), 0), (real(100 * i, 50), 0)) for i in range(3)]
+        audit(store, work=tmp_path / "work")
+        with trajectories[0].segment(weight_version="v9") as segment:
+            segment.tokens([1])
+            segment.routing(real(0, 50), start=0)
+        store.flush()
+        heard = []
+        found = audit(store, work=tmp_path / "work", progress=heard.append)
+        assert heard[-1].reused == 2
+        assert numbers(found) == numbers(audit(store))
+
+
+def test_work_of_another_audit_is_refused(place, tmp_path):
+    audit(place, work=tmp_path / "work", seed=1)
+    with pytest.raises(trajstore.Conflict, match="seed was 1 and is 2"):
+        audit(place, work=tmp_path / "work", seed=2)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(trajstore.Conflict, match=r"notes\.txt"):
+        audit(place, work=tmp_path / "other")
+    with pytest.raises(trajstore.Unavailable, match="cannot be used"):
+        audit(place, work=tmp_path / "other" / "notes.txt")
+
+
+def _die(data):
+    os._exit(9)
+
+
+def test_worker_that_dies_is_told(place, monkeypatch):
+    monkeypatch.setattr(running, "run_unit", _die)
+    with pytest.raises(trajstore.Unavailable, match="a worker of the audit died"):
+        audit(place, workers=2)
