@@ -1,7 +1,8 @@
 """What chunks of routing cost: ratio and speed per codec, chunk size and cut of the layers; and a whole pack of them.
 
 Real routing of a small model (128 experts, 8 layers, top 8) in the engine's order, with sorted ids, as uint16, and as
-six of it side by side (48 layers); beside it uniform noise over 128 experts. MB are those before compression.
+six of it side by side (48 layers); beside it uniform noise over 128 experts. Then tokens and logprobs of rollouts. MB
+are those before compression.
 
     python -m benchmarks.codecs
 """
@@ -17,14 +18,16 @@ import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
+from benchmarks.corpora import Corpus
 from benchmarks.measure import compare
 from trajstore.archive.arrays.builder import CHUNK_BYTES, encode_array
-from trajstore.archive.arrays.codecs import CODECS, decode, encode
+from trajstore.archive.arrays.codecs import CODECS, codecs_for, decode, encode
 from trajstore.archive.arrays.shard import ShardReader
 from trajstore.archive.storage.local import LocalStorage
 
 ROUTING = Path(__file__).parents[1] / "tests" / "data" / "routing" / "small_moe_e128_l8_k8.npy"
 CHUNKS = tuple(kib << 10 for kib in (64, 128, 192, 256, 512, 1024, 1536))
+COLUMN_CHUNK = 64 << 10
 PACK_BYTES = 64 << 20
 READS = (512, 1365, 4096)
 """Rows of one read, at 384 bytes each."""
@@ -47,6 +50,16 @@ def samples() -> dict[str, Array]:
         "48 layers, sorted": np.sort(wide, axis=-1),
         "noise": noise,
     }
+
+
+def columns() -> dict[str, Array]:
+    """Tokens and logprobs of rollouts, `[rows, 1, 1]`."""
+    rollouts = Corpus("real").take(PACK_BYTES)
+    parts: dict[str, list[Array]] = {
+        "tokens": [rollout.tokens for rollout in rollouts],
+        "logprobs": [rollout.logprobs for rollout in rollouts],
+    }
+    return {name: np.concatenate(some)[:, None, None] for name, some in parts.items()}
 
 
 def report_codec(name: str, data: Array, codec: str, chunk_bytes: int, layer_chunks: int) -> None:
@@ -122,7 +135,7 @@ def report_pack(name: str, rows: Array, folder: Path) -> None:
             return theirs[start : start + count]
 
         def frame_read(nbytes: int = wanted.nbytes) -> bytes:
-            return decode("zstd", (folder / "frame").read_bytes(), nbytes)
+            return bytes(decode("zstd", (folder / "frame").read_bytes(), nbytes))
 
         for other, read in (("zarr-python", zarr_read), ("a zstd frame of just these rows", frame_read)):
             report(f"{name}: read {count} rows, {wanted.nbytes >> 10} KiB", ours_read, other, read, wanted.nbytes)
@@ -158,9 +171,12 @@ def main() -> None:
     """Print a line per kind of routing, codec and chunk size; then whole packs."""
     kinds = samples()
     for name, data in kinds.items():
-        for codec in CODECS:
+        for codec in codecs_for(np.dtype("<u2")):
             for chunk_bytes in CHUNKS:
                 report_codec(name, data, codec, chunk_bytes, 1)
+    for name, data in columns().items():
+        for codec in CODECS:
+            report_codec(name, data, codec, COLUMN_CHUNK, 1)
     for name in ("48 layers", "48 layers, sorted"):
         for layer_chunks in (2, 4):
             for chunk_bytes in CHUNKS:

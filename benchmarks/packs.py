@@ -45,19 +45,27 @@ class Part(NamedTuple):
     summary: Summary | None
 
 
-def stage(rollout: Rollout, spec: trajstore.RoutingSpec, *, segments: int = 1) -> list[Part]:
+def stage(
+    rollout: Rollout,
+    spec: trajstore.RoutingSpec,
+    *,
+    segments: int = 1,
+    again: npt.NDArray[np.uint8] | None = None,
+) -> list[Part]:
     """A rollout as the hot log holds it, in a part for each segment.
 
     Args:
         segments: it was aborted and resumed so often, after equal numbers of tokens; each time the rows of all tokens
-            so far were recorded anew, equal to those before.
+            so far were recorded anew.
+        again: what all segments but the first record, uint8 `[T, L, K]`; default the rollout's routing, unchanged.
     """
     id, length = str(ULID()), len(rollout.tokens)
     ends = [length * number // segments for number in range(1, segments + 1)]
     epochs: list[list[tuple[list[Header], list[Buffer]]]] = []
     base = 0
-    for end in ends:
-        entry = _segment(rollout, base, end, "stop" if end == length else "abort")
+    for number, end in enumerate(ends):
+        rows = rollout.routed if again is None or not number else again
+        entry = _segment(rollout, rows[:end], base, end, "stop" if end == length else "abort", f"v{number + 1}")
         epochs.append([entry])
         base = end
     epochs[0].insert(0, ([TrajectoryOpened(routing=spec)], [b""]))
@@ -137,18 +145,20 @@ class Packs:
         return map(self.read, range(len(self.ids)))
 
 
-def _segment(rollout: Rollout, base: int, end: int, reason: Any) -> tuple[list[Header], list[Buffer]]:
-    """The entry of a segment that took the tokens up to `base` and brought those up to `end`."""
+def _segment(
+    rollout: Rollout, routed: npt.NDArray[np.uint8], base: int, end: int, reason: Any, weight_version: str
+) -> tuple[list[Header], list[Buffer]]:
+    """The entry of a segment that took the tokens up to `base`, brought those up to `end` and recorded all rows."""
     begin = max(base, rollout.prompt)
     context = rollout.tokens[base:begin].tobytes()
     sampled = rollout.tokens[begin:end].tobytes() + rollout.logprobs[begin:end].tobytes()
-    rows = rollout.routed[:end].tobytes()
+    rows = routed.tobytes()
     headers: list[Header] = [
         SegmentOpened(
             base=base,
             context=begin - base,
             engine="benchmark/1",
-            weight_version="v1",
+            weight_version=weight_version,
             payload=PayloadInfo.of(context) if context else None,
         ),
         Tokens(start=begin, count=end - begin, payload=PayloadInfo.of(sampled), logprobs=True),

@@ -10,6 +10,7 @@ import pytest
 from ulid import ULID
 
 import trajstore
+from tests.cluster.nodes import Cluster
 from tests.servers import BACKENDS, FAKEREDIS_CANNOT_SHOW, FakeServer, RealServer, binary_of, running
 
 log = logging.getLogger(__name__)
@@ -24,13 +25,27 @@ def _require(name: str) -> None:
         pytest.skip(f"backend {name}: no server of that kind on this machine")
 
 
-@pytest.fixture(scope="session", params=BACKENDS)
+@pytest.fixture(scope="session", params=(*BACKENDS, Cluster.name))
 def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Each backend in turn, one server for the whole session; a test keeps apart by its run's name."""
-    _require(request.param)
-    server = FakeServer() if request.param == "fakeredis" else RealServer(request.param, tmp_path_factory.mktemp("srv"))
+    server: FakeServer | RealServer | Cluster
+    if request.param == "fakeredis":
+        server = FakeServer()
+    elif request.param == Cluster.name:
+        server = Cluster(cluster_server(), tmp_path_factory.mktemp("cluster"))
+    else:
+        _require(request.param)
+        server = RealServer(request.param, tmp_path_factory.mktemp("srv"))
     yield server
     server.stop()
+
+
+def cluster_server() -> str:
+    """Which server's cluster mode is tested: Redis' where it is there, else Valkey's."""
+    found = next((name for name in ("redis", "valkey") if binary_of(name) is not None), None)
+    if found is None:
+        pytest.skip("backend cluster: no server on this machine")
+    return found
 
 
 @pytest.fixture(params=REAL)
@@ -88,3 +103,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"log backends: {found}. fakeredis cannot show: {FAKEREDIS_CANNOT_SHOW}")
     for name in missing:
         terminalreporter.write_line(f"log backend NOT TESTED: {name}, for there is no such server here", red=True)
+    if len(missing) == len(REAL):
+        terminalreporter.write_line("Redis Cluster NOT TESTED, for there is no server here", red=True)

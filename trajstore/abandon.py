@@ -84,10 +84,25 @@ def _close(store: Store, summary: Summary) -> bool:
     except NotFound as error:
         if store.archive is not None and store.archive.is_dropped(summary.id):
             free(store.wire, store.keys, [summary.id])
-        log.warning("%s could not be closed as abandoned: %s", summary.id, error)
+        log.warning(
+            "%s could not be closed as abandoned: %s",
+            summary.id,
+            error,
+            extra={"event": "abandon-failed", "trajectory": summary.id},
+        )
         return False
     except TrajstoreError as error:
-        log.warning("%s could not be closed as abandoned: %s", summary.id, error)
+        log.warning(
+            "%s could not be closed as abandoned: %s",
+            summary.id,
+            error,
+            extra={"event": "abandon-failed", "trajectory": summary.id},
+        )
         return False
-    log.warning("%s stood open without progress at %s and is closed as aborted", summary.id, summary.last)
+    log.warning(
+        "%s stood open without progress at %s and is closed as aborted",
+        summary.id,
+        summary.last,
+        extra={"event": "abandoned", "trajectory": summary.id},
+    )
     return True

@@ -23,6 +23,7 @@ from trajstore.log.feed import ARCHIVER, FeedFollower, Hint, worker_name
 from trajstore.log.flusher import FSYNC_HORIZON
 from trajstore.log.lease import Lease
 from trajstore.log.wire import server_info
+from trajstore.pulse import Pulse
 from trajstore.store import Store
 
 __all__ = ["Archived", "Archiver"]
@@ -80,6 +81,12 @@ class Archiver:
         compact: merge small packs and remove deleted data while there is nothing to archive; not with `once`.
         on_step: hears the steps of each publish: staged, synced, moved, recorded, trimmed.
 
+    Attributes:
+        done: what it has done so far.
+        name: of this archiver, as lease holder and consumer.
+        run_name: of the run.
+        pulse: its sign of life.
+
     Raises:
         Conflict: the store has no archive.
     """
@@ -100,25 +107,28 @@ class Archiver:
             raise Conflict(f"{store.location} has no archive; give one: --archive FOLDER, or open(..., archive=FOLDER)")
         self.done = Archived()
         self.name = worker_name()
+        self.run_name = store.run
+        self.pulse = Pulse()
         self._store = store
         self._archive: ArchiveReader = store.archive
         self._pack_bytes = pack_bytes
         self._pack_seconds = pack_seconds
         self._abandon_seconds = abandon_seconds
         self._grace_seconds = grace_seconds
-        self._on_step = on_step
+        self._heard = on_step
         self._lease_seconds = lease_seconds
         self._lease = Lease(store.wire, store.keys, self.name, seconds=lease_seconds)
         self._feed = FeedFollower(store.wire, store.keys, ARCHIVER, self.name)
         self._horizon = FSYNC_HORIZON
         self._waiting: dict[int, dict[str, Look]] = {}
+        self._left: dict[tuple[int, str], list[Hint]] = {}  # of refused trajectories, unacknowledged on purpose
         self._idle = IdleCompaction(
             self._archive,
             writer=self.name,
             pack_bytes=pack_bytes,
-            renew=self._lease.renew,
+            renew=self._renew,
             every=lease_seconds / 3,
-            on_step=on_step,
+            on_step=self._on_step,
         )
         self._compacts = compact
         self._next_lease = self._next_sweep = self._next_compaction = 0.0
@@ -147,18 +157,25 @@ class Archiver:
             try:
                 self._leave()
             except Unavailable as error:  # the lease runs out by itself
-                log.warning("left without giving the lease back: %s", error)
+                log.warning("left without giving the lease back: %s", error, extra={"event": "left-uncleanly"})
         return self.done
 
     def _work(self, stopped: threading.Event, *, once: bool, on_progress: Callable[[Archived], None]) -> None:
         patience = time.monotonic() + 1.5 * self._lease_seconds
         while not stopped.is_set():
+            self.pulse.beat()
             try:
                 busy = self._turn(once=once, stopped=stopped)
+                self.pulse.trouble = None
             except OSError as error:  # Unavailable and StoreFull are such, and so is a full disk
                 if once:
                     raise
-                log.warning("archiving pauses, and what is not archived yet stays in the hot log: %s", error)
+                self.pulse.trouble = error
+                log.warning(
+                    "archiving pauses, and what is not archived yet stays in the hot log: %s",
+                    error,
+                    extra={"event": "paused"},
+                )
                 self._waiting.clear()  # taking the partitions anew brings back every hint that was read
                 self._next_lease = 0.0
                 stopped.wait(1.0)
@@ -213,20 +230,36 @@ class Archiver:
     def _hold_leases(self) -> list[Hint]:
         """Renew the leases, try for the others; returns what earlier holders left unacknowledged."""
         hints: list[Hint] = []
-        self._horizon = 0.0 if server_info(self._store.wire).fsyncs_always else FSYNC_HORIZON  # it can be reconfigured
+        always = all(server_info(one).fsyncs_always for one in self._store.wire.servers())
+        self._horizon = 0.0 if always else FSYNC_HORIZON  # it can be reconfigured
         for partition in range(self._store.partitions):
             held = partition in self._waiting
             if self._lease.acquire(partition):
                 if not held:
                     self._waiting[partition] = {}
+                    self._left = {place: hints for place, hints in self._left.items() if place[0] != partition}
                     self._next_sweep = 0.0
-                    hints += self._feed.take_over(partition, idle=0.0)
+                # Of its own, too: a request that it has given up may have taken hints for it later.
+                hints += self._feed.take_over(partition, idle=self._lease_seconds if held else 0.0)
             elif held:
                 self._drop(partition)
         return hints
 
+    def _renew(self, partition: int) -> bool:
+        """What a long compaction asks for in between."""
+        self.pulse.beat()
+        return self._lease.renew(partition)
+
+    def _on_step(self, step: str) -> None:
+        self.pulse.beat()
+        self._heard(step)
+
     def _drop(self, partition: int) -> None:
-        log.warning("the lease of partition %d went to another archiver", partition)
+        log.warning(
+            "the lease of partition %d went to another archiver",
+            partition,
+            extra={"event": "lease-lost", "partition": partition},
+        )
         del self._waiting[partition]
 
     def _leave(self) -> None:
@@ -243,12 +276,15 @@ class Archiver:
         fresh: dict[tuple[int, str], list[Hint]] = {}
         for hint in hints:
             waiting = self._waiting.get(hint.partition)
-            if waiting is None:
+            place = (hint.partition, hint.id)
+            if waiting is None or hint in self._left.get(place, ()):
                 continue
             known = waiting.get(hint.id)
             if known is None:
-                fresh.setdefault((hint.partition, hint.id), []).append(hint)
-            else:
+                if place not in fresh:  # what is new of a refused trajectory may have mended it
+                    fresh[place] = self._left.pop(place, [])
+                fresh[place].append(hint)
+            elif hint not in known.hints and hint not in known.later:
                 (known.hints if known.covers(hint) else known.later).append(hint)
         self._look(fresh)
 
@@ -268,7 +304,7 @@ class Archiver:
         """First look at trajectories of which these hints tell."""
         if not fresh:
             return
-        server = self._server()
+        servers = {partition: self._server(partition) for partition, _ in fresh}
         for (partition, id), about in fresh.items():
             try:
                 self._waiting[partition][id] = first_look(
@@ -278,10 +314,10 @@ class Archiver:
                     about,
                     now=time.monotonic(),
                     horizon=self._horizon,
-                    server=server,
+                    server=servers[partition],
                 )
             except (SchemaError, Corrupt) as error:
-                self._refuse(id, error)
+                self._refuse(partition, id, error, about)
 
     def _ripe(self, partition: int, *, at_once: bool) -> list[str]:
         """Trajectories to archive now: past the horizon, and enough of them or long enough."""
@@ -299,7 +335,7 @@ class Archiver:
     def _archive_ripe(self, partition: int, ripe: Sequence[str]) -> None:
         manifest = self._archive.manifest(partition)
         newest = manifest.refresh()  # what is decided below stands on the records up to here, see Manifest.append
-        server = self._server()
+        server = self._server(partition)
         parts: list[Part] = []
         for id in ripe:
             look = self._waiting[partition].pop(id)
@@ -309,7 +345,7 @@ class Archiver:
             try:
                 part = second_look(self._store.hot, self._archive, manifest, id, look)
             except (SchemaError, Corrupt) as error:
-                self._refuse(id, error)
+                self._refuse(partition, id, error, [*look.hints, *look.later])
                 continue
             if part.staged and sum(other.nbytes for other in parts) + part.nbytes > self._pack_bytes:
                 published = self._publish(partition, manifest, newest, parts)
@@ -336,7 +372,7 @@ class Archiver:
             try:
                 record = writer.publish(manifest, newest + 1, writer=self.name, on_step=self._on_step)
             except Fenced as error:
-                log.warning("%s", error)
+                log.warning("%s", error, extra={"event": "fenced", "partition": partition})
                 self._drop(partition)
                 return None
             newest = record.number
@@ -354,17 +390,30 @@ class Archiver:
     def _refuse_partition(self, partition: int, ripe: Sequence[str], error: Exception) -> None:
         """As `_refuse`, of all that was ripe. With the next look at the leases every hint of it comes back."""
         self.done.refused += len(ripe)
-        log.error("%d trajectories of partition %d stay in the hot log: %s", len(ripe), partition, error)
+        log.error(
+            "%d trajectories of partition %d stay in the hot log: %s",
+            len(ripe),
+            partition,
+            error,
+            extra={"event": "refused", "partition": partition},
+        )
         del self._waiting[partition]
 
-    def _refuse(self, id: str, error: Exception) -> None:
+    def _refuse(self, partition: int, id: str, error: Exception, hints: Sequence[Hint]) -> None:
         """Its hints stay unacknowledged: the next holder of the partition, a newer version say, tries again."""
+        self._left[partition, id] = [*self._left.get((partition, id), ()), *hints]
         self.done.refused += 1
-        log.error("%s cannot be archived and stays in the hot log: %s", id, error)
+        log.error(
+            "%s cannot be archived and stays in the hot log: %s",
+            id,
+            error,
+            extra={"event": "refused", "trajectory": id},
+        )
 
-    def _server(self) -> str:
-        """Run id of the server, "" where it cannot lose anything: another one means that it restarted."""
-        return server_info(self._store.wire).run_id if self._horizon else ""
+    def _server(self, partition: int) -> str:
+        """Run id of the server, "" where it cannot lose anything: another one means that it restarted, or another has
+        the partition now."""
+        return server_info(self._store.wire.at(self._store.keys.feed(partition))).run_id if self._horizon else ""
 
 
 def _by_shape(parts: Iterable[Part]) -> list[list[Part]]:

@@ -16,7 +16,7 @@ from trajstore.events import EventId
 from trajstore.log.feed import ARCHIVER, Hint, parse_stream
 from trajstore.log.keys import Keys
 from trajstore.log.reader import HotReader
-from trajstore.log.wire import Wire, memory_use, reply_fields
+from trajstore.log.wire import Wire, fullest, reply_fields
 from trajstore.summary import Summary
 
 __all__ = ["Backlog", "PartitionBacklog", "measure_backlog"]
@@ -44,7 +44,8 @@ class Backlog(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         partitions: each one's, by number.
-        used_memory: bytes that the server uses; writers stop at 90 % of `maxmemory`. 0 if it does not say.
+        used_memory: bytes that the server uses, the fullest of a cluster; writers stop at 90 % of `maxmemory`. 0 if it
+            does not say.
         maxmemory: bytes that it may use, 0 for no limit.
     """
 
@@ -78,8 +79,7 @@ def measure_backlog(wire: Wire, keys: Keys, hot: HotReader, archive: ArchiveRead
         Unavailable: the server or the archive did not answer.
         Corrupt: something cannot be read.
     """
-    info = wire.exchange([("INFO", "memory")])[0]
-    used, limit = memory_use(info) if isinstance(info, bytes) else (0, 0)
+    used, limit = fullest([one.exchange([("INFO", "memory")])[0] for one in wire.servers()])
     return Backlog(
         partitions=tuple(
             _measure(wire, keys, hot, None if archive is None else archive.manifest(partition), partition)

@@ -6,12 +6,13 @@ An entry is msgpack in the hot log and JSON, payload bytes left out, in a pack.
 import hashlib
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias, get_args
+from typing import Annotated, Any, NamedTuple, TypeAlias, get_args
 
 import msgspec
 
-from trajstore.errors import Corrupt, SchemaError
+from trajstore.errors import UNREADABLE, Corrupt, SchemaError
 from trajstore.events import SCHEMA_VERSION, EventId, Header, PayloadInfo, UnknownEvent, payload_of
+from trajstore.limits import EVENTS, HEADER_BYTES
 from trajstore.upcast import upcast
 
 __all__ = [
@@ -60,7 +61,7 @@ class _RawEntry(msgspec.Struct, frozen=True):
     v: int
     nonce: int
     time: float
-    events: list[msgspec.Raw]
+    events: Annotated[list[msgspec.Raw], msgspec.Meta(min_length=1, max_length=EVENTS)]
 
 
 class Extent(NamedTuple):
@@ -124,7 +125,7 @@ def decode_entry(at: EventId, data: bytes, *, note: bool = False) -> list[Event]
     """
     try:
         raw = _decode_raw(data)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise SchemaError(f"the entry at {at} cannot be read: {error}; is it trajstore's?") from error
     return [
         Event(
@@ -149,7 +150,7 @@ def decode_known(data: bytes) -> Entry:
         if not _knows(raw.v):
             raise SchemaError(f"an entry has schema version {raw.v}, this trajstore knows 1 to {SCHEMA_VERSION}")
         return Entry(SCHEMA_VERSION, raw.nonce, raw.time, [_decode(bytes(body), raw.v) for body in raw.events])
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise SchemaError(f"an entry holds something that this trajstore does not know: {error}; upgrade it") from error
 
 
@@ -159,14 +160,19 @@ def header_from(body: bytes, version: int, *, at: EventId, json: bool = False) -
     Raises:
         SchemaError: a known event with a bad field.
     """
-    problem: msgspec.ValidationError | None = None
+    problem: Exception | None = None
+    if len(body) > HEADER_BYTES:
+        raise SchemaError(f"the header of the event at {at} takes {len(body)} bytes, the limit is {HEADER_BYTES}")
     if _knows(version):
         try:
             return _decode(body, version, json=json)
-        except msgspec.ValidationError as error:
+        except UNREADABLE as error:
             problem = error
-    fields = _DECODERS[json].fields(body)
-    if not isinstance(fields, dict) or (problem is not None and fields.get("type") in _HEADER_TYPES):
+    try:
+        fields = _DECODERS[json].fields(body)
+    except UNREADABLE as error:
+        raise SchemaError(f"the event at {at} cannot be read: {error}") from error
+    if not isinstance(fields, dict) or (problem is not None and str(fields.get("type")) in _HEADER_TYPES):
         raise SchemaError(f"the event at {at} has a bad field: {problem or 'it is no map'}")
     return UnknownEvent(type=str(fields.pop("type", "?")), version=version, fields=fields)
 

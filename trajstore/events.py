@@ -6,11 +6,24 @@ them. How headers travel together is in `entries.py`, what they mean together in
 
 import re
 import zlib
-from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import msgspec
 
 from trajstore.errors import SchemaError
+from trajstore.limits import (
+    COMPONENTS,
+    INLINE_LIMIT,
+    SPANS,
+    Count,
+    Crc,
+    Digest,
+    Group,
+    InlineBytes,
+    Label,
+    PayloadBytes,
+    Position,
+)
 from trajstore.routing import Origin, RoutingSpec
 
 __all__ = [
@@ -42,9 +55,6 @@ __all__ = [
 SCHEMA_VERSION = 2
 """Version of the headers as they are written. Older ones are brought up to it when read (`upcast.py`), newer ones are
 shown and not folded."""
-
-INLINE_LIMIT = 512
-"""Payloads below this many bytes ride in their header: one field less to write and one round trip less to read."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
@@ -87,9 +97,9 @@ class PayloadInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         inline: the bytes themselves when they are shorter than `INLINE_LIMIT` and the entry lies in the hot log.
     """
 
-    nbytes: int
-    crc: int
-    inline: bytes | None = None
+    nbytes: PayloadBytes
+    crc: Crc
+    inline: InlineBytes | None = None
 
     @classmethod
     def of(cls, data: bytes | memoryview) -> Self:
@@ -100,9 +110,9 @@ class PayloadInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 class WeightVersionSpan(msgspec.Struct, frozen=True):
     """Output tokens `[start, end)` of a segment, 0-based within its output, sampled under `version`."""
 
-    version: str
-    start: int
-    end: int
+    version: Label
+    start: Position
+    end: Position
 
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
@@ -112,8 +122,8 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 class TrajectoryOpened(_Header, frozen=True):
     """Always `1-0`."""
 
-    group: str | None = None
-    group_size: int | None = None
+    group: Group | None = None
+    group_size: Count | None = None
     routing: RoutingSpec | None = None
     metadata: dict[str, Any] = {}
 
@@ -124,12 +134,12 @@ class SegmentOpened(_Header, frozen=True):
     `input_digest` is BLAKE2b-128 (hex) over the whole input as little-endian int32.
     """
 
-    base: int
-    context: int
-    engine: str = ""
-    weight_version: str = ""
+    base: Position
+    context: Position
+    engine: Label = ""
+    weight_version: Label = ""
     sampling: dict[str, Any] = {}
-    input_digest: str = ""
+    input_digest: Digest = ""
     payload: PayloadInfo | None = None
 
 
@@ -140,18 +150,18 @@ class Tokens(_Header, frozen=True):
     ones: kept as they came, and visible.
     """
 
-    start: int
-    count: int
+    start: Position
+    count: Position
     payload: PayloadInfo
     logprobs: bool = False
-    nonfinite: int = 0
+    nonfinite: Position = 0
 
 
 class Routing(_Header, frozen=True):
     """A recording: rows `[start, start + rows)`. Payload: `[rows, L, K]` in the trajectory's dtype."""
 
-    start: int
-    rows: int
+    start: Position
+    rows: Position
     payload: PayloadInfo
     origin: Origin = "computed"
 
@@ -159,23 +169,23 @@ class Routing(_Header, frozen=True):
 class RoutingAbsent(_Header, frozen=True):
     """This segment has no (more) routing, and why."""
 
-    reason: str
+    reason: Label
 
 
 class SegmentClosed(_Header, frozen=True):
     """The engine call ended. `cached_tokens`: input tokens served from a prefix cache, None where not told."""
 
     finish_reason: FinishReason
-    cached_tokens: int | None = None
-    retractions: int = 0
-    weight_versions: tuple[WeightVersionSpan, ...] = ()
+    cached_tokens: Count | None = None
+    retractions: Count = 0
+    weight_versions: Annotated[tuple[WeightVersionSpan, ...], msgspec.Meta(max_length=SPANS)] = ()
 
 
 class Rewarded(_Header, frozen=True):
     """A score of the trajectory as it stands. The newest counts."""
 
     reward: float
-    components: dict[str, float] = {}
+    components: Annotated[dict[Label, float], msgspec.Meta(max_length=COMPONENTS)] = {}
 
 
 class TrajectoryClosed(_Header, frozen=True):
@@ -190,27 +200,27 @@ class TrajectoryDeleted(_Header, frozen=True):
     It repeats the group, for it may be the only event that is left.
     """
 
-    reason: str = ""
-    group: str | None = None
-    group_size: int | None = None
+    reason: Label = ""
+    group: Group | None = None
+    group_size: Count | None = None
 
 
 class RoutingObserved(_Header, frozen=True):
     """Note: another party's routing of the same tokens (a trainer's). Never enters a fold."""
 
-    source: str
-    start: int
-    rows: int
+    source: Label
+    start: Position
+    rows: Position
     payload: PayloadInfo
-    weight_version: str = ""
+    weight_version: Label = ""
 
 
 class LateRouting(_Header, frozen=True):
     """Note: a recording that arrived after its segment's epoch was over; folds as that segment's last one."""
 
-    segment: int
-    start: int
-    rows: int
+    segment: Count
+    start: Position
+    rows: Position
     payload: PayloadInfo
     origin: Origin = "computed"
 

@@ -342,11 +342,9 @@ def split_tokens(event: Event, buffer: Buffer) -> tuple[npt.NDArray[np.int32], n
 
 
 def _given_array(buffer: Buffer) -> npt.NDArray[Any] | None:
-    """The array that a payload is all of, if nobody needs it any more: to be kept instead of copied."""
+    """The array behind a payload, if it is given away with it: to be kept instead of copied."""
     array = buffer.obj if isinstance(buffer, memoryview) else None
-    if not isinstance(array, np.ndarray) or array.nbytes != len(buffer):
-        return None
-    return array if array.flags.owndata and array.flags.writeable else None
+    return array if isinstance(array, np.ndarray) and array.flags.owndata and array.flags.writeable else None
 
 
 def _check_inputs(segments: Sequence[Segment], token_ids: npt.NDArray[np.int32], id: str) -> None:

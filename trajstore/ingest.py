@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from trajstore.errors import SchemaError
 from trajstore.events import WeightVersionSpan
+from trajstore.limits import GROUP_LENGTH, ID_LENGTH, JSON_BYTES, JSON_NESTING, LABEL_LENGTH, SPANS
 
 __all__ = [
     "check_choice",
@@ -34,8 +35,7 @@ __all__ = [
 
 _Choice = TypeVar("_Choice", bound=str)
 
-_MAX_NESTING = 100
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+=~-]{0,199}")
+_ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._:@+=~-]{{0,{ID_LENGTH - 1}}}")
 
 
 def check_id(text: str) -> str:
@@ -67,7 +67,7 @@ def check_group(text: str | None) -> str | None:
     Raises:
         SchemaError: anything else.
     """
-    if text is not None and not (isinstance(text, str) and 0 < len(text) <= 200 and text.isprintable()):
+    if text is not None and not (isinstance(text, str) and 0 < len(text) <= GROUP_LENGTH and text.isprintable()):
         raise SchemaError(f"{text!r} cannot name a group: use 1 to 200 printable characters")
     return None if text is None else str.__str__(text)
 
@@ -78,7 +78,7 @@ def check_label(text: str, *, name: str) -> str:
     Raises:
         SchemaError: no string, longer, or with lone surrogates.
     """
-    if not isinstance(text, str) or len(text) > 1000 or any("\ud800" <= letter <= "\udfff" for letter in text):
+    if not isinstance(text, str) or len(text) > LABEL_LENGTH or any("\ud800" <= letter <= "\udfff" for letter in text):
         shown = ascii(text)[:80]
         raise SchemaError(f"{name} must be a string of at most 1000 characters of valid Unicode, not {shown}")
     return str.__str__(text)
@@ -111,7 +111,7 @@ def check_count(value: int, *, name: str) -> int:
     return number
 
 
-def check_json(value: Mapping[str, Any] | None, *, name: str, limit: int = 1 << 16) -> dict[str, Any]:
+def check_json(value: Mapping[str, Any] | None, *, name: str, limit: int = JSON_BYTES) -> dict[str, Any]:
     """A copy of a mapping as JSON would give it back. The hot log keeps headers as msgpack, packs as JSON.
 
     Raises:
@@ -122,8 +122,8 @@ def check_json(value: Mapping[str, Any] | None, *, name: str, limit: int = 1 << 
         text = json.dumps(dict(value or {}), allow_nan=False)
         result: dict[str, Any] = json.loads(text)
         msgspec.msgpack.encode(result)
-        if _nested(result) > _MAX_NESTING:
-            raise ValueError(f"nested more than {_MAX_NESTING} deep")  # another reader's stack may end earlier
+        if _nested(result) > JSON_NESTING:
+            raise ValueError(f"nested more than {JSON_NESTING} deep")  # another reader's stack may end earlier
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise SchemaError(f"{name} must be plain JSON data: {error}") from error
     if len(text) > limit:
@@ -204,6 +204,8 @@ def check_spans(
     """
     if not isinstance(spans, Sequence):
         raise SchemaError(f"weight_versions must be a sequence of spans, not {spans!r:.80}")
+    if len(spans) > SPANS:
+        raise SchemaError(f"{len(spans)} weight version spans in one segment, the limit is {SPANS}; join equal ones")
     result: list[WeightVersionSpan] = []
     for span in spans:
         parts = msgspec.structs.astuple(span) if isinstance(span, WeightVersionSpan) else span

@@ -26,6 +26,7 @@ from trajstore.errors import (
 from trajstore.events import CLOSED_STATUSES, SegmentOpened, TrajectoryClosed, TrajectoryDeleted, TrajectoryOpened
 from trajstore.fold import Policy
 from trajstore.log.feed import MATERIALIZER, FeedFollower, Hint, worker_name
+from trajstore.pulse import Pulse
 from trajstore.ready import ReadyMember, ReadyQueue
 from trajstore.store import Store
 
@@ -71,6 +72,12 @@ class Materializer:
             Counted, by the server's clock, from when a materializer that is given this first finds the group waiting.
         claim_seconds: after this long, hints of a silent materializer are taken over.
         on_step: hears the steps of each publish: folded, laid, offered, acknowledged.
+        on_offered: hears the id of each trajectory that was folded and offered.
+
+    Attributes:
+        done: what it has done so far.
+        run_name: of the run.
+        pulse: its sign of life.
     """
 
     def __init__(
@@ -84,8 +91,11 @@ class Materializer:
         group_seconds: float | None = None,
         claim_seconds: float = 60.0,
         on_step: Callable[[str], None] = lambda _: None,
+        on_offered: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.done = Materialized()
+        self.run_name = store.run
+        self.pulse = Pulse()
         self._store = store
         self._policy = policy
         self._blob_seconds = blob_seconds
@@ -93,7 +103,8 @@ class Materializer:
         self._assembly_seconds = assembly_seconds
         self._group_seconds = group_seconds
         self._claim_seconds = claim_seconds
-        self._on_step = on_step
+        self._heard = on_step
+        self._on_offered = on_offered
         self._ready = ReadyQueue(store.wire, store.keys)
         self._feed = FeedFollower(store.wire, store.keys, MATERIALIZER, worker_name())
         self._partitions = list(range(store.partitions))
@@ -119,6 +130,7 @@ class Materializer:
         """
         stopped = stop or threading.Event()
         while not stopped.is_set():
+            self.pulse.beat()
             try:
                 self._notice(once=once)
                 idle = not self._waiting
@@ -128,9 +140,11 @@ class Materializer:
             except OSError as error:  # Unavailable and StoreFull are such, and so is an archive's disk
                 if once:
                     raise
-                log.warning("materializing pauses: %s", error)
+                self.pulse.trouble = error
+                log.warning("materializing pauses: %s", error, extra={"event": "paused"})
                 stopped.wait(1.0)
                 continue
+            self.pulse.trouble = None
             on_progress(self.done)
             if once and idle:
                 break
@@ -138,7 +152,7 @@ class Materializer:
             self._feed.trim(self._partitions)
             self._feed.leave(self._partitions)
         except Unavailable as error:  # others take over what it had after `claim_seconds`
-            log.warning("left without signing off: %s", error)
+            log.warning("left without signing off: %s", error, extra={"event": "left-uncleanly"})
         return self.done
 
     def _notice(self, *, once: bool) -> None:
@@ -161,9 +175,18 @@ class Materializer:
                 partition, after=self._group_seconds, policy=self._policy, keep=self._assembly_seconds
             )
             for ready in published:
-                log.warning("group %s is published without %d members that are late", ready.group, ready.late)
+                log.warning(
+                    "group %s is published without %d members that are late",
+                    ready.group,
+                    ready.late,
+                    extra={"event": "published-late", "partition": partition, "group": ready.group},
+                )
             self.done.groups += len(published)
         self._next_late = time.monotonic() + min(30.0, max(0.1, self._group_seconds / 4))
+
+    def _on_step(self, step: str) -> None:
+        self.pulse.beat()
+        self._heard(step)
 
     def _collect(self, hints: Sequence[Hint]) -> None:
         notes = [hint for hint in hints if hint.is_note]  # they close nothing
@@ -194,7 +217,7 @@ class Materializer:
         except NotFound:
             pass  # a spurious hint, or a trajectory whose data is gone
         except (SequenceGap, SchemaError, RoutingError, Corrupt) as error:
-            log.error("%s cannot be folded: %s", id, error)
+            log.error("%s cannot be folded: %s", id, error, extra={"event": "refused", "trajectory": id})
             self._offer_unreadable(id)
             self.done.refused += 1
 
@@ -246,6 +269,7 @@ class Materializer:
             self.done.trajectories += 1
             self.done.tokens += len(trajectory)
             self.done.nbytes += len(blob)
+            self._on_offered(id)
 
     def _offer(self, member: ReadyMember, *, group: str | None, group_size: int | None) -> bool:
         """Offer a member; whether it was not known before."""

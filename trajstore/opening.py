@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -13,10 +14,12 @@ from trajstore.archive.of_run import open_archived_run
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.root import ArchiveRoot, check_options
 from trajstore.archive.storage.durable import write_new
-from trajstore.errors import Conflict, NotFound, SchemaError, TrajstoreError, Unavailable
+from trajstore.errors import UNREADABLE, Conflict, NotFound, SchemaError, TrajstoreError, Unavailable
 from trajstore.ingest import check_choice, check_count, check_id
-from trajstore.log.run import MAX_PARTITIONS, require_fsync
-from trajstore.log.wire import Wire, describe_url, split_run
+from trajstore.limits import MAX_PARTITIONS
+from trajstore.log.cluster import connect
+from trajstore.log.run import require_fsync
+from trajstore.log.wire import describe_url, split_run
 from trajstore.reading import Archive
 from trajstore.routing import ORDERS, RoutingOrder
 from trajstore.server import Ack, EmbeddedServer, find_server
@@ -56,7 +59,8 @@ def open(  # `trajstore.open`, as one says `gzip.open`
 
     Args:
         location: a folder (new, empty, or an embedded store) for a private server and an archive on disk; or a Redis
-            URL that names the run: `redis://host:6379/0?run=exp1`, also `rediss://` and `unix://`.
+            URL that names the run: `redis://host:6379/0?run=exp1`, also `rediss://` and `unix://`; of a cluster, of one
+            server or several (`redis://host:6379,host2:6379?run=exp1`).
         archive: folder or URL (`s3://bucket/exp1`) of the run's archive; default what the run was opened with before,
             or `archive/` in the folder.
         archive_options: of an object store: endpoint, region, access_key_id, secret_access_key, session_token, timeout,
@@ -103,8 +107,10 @@ def open(  # `trajstore.open`, as one says `gzip.open`
         if run is None:
             raise SchemaError(f"{describe_url(text)} names no run; add it: {describe_url(text)}?run=NAME")
         check_id(run)
-        wire, shown = Wire.to_url(url, timeout=timeout), f"{describe_url(text)}?run={run}"
+        wire, shown = connect(url, timeout=timeout), f"{describe_url(text)}?run={run}"
     else:
+        if scheme := re.match(r"(rediss?|unix|s3|gs|az):/", text):
+            raise SchemaError(f"a URL begins {scheme[0]}/ with two slashes; this one was made a path, or mistyped")
         folder = Path(text).absolute()  # a later chdir must not matter
         run = _embedded_run(folder, create=create)
         server = EmbeddedServer(folder, ack=ack, timeout=timeout)
@@ -155,7 +161,7 @@ def open_archive(location: Location, *, options: Mapping[str, str] | None = None
         Unavailable: it does not answer.
     """
     reader = read_archive(location, options)
-    return Archive(View(None, lambda: reader), reader.info.partitions)
+    return Archive(View(None, lambda: reader), reader.info.partitions, location=reader.root.location)
 
 
 def read_archive(location: Location, options: Mapping[str, str] | None = None) -> ArchiveReader:
@@ -193,7 +199,7 @@ def _embedded_run(folder: Path, *, create: bool) -> str:
         raise Unavailable(f"{folder} cannot be used as a store: {error}") from error
     try:
         found = msgspec.json.decode(data, type=_StoreFile)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise SchemaError(f"{marker} cannot be read: {error}") from error
     if found.format > _STORE_FORMAT:
         raise SchemaError(

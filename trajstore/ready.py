@@ -316,12 +316,13 @@ class ReadyQueue:
 
     def put_blob(self, id: str, version: int, blob: bytes, *, keep: float) -> None:
         """Lay a fold beside its entry for `keep` seconds, if the server has room for it; else readers fold it."""
-        info = self._wire.exchange([("INFO", "memory")])[0]
+        key = self._keys.ready_payload(id, version)
+        info = self._wire.at(key).exchange([("INFO", "memory")])[0]
         if isinstance(info, bytes):
             used, limit = memory_use(info)
             if limit and used + len(blob) >= FULL_AT * limit:
                 return
-        self._wire.call("SET", self._keys.ready_payload(id, version), blob, "PX", int(keep * 1000))
+        self._wire.call("SET", key, blob, "PX", int(keep * 1000))
 
 
 class ReadyFollower:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +12,10 @@ import msgspec
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.rebuild.rebuild import Rebuilt, rebuild_archive
 from trajstore.archive.root import ARCHIVE_FORMAT, ArchiveInfo, ArchiveRoot
-from trajstore.errors import Conflict, Corrupt, NotFound, SchemaError, TrajstoreError
+from trajstore.errors import UNREADABLE, Conflict, Corrupt, NotFound, SchemaError, TrajstoreError
 from trajstore.events import TrajectoryOpened
 from trajstore.ingest import check_id
+from trajstore.log.cluster import connect
 from trajstore.log.keys import Keys
 from trajstore.log.run import RunInfo, begin_run, read_run
 from trajstore.log.wire import Wire, describe_url, split_run
@@ -111,7 +113,7 @@ def _server_of(location: Location, timeout: float) -> Iterator[_Server]:
         url, run = split_run(text)
         if run is None:
             raise SchemaError(f"{describe_url(text)} names no run; add it: {describe_url(text)}?run=NAME")
-        found = _Server(Wire.to_url(url, timeout=timeout), check_id(run), None)
+        found = _Server(connect(url, timeout=timeout), check_id(run), None)
     else:
         home = Path(text).absolute()
         run = _embedded_run(home)
@@ -133,7 +135,7 @@ def _embedded_run(home: Path) -> str:
         return str(msgspec.json.decode(marker.read_bytes())["run"])
     except FileNotFoundError as error:
         raise NotFound(f"there is no trajstore in {home} (no store.json)") from error
-    except (msgspec.MsgspecError, KeyError, TypeError) as error:
+    except (*UNREADABLE, KeyError, TypeError) as error:
         raise SchemaError(f"{marker} cannot be read: {error}") from error
 
 
@@ -175,13 +177,15 @@ def _about(run: str, info: RunInfo) -> ArchiveInfo:
 
 def _data_of(wire: Wire, run: str) -> str | None:
     """The key of some trajectory's entries, payloads or notes, None if the server holds none of the run."""
-    cursor = b"0"
-    while True:
-        cursor, found = wire.call("SCAN", cursor, "MATCH", f"trajstore:{{{run}:*}}:[epn]:*", "COUNT", 1000)
-        if found:
-            return os.fsdecode(found[0])
-        if cursor == b"0":
-            return None
+    ours = re.compile(rf"trajstore:\{{{re.escape(run)}:[0-9]{{2,4}}\}}:")  # and not the run "{run}:00"
+    for server in wire.servers():
+        cursor = None
+        while cursor != b"0":
+            cursor, found = server.call("SCAN", cursor or 0, "MATCH", f"trajstore:{{{run}:*}}:[epn]:*", "COUNT", 1000)
+            names = map(os.fsdecode, found)
+            if held := next((name for name in names if ours.match(name)), None):
+                return held
+    return None
 
 
 def _order_of(reader: ArchiveReader) -> RoutingOrder:

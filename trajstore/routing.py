@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trajstore.errors import RoutingError, SchemaError
+from trajstore.limits import ROW_BYTES
 
 __all__ = ["ORDERS", "ORIGINS", "Origin", "RoutingArray", "RoutingOrder", "RoutingSpec"]
 
@@ -76,6 +77,11 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
             )
         if self.top_k > self.num_experts:
             raise SchemaError(f"RoutingSpec: top_k {self.top_k} exceeds num_experts {self.num_experts}")
+        if self.row_bytes > ROW_BYTES:
+            raise SchemaError(
+                f"RoutingSpec: a row of {self.num_layers} layers by {self.top_k} experts takes {self.row_bytes} bytes, "
+                f"the limit is {ROW_BYTES}"
+            )
         if self.order not in ORDERS:
             raise SchemaError(f"RoutingSpec.order must be one of {', '.join(ORDERS)}, not {self.order!r}")
 

@@ -25,16 +25,14 @@ from trajstore.events import (
     WeightVersionSpan,
 )
 from trajstore.ingest import check_choice, check_count, check_label, check_spans, logprob_array, token_array
+from trajstore.limits import EVENT_BYTES
 from trajstore.log.batch import Turn
 from trajstore.routing import ORIGINS, Origin
 
 if TYPE_CHECKING:
     from trajstore.writing import TrajectoryWriter
 
-__all__ = ["EVENT_BYTES", "SegmentWriter", "check_origin", "with_payload"]
-
-EVENT_BYTES = 8 << 20
-"""Payload bytes of one event; longer ones are split."""
+__all__ = ["SegmentWriter", "check_origin", "with_payload"]
 
 
 class SegmentWriter:
@@ -135,6 +133,7 @@ class SegmentWriter:
                 (self._trajectory._split(rows, start, self.end + len(ids)), check_origin(origin))
                 for rows, start, origin in routing
             ]
+            self._trajectory._require_fits(self.end + len(ids))
             step = EVENT_BYTES // 8
             for i in range(0, len(ids), step):
                 self._append_tokens(ids[i : i + step], None if probs is None else probs[i : i + step])

@@ -28,7 +28,7 @@ import msgspec
 import redis
 
 from trajstore.binaries import find_bundled_server, find_server
-from trajstore.errors import Conflict, Corrupt, NotFound, TrajstoreError, Unavailable
+from trajstore.errors import UNREADABLE, Conflict, Corrupt, NotFound, TrajstoreError, Unavailable
 from trajstore.locks import LockFile
 from trajstore.log.wire import Wire, info_fields, pool_options
 
@@ -155,6 +155,8 @@ class _Home:
         self._reached: ServerRecord | None = None
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
+            if self._folder.stat().st_mode & 0o077:  # copied or unpacked without its mode: the server's files lie open
+                self._folder.chmod(0o700)
         except OSError as error:
             raise Unavailable(f"the store in {directory} cannot be used: {error}") from error
 
@@ -346,7 +348,7 @@ class _Home:
             return msgspec.json.decode(path.read_bytes(), type=ServerRecord)
         except FileNotFoundError:
             return None
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise Corrupt(f"{path} cannot be read ({error}); if no server runs on that folder, remove it") from error
 
     def _write(self, record: ServerRecord) -> None:

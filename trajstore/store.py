@@ -23,6 +23,7 @@ from trajstore.errors import Conflict, Corrupt, Fenced, NotFound, SchemaError, S
 from trajstore.events import CLOSED_STATUSES, EventId, TrajectoryDeleted, TrajectoryOpened
 from trajstore.history import deleted_error
 from trajstore.ingest import check_count, check_finite, check_group, check_id, check_json, check_label
+from trajstore.log.counts import WriterCounts
 from trajstore.log.flusher import FSYNC_HORIZON, KEPT_BYTES, Flusher
 from trajstore.log.keys import Keys
 from trajstore.log.reader import HotReader
@@ -74,7 +75,7 @@ class Store(Archive):
         self.keys = Keys(run, info.partitions)
         self.wire = wire
         self.hot = HotReader(wire, self.keys)
-        super().__init__(View(self.hot, archive.reader), info.partitions)
+        super().__init__(View(self.hot, archive.reader), info.partitions, location=location)
         self._server = server
         self._closed = False
         self._forked = False
@@ -286,6 +287,10 @@ class Store(Archive):
         self._require_open()
         return measure_backlog(self.wire, self.keys, self.hot, self.archive)
 
+    def writer_counts(self) -> WriterCounts:
+        """What this store has written, and what waits to be. Asks nobody and never waits; also after a close."""
+        return self._flusher.counts()
+
     def rebuild_summaries(self) -> int:
         """Write all hot trajectories' summaries anew, from the log; returns how many. For a lost summary hash."""
         self._settle_all()
@@ -329,7 +334,7 @@ class Store(Archive):
             taken = stream_last_id(self.wire.exchange([("XINFO", "STREAM", self.keys.entries(id))])[0])
             try:
                 log = self._view.read_deleted_too(id)
-            except Corrupt:  # what cannot be read can be deleted all the same
+            except (Corrupt, SchemaError):  # what cannot be read can be deleted all the same
                 last, in_hot, summary = self._view.newest(id)
             else:
                 if log.tombstone is not None:

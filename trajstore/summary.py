@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from trajstore.entries import Event
+from trajstore.errors import UNREADABLE, SchemaError
 from trajstore.events import (
     EventId,
     Header,
@@ -19,6 +20,7 @@ from trajstore.events import (
     WeightVersionSpan,
     payload_of,
 )
+from trajstore.limits import Group, Id, Label
 
 __all__ = ["Summary", "advance", "decode_summary", "encode_summary", "summarize"]
 
@@ -44,8 +46,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         last: id of the last event.
     """
 
-    id: str
-    group: str | None = None
+    id: Id
+    group: Group | None = None
     group_size: int | None = None
     status: str = "open"
     segments: int = 0
@@ -54,7 +56,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     nbytes: int = 0
     nonfinite: int = 0
     finish_reason: str = ""
-    weight_version: str = ""
+    weight_version: Label = ""
     mixed: int = 0
     reward: float | None = None
     version: int = 0
@@ -130,5 +132,19 @@ def summarize(id: str, events: list[Event]) -> Summary | None:
     return summary
 
 
+def decode_summary(data: bytes) -> Summary:
+    """A summary from its msgpack bytes.
+
+    Raises:
+        SchemaError: they are none.
+    """
+    try:
+        return _decode(data)
+    except UNREADABLE as error:
+        raise SchemaError(
+            f"a summary cannot be read: {error}. Summaries are hints: `trajstore rebuild` writes them anew from the log"
+        ) from error
+
+
 encode_summary = msgspec.msgpack.Encoder().encode
-decode_summary = msgspec.msgpack.Decoder(Summary).decode
+_decode = msgspec.msgpack.Decoder(Summary).decode

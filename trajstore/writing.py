@@ -41,11 +41,12 @@ from trajstore.ingest import (
     check_label,
     token_array,
 )
+from trajstore.limits import COMPONENTS, EVENT_BYTES, SEGMENTS, TOKENS
 from trajstore.log.batch import Turn
 from trajstore.log.flusher import Flusher
 from trajstore.log.lane import Lane
 from trajstore.routing import Origin, RoutingSpec
-from trajstore.segment_writer import EVENT_BYTES, SegmentWriter, check_origin, with_payload
+from trajstore.segment_writer import SegmentWriter, check_origin, with_payload
 from trajstore.summary import summarize
 from trajstore.view import TrajectoryLog
 
@@ -187,6 +188,9 @@ class TrajectoryWriter:
         ids = token_array(context, name="context")
         if ids.nbytes > EVENT_BYTES:
             raise SchemaError(f"{self.id}: a context of {len(ids)} tokens; one segment takes {EVENT_BYTES // 4}")
+        if len(self._ends) >= SEGMENTS:
+            raise SchemaError(f"{self.id} has {SEGMENTS} segments, which is the limit; create a new trajectory")
+        self._require_fits(start + len(ids))
         tokens = self._known_tokens()
         given = np.concatenate([np.frombuffer(tokens, np.int32)[:start], ids])
         info, payload = with_payload(ids.data.cast("B")) if len(ids) else (None, None)
@@ -225,6 +229,8 @@ class TrajectoryWriter:
         """
         with self._telling, self._alone():
             self._require_writable()
+            if len(components or ()) > COMPONENTS:
+                raise SchemaError(f"{self.id}: {len(components or ())} reward components, the limit is {COMPONENTS}")
             header = Rewarded(
                 reward=check_finite(reward, name="reward"),
                 components={
@@ -302,6 +308,10 @@ class TrajectoryWriter:
 
     def _append(self, turn: Turn, header: Header, payload: Buffer | None = None) -> None:
         self._flusher.append(self._lane, turn, header, payload)
+
+    def _require_fits(self, length: int) -> None:
+        if length > TOKENS:
+            raise SchemaError(f"{self.id}: {length} tokens in one trajectory, the limit is {TOKENS}; begin a new one")
 
     def _took(self, ids: npt.NDArray[np.int32]) -> None:
         self._known_tokens().frombytes(ids.tobytes())

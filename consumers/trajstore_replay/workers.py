@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from trajstore.archive.verify.findings import Finding
 from trajstore.errors import Corrupt
 from trajstore.log.feed import FEED_GROUPS, MATERIALIZER
-from trajstore.log.wire import FULL_AT, memory_use, reply_fields, translate
+from trajstore.log.wire import FULL_AT, fullest, reply_fields, translate
 from trajstore.store import Store
 from trajstore_replay.ages import told
 
@@ -170,8 +170,7 @@ def _backlog(run: Store, where: str) -> Iterator[Finding]:
 
 
 def _memory(run: Store, where: str) -> Iterator[Finding]:
-    info = run.wire.exchange([("INFO", "memory")])[0]
-    used, limit = memory_use(info) if isinstance(info, bytes) else (0, 0)
+    used, limit = fullest([one.exchange([("INFO", "memory")])[0] for one in run.wire.servers()])
     if limit and used >= _TIGHT * limit:
         full = used >= FULL_AT * limit
         yield Finding(

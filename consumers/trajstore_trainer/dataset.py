@@ -119,6 +119,18 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
     def weight_version(self, version: int | str | None) -> None:
         self._version = self._selection.version_key(version) if isinstance(version, str) else version
 
+    @property
+    def in_hand(self) -> tuple[str, str, int, int]:
+        """Run and consumer group, groups read ahead, and entries handed out and not acknowledged, in this process.
+
+        For metrics: asks nobody. Without a run before the first group is asked for.
+        """
+        store = self._source if isinstance(self._source, Store) else self._opened
+        session, run = self._session, store.run if store is not None else ""
+        if session is None:
+            return run, self._group, 0, 0
+        return run, self._group, session.prefetched, len(session.handed)
+
     # Reading
 
     def __iter__(self) -> Iterator[ReadyTrajectories]:

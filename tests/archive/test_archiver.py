@@ -1,5 +1,6 @@
 """From the hot log to the archive: what goes, what stays, and that every read sees the same trajectory throughout."""
 
+import contextlib
 import json
 import shutil
 import threading
@@ -254,6 +255,62 @@ def test_one_damaged_trajectory_stays_hot_and_stops_no_other(durable, archive, h
         assert archive().refused == 1
     assert hot_entries(durable, good.id) == []
     assert len(durable.load(good.id)) == 10
+
+
+def test_hints_with_which_a_trajectory_was_refused_go_once_it_is_mended(durable):
+    """They lie with the archiver that refused it, so no later one would be given them while that one lives."""
+    bad = durable.create(routing=SPEC)
+    with bad.segment(context=range(500)) as segment:
+        segment.close("stop")
+    durable.flush()
+    damage_payload(durable, bad.id)
+    mended = []
+
+    def mend(done):
+        if done.refused and not mended:
+            damage_payload(durable, bad.id)  # the same bit again
+            durable.get(bad.id).close("completed")
+            durable.flush()
+            mended.append(True)
+
+    with archiving(durable, on_progress=mend) as archiver:
+        until(lambda: mended and pending_hints(durable) == 0 and not hot_entries(durable, bad.id))
+    assert archiver.done.refused == 1
+
+
+def test_hints_that_a_request_took_after_it_was_given_up_are_archived_all_the_same(durable):
+    """A server that stalls reads the request later, and gives the hints to an archiver that no longer listens."""
+    taken = []
+
+    def take(_):
+        if not taken:
+            taken.append(record_seed_case(durable).id)
+            durable.flush()
+            feed, reader = durable.keys.feed(0), archiver.name
+            assert durable.wire.call("XREADGROUP", "GROUP", "archiver", reader, "STREAMS", feed, ">")
+
+    archiver = Archiver(durable, lease_seconds=0.5, pack_seconds=0.0)
+    with archiving(durable, archiver, on_progress=take):
+        until(lambda: taken and pending_hints(durable) == 0)
+    assert hot_entries(durable, taken[0]) == []
+
+
+@contextlib.contextmanager
+def archiving(store, archiver=None, *, on_progress):
+    """An archiver at work in a thread of its own."""
+    archiver = archiver or Archiver(store, pack_seconds=0.0)
+    stop = threading.Event()
+    thread = threading.Thread(target=archiver.run, kwargs={"stop": stop, "on_progress": on_progress})
+    thread.start()
+    try:
+        yield archiver
+    finally:
+        stop.set()
+        thread.join(60)
+
+
+def pending_hints(store):
+    return store.wire.call("XPENDING", store.keys.feed(0), "archiver")[0]
 
 
 def test_enough_payload_bytes_make_a_pack_without_waiting(durable):

@@ -164,3 +164,20 @@ def test_shapes_of_different_models_go_into_packs_of_their_own(durable, archive,
         else:
             assert new.routed_experts.dtype == old.routed_experts.dtype
             np.testing.assert_array_equal(new.routed_experts, old.routed_experts)
+
+
+def test_arrays_are_compressed_as_the_record_and_the_format_say(durable, archive, folder):
+    record_seed_case(durable)
+    archive()
+    record = json.loads((folder / "archive" / "manifest" / "00" / "00000001.json").read_bytes())
+    assert record["codecs"] == {
+        "tokens": "shuffle-quick",
+        "logprobs": "shuffle-lz4",
+        "events": "zstd",
+        "trajectories": "zstd",
+        "routed": "zstd",
+    }
+    for array, compressor, level in (("tokens", "zstd", 1), ("logprobs", "lz4", 5)):
+        document = json.loads((the_pack(folder) / array / "zarr.json").read_bytes())
+        blosc = document["codecs"][0]["configuration"]["codecs"][1]["configuration"]
+        assert (blosc["cname"], blosc["clevel"], blosc["shuffle"]) == (compressor, level, "shuffle")

@@ -37,6 +37,7 @@ from trajstore.events import (
     WeightVersionSpan,
     payload_of,
 )
+from trajstore.limits import EVENT_BYTES, TOKENS
 
 INFO = PayloadInfo(nbytes=4, crc=1)
 
@@ -96,9 +97,12 @@ specs = st.builds(
     num_hidden_layers=st.integers(10, 100),
     order=st.sampled_from(["engine", "sorted"]),
 )
-counts = st.integers(0, 2**40)
+counts = st.integers(0, TOKENS)
 payloads = st.builds(
-    PayloadInfo, nbytes=counts, crc=st.integers(0, 2**32 - 1), inline=st.none() | st.binary(max_size=20)
+    PayloadInfo,
+    nbytes=st.integers(0, EVENT_BYTES),
+    crc=st.integers(0, 2**32 - 1),
+    inline=st.none() | st.binary(max_size=20),
 )
 FIELDS = {
     int: counts,

@@ -8,7 +8,7 @@ import pytest
 
 import trajstore
 from tests.builders import SPEC, record_seed_case, rows, seed_rows
-from trajstore.segment_writer import EVENT_BYTES
+from trajstore.limits import EVENT_BYTES
 
 nan, inf = float("nan"), float("inf")
 

@@ -70,3 +70,6 @@ class NoArchive:
 
     def last_note(self, id: str) -> int:
         return 0
+
+    def last_entry(self, id: str) -> EventId | None:
+        return None

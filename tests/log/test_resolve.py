@@ -37,6 +37,9 @@ class Archived(NoArchive):
     def last_note(self, id):
         return self.notes
 
+    def last_entry(self, id):
+        return max(self.stamps, default=None)
+
 
 def batch(at, *, before=None, creates=False, sent=True, header=None, note=False):
     """One event at this id, by MINE."""
@@ -47,13 +50,14 @@ def batch(at, *, before=None, creates=False, sent=True, header=None, note=False)
     return made
 
 
-def seen(last, *, first=MINE, at_head=None, last_event=None):
+def seen(last, *, first=MINE, at_head=None, last_event=None, last_nonce=None):
     """What the server shows."""
     return Seen(
         last=None if last is None else EventId.parse(last),
         last_event=None if last_event is None else EventId.parse(last_event),
         first_nonce=first,
         at_head=at_head,
+        last_nonce=last_nonce,
     )
 
 
@@ -146,6 +150,14 @@ def test_lost_tail_is_sent_again_without_a_batch_in_question():
     assert decide(seen("2-1"), acked="2-2", kept=kept) == Resend([kept[1]], EventId(2, 1))
 
 
+def test_lost_turn_is_not_sent_again_above_what_another_wrote_anew_in_the_place_of_its_forerunner():
+    """Found by simulation seed 389: 3-0 and 4-0 were lost, another made 3-0 anew, and 4-0 continued the wrong tokens."""
+    lost = batch("4-0", before="3-0")
+    lost.before_nonce = THEIRS
+    assert decide(seen("3-0", first=None, last_nonce=THEIRS), acked="4-0", kept=[lost]) == Resend([lost], EventId(3, 0))
+    assert fenced(decide(seen("3-0", first=None, last_nonce=MINE), acked="4-0", kept=[lost]))
+
+
 def test_whole_trajectory_that_is_kept_is_created_again():
     kept = [batch("1-0", creates=True, header=TrajectoryOpened()), batch("2-0", before="1-0")]
     assert decide(seen(None, first=None), acked="2-0", kept=kept) == Resend(kept, None)
@@ -208,6 +220,13 @@ def test_trajectory_that_was_archived_and_removed_tells_the_writer_to_open_it_ag
     assert fenced(decide(seen(None, first=None), head=head, acked="2-2", archive=Archived(acked)))
     assert decide(seen(None, first=None), acked="2-2", archive=Archived(acked)) == Nothing()
     assert fenced(decide(seen(None, first=None), head=head))
+
+
+def test_deleted_and_removed_trajectory_is_no_loss_for_whoever_wrote_to_it():
+    """Found by simulation seed 213: of a deleted trajectory the archive tells its tombstone only."""
+    tombstone = Archived(batch("4-0"))
+    assert decide(seen(None, first=None), acked="3-1", archive=tombstone) == Nothing()
+    assert fenced(decide(seen(None, first=None), head=batch("3-2", before="3-1"), acked="3-1", archive=tombstone))
 
 
 def test_reopening_what_was_removed_may_make_the_stream_again():

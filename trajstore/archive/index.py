@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from trajstore.errors import Corrupt, SchemaError
+from trajstore.errors import UNREADABLE, Corrupt, SchemaError
 
 __all__ = [
     "FAN_OUT",
@@ -91,11 +91,16 @@ class Table:
 
     def find(self, id: str) -> list[Hit]:
         """Lines whose hash is that of `id`."""
-        wanted = np.uint64(hash_of(id))
-        start, stop = np.searchsorted(self._hashes, wanted, "left"), np.searchsorted(self._hashes, wanted, "right")
-        return [
-            Hit(int(self._numbers[i]), int(self._offsets[i]), int(self._lengths[i])) for i in range(int(start), stop)
-        ]
+        return self.find_hash(hash_of(id))
+
+    def find_hash(self, wanted: int) -> list[Hit]:
+        """Lines with this hash, for whoever looks into several tables."""
+        found = []
+        at = int(self._hashes.searchsorted(np.uint64(wanted)))
+        while at < len(self._hashes) and self._hashes[at] == wanted:
+            found.append(Hit(int(self._numbers[at]), int(self._offsets[at]), int(self._lengths[at])))
+            at += 1
+        return found
 
 
 def hash_of(id: str) -> int:
@@ -200,7 +205,7 @@ def decode_table(buffer: memoryview | mmap, *, incarnation: str, partition: int,
                 dropped=msgspec.json.decode(about["dropped"], type=frozenset[int]),
                 backing=buffer,
             )
-    except (ValueError, KeyError, TypeError, IndexError, msgspec.MsgspecError) as error:
+    except (*UNREADABLE, ValueError, KeyError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise Corrupt(f"the lookup table {path} is damaged: {error}") from error
     raise SchemaError(f"the lookup table {path} has format {about['format']}, and this trajstore reads {_FORMAT}")
 

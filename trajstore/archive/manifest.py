@@ -301,8 +301,9 @@ class Manifest:
         return [summary for id, summary in newest.items() if not self.is_dropped(id)]
 
     def _hits(self, id: str) -> list[Hit]:
+        wanted = hash_of(id)
         with self._lock:
-            return [hit for table in self._tables for hit in table.find(id)]
+            return [hit for table in self._tables for hit in table.find_hash(wanted)]
 
     def _holds(self, hit: Hit, id: str) -> bool:
         """A dropped pack held a trajectory. Where its list is damaged, the hash of the id says so."""
@@ -315,7 +316,7 @@ class Manifest:
         """The line that was found for an id: its own, or that of one with the same hash."""
         data = self._packs.text(record.pack, "trajectories", hit.offset, hit.offset + hit.length)
         line = decode_trajectory(data, pack=record.pack)
-        if hash_of(line.id) != hash_of(id):
+        if line.id != id and hash_of(line.id) != hash_of(id):
             raise Corrupt(
                 f"pack {record.pack} lists trajectory {line.id} where the lookup tables lead: its list is another "
                 "pack's and is to be restored from a copy, or the tables are wrong and `trajstore rebuild` makes them "

@@ -106,6 +106,10 @@ class RunArchive:
         """Number of the newest archived note, 0 for none."""
         return self._answer(lambda reader: reader.last_note(id), 0)
 
+    def last_entry(self, id: str) -> EventId | None:
+        """Id of the newest archived entry."""
+        return self._answer(lambda reader: reader.last_entry(id), None)
+
     def _answer(self, ask: Callable[[ArchiveReader], _Answer], without: _Answer) -> _Answer:
         """For a writer, whose other trajectories wait: what does not answer is let be for as long as that took.
 

@@ -10,13 +10,14 @@ The layout is documented in `docs/format.md`. How an array becomes a file is in 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias
 
 import msgspec
 
 from trajstore.entries import Event, header_from
-from trajstore.errors import Corrupt
+from trajstore.errors import UNREADABLE, Corrupt
 from trajstore.events import EventId, Header, LateRouting, Routing, RoutingObserved, SegmentOpened, Tokens, payload_of
+from trajstore.limits import EVENTS, Count, Digest, Id
 from trajstore.summary import Summary
 
 __all__ = [
@@ -50,12 +51,12 @@ class PackedTrajectory(msgspec.Struct, frozen=True, kw_only=True):
         summary: of the trajectory as of `last`.
     """
 
-    id: str
+    id: Id
     first: str = ""
     last: str = ""
-    last_note: int = 0
-    offset: int = 0
-    length: int = 0
+    last_note: Count = 0
+    offset: Count = 0
+    length: Count = 0
     summary: Summary | None = None
 
 
@@ -86,10 +87,10 @@ class PackedEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 class _RawPackedEntry(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     v: int
-    nonce: str
-    digest: str
+    nonce: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{1,16}\Z")]
+    digest: Digest
     time: float
-    events: list[msgspec.Raw]
+    events: Annotated[list[msgspec.Raw], msgspec.Meta(min_length=1, max_length=EVENTS)]
     extents: list[list[tuple[int | str, ...]]]
     note: bool = False
 
@@ -119,7 +120,7 @@ def decode_trajectory(line: bytes, *, pack: str) -> PackedTrajectory:
     """
     try:
         return _decode_trajectory(line)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise Corrupt(f"pack {pack} is damaged: a line of its trajectories cannot be read: {error}") from error
 
 
@@ -138,7 +139,7 @@ def decode_entries(lines: bytes, *, pack: str, id: str) -> list[ReadEntry]:
     for line in lines.splitlines():
         try:
             raw = _decode(line)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise Corrupt(f"pack {pack} is damaged: an entry of trajectory {id} cannot be read: {error}") from error
         if len(raw.events) != len(raw.extents):
             raise Corrupt(f"pack {pack} is damaged: entry {raw.id} of trajectory {id} has not one extent per event")

@@ -25,7 +25,7 @@ from trajstore.events import EventId, Tokens, UnknownEvent
 from trajstore.routing import RoutingArray
 from trajstore.summary import Summary
 
-__all__ = ["ArchiveReader", "Extents", "resolve"]
+__all__ = ["ArchiveReader", "Extents", "resolve", "shared_runs"]
 
 _READ_BYTES = 16 << 20
 
@@ -120,27 +120,32 @@ class ArchiveReader:
                 page, nbytes = [], 0
         yield from self._read_page(id, page)
 
-    def routed(self, id: str, event: Event, first: int, stop: int, layers: slice | None = None) -> RoutingArray | None:
-        """Rows `[first, stop)` of an archived recording, `[stop - first, layers, K]`, and no others.
+    def routed(
+        self, id: str, event: Event, runs: Sequence[tuple[int, int]], layers: slice | None = None
+    ) -> RoutingArray | None:
+        """Some rows of an archived recording, one run `[first, stop)` after the other, `[rows, layers, K]`; to be kept.
 
         None where a compaction has moved them. Where that is all of the recording, it is compared with its header.
+        What is read is the chunks that hold these rows; runs that lie far apart are best asked for apart.
 
         Raises:
             Corrupt: naming the pack and the trajectory.
         """
-        extents = Extents(event.extents).cut(first, stop - first)
+        held = Extents(event.extents)
+        extents = [extent for first, stop in runs for extent in held.cut(first, stop - first)]
         wanted: dict[str, list[Extent]] = {}
         try:
             for extent in _require_there(event, extents):
                 wanted.setdefault(extent.pack, []).append(extent)
-            if sum(extent.rows for extent in extents) != stop - first:
-                raise Corrupt(f"the payload of event {event.id} ends before row {stop}")
+            if sum(extent.rows for extent in extents) != sum(stop - first for first, stop in runs):
+                raise Corrupt(f"the payload of event {event.id} ends before row {max(stop for _, stop in runs)}")
             read = self._read_rows({(pack, "routed"): some for pack, some in wanted.items()}, layers)
         except Corrupt as error:
             if self._moved(id, extents):
                 return None
             raise Corrupt(f"trajectory {id}: {error}") from error
-        rows = np.concatenate([read["routed", extent] for extent in extents])
+        parts = [read["routed", extent] for extent in extents]
+        rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if event.payload is not None and rows.nbytes == event.payload.nbytes:
             check_payload(
                 _bytes(rows), event.payload, what=f"{id}: the payload of event {event.id} in pack {event.stored}"
@@ -248,7 +253,8 @@ class ArchiveReader:
         for (place, run), rows in zip(runs, self.packs.rows_of_all(spans, layers), strict=True):
             for extent in run:
                 first = extent.row - run[0].row
-                found[place[1], extent] = rows[first : first + extent.rows]
+                part = rows if extent.rows == len(rows) else rows[first : first + extent.rows]
+                found[place[1], extent] = part
         return found
 
     def _moved(self, id: str, extents: Iterable[Extent]) -> bool:
@@ -275,9 +281,10 @@ def resolve(entries: Sequence[ReadEntry]) -> list[ReadEntry]:
 
     What refers to an event that is not there gets an extent in no pack, an error only for whoever reads it.
     """
+    refers = any(len(piece) > 2 for entry in entries for some in entry.pieces for piece in some)
     pieces = {
         event.id: (event.stored, some)
-        for entry in entries
+        for entry in (entries if refers else ())
         for event, some in zip(entry.events, entry.pieces, strict=True)
     }
     known: dict[str, Extents] = {}
@@ -288,6 +295,11 @@ def resolve(entries: Sequence[ReadEntry]) -> list[ReadEntry]:
             pack, some = pieces.get(event, ("", ()))
             known[event] = Extents(extent for piece in some for extent in extents_at(pack, piece))
         return known[event]
+
+    def all_of(event: Event, some: Sequence[Piece]) -> tuple[Extent, ...]:
+        if refers:
+            return extents_of(event.id).all
+        return tuple(Extent(event.stored, int(piece[0]), piece[1]) for piece in some)
 
     def extents_at(pack: str, piece: Piece) -> Iterable[Extent]:
         if len(piece) == 2:
@@ -300,7 +312,7 @@ def resolve(entries: Sequence[ReadEntry]) -> list[ReadEntry]:
     return [
         entry._replace(
             events=[
-                msgspec.structs.replace(event, extents=extents_of(event.id).all) if some else event
+                msgspec.structs.replace(event, extents=all_of(event, some)) if some else event
                 for event, some in zip(entry.events, entry.pieces, strict=True)
             ]
             if any(entry.pieces)
@@ -337,6 +349,26 @@ class Extents:
                 found.append(Extent(extent.pack, extent.row + skip, take))
             first, count, at = first + take, count - take, at + 1
         return found
+
+
+def shared_runs(one: Sequence[Extent], other: Sequence[Extent]) -> list[tuple[int, int]]:
+    """Which rows of two payloads are stored once for both: as runs `[first, stop)`, counted from where both begin."""
+    found: list[tuple[int, int]] = []
+    at = i = j = skip_one = skip_other = 0
+    while i < len(one) and j < len(other):
+        a, b = one[i], other[j]
+        count = min(a.rows - skip_one, b.rows - skip_other)
+        if a.pack and a.pack == b.pack and a.row + skip_one == b.row + skip_other and count:
+            if found and found[-1][1] == at:
+                found[-1] = found[-1][0], at + count
+            else:
+                found.append((at, at + count))
+        at, skip_one, skip_other = at + count, skip_one + count, skip_other + count
+        if skip_one == a.rows:
+            i, skip_one = i + 1, 0
+        if skip_other == b.rows:
+            j, skip_other = j + 1, 0
+    return found
 
 
 def neighbours(extents: Iterable[Extent], *, within: int) -> list[list[Extent]]:

@@ -7,7 +7,7 @@ import msgspec
 
 from trajstore.archive.sealed import seal, unseal
 from trajstore.archive.storage.protocol import Storage
-from trajstore.errors import Corrupt
+from trajstore.errors import UNREADABLE, Corrupt
 
 __all__ = [
     "RECORD_FORMAT",
@@ -98,7 +98,7 @@ def decode_record(data: bytes, *, partition: int, number: int, where: str) -> Re
     fields = unseal(data, newest=RECORD_FORMAT, what=f"the manifest record {where}")
     try:
         record = msgspec.convert(fields, Record)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise Corrupt(f"the manifest record {where} cannot be read: {error}") from error
     if (record.number, record.partition) != (number, partition):
         raise Corrupt(

@@ -15,7 +15,8 @@ import msgspec
 from trajstore.archive.sealed import seal, unseal
 from trajstore.archive.storage.local import LocalStorage, open_storage
 from trajstore.archive.storage.protocol import Storage
-from trajstore.errors import Conflict, Corrupt, NotFound, SchemaError
+from trajstore.errors import UNREADABLE, Conflict, Corrupt, NotFound, SchemaError
+from trajstore.limits import Label, Partitions
 
 __all__ = ["ARCHIVE_FORMAT", "ArchiveInfo", "ArchiveRoot", "check_options"]
 
@@ -30,9 +31,9 @@ class ArchiveInfo(msgspec.Struct, frozen=True, kw_only=True):
     """`archive.json`. The incarnation ties the archive to the one run in Redis that it belongs to."""
 
     format: int
-    run: str
-    incarnation: str
-    partitions: int
+    run: Label
+    incarnation: Label
+    partitions: Partitions
 
 
 class ArchiveRoot:
@@ -92,7 +93,7 @@ class ArchiveRoot:
             return None
         try:
             info = msgspec.convert(unseal(data, newest=ARCHIVE_FORMAT, what=f"{_INFO} in {self.location}"), ArchiveInfo)
-        except (Corrupt, msgspec.MsgspecError) as error:
+        except (Corrupt, *UNREADABLE) as error:
             raise Corrupt(f"{error}; `trajstore rebuild {self.location}` makes it anew from the packs") from error
         return info
 

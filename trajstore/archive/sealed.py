@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from trajstore.errors import Corrupt, SchemaError
+from trajstore.errors import UNREADABLE, Corrupt, SchemaError
 
 __all__ = ["seal", "unseal"]
 
@@ -31,7 +31,7 @@ def unseal(data: bytes, *, newest: int, what: str) -> dict[str, Any]:
     """
     try:
         fields = msgspec.json.decode(data, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise Corrupt(f"{what} cannot be read: {error}") from error
     format = fields.get("format")
     if isinstance(format, int) and format > newest:

@@ -48,8 +48,8 @@ _SMALL_CHUNK_BYTES = 64 << 10
 """For all arrays but `routed`: of them a trajectory has little, and a read decodes whole chunks."""
 
 _SMALL: dict[str, tuple[np.dtype[Any], str]] = {
-    "tokens": (np.dtype("<i4"), "shuffle"),
-    "logprobs": (np.dtype("<f4"), "shuffle"),
+    "tokens": (np.dtype("<i4"), "shuffle-quick"),
+    "logprobs": (np.dtype("<f4"), "shuffle-lz4"),
     "events": (np.dtype("u1"), "zstd"),
     "trajectories": (np.dtype("u1"), "zstd"),
 }
@@ -286,7 +286,8 @@ class PackWriter:
         group = {"zarr_format": 3, "node_type": "group", "attributes": {"trajstore": about}}
         arrays = {name: array.finish() for name, array in self._arrays.items()}
         files: dict[str, Iterable[bytes]] = {"zarr.json": [msgspec.json.format(msgspec.json.encode(group))]}
-        for name, array in arrays.items():
+        # The largest first: while it is written and its digest made, the last chunks of the others are compressed.
+        for name, array in reversed(arrays.items()):
             files |= {f"{name}/{path}": parts for path, parts in array.files.items()}
         return files, {name: array.codec for name, array in arrays.items()}
 

@@ -10,6 +10,7 @@ from trajstore.archive.rebuild.rebuild import Rebuilt, rebuild_archive
 from trajstore.archive.root import ArchiveRoot
 from trajstore.cli.group import Failure
 from trajstore.cli.terminal import diagnostics, plain, print_json
+from trajstore.log.wire import describe_url
 from trajstore.recovery import Recovered, recover
 from trajstore.routing import ORDERS, RoutingOrder
 
@@ -60,12 +61,13 @@ def rebuild(
     begun = time.monotonic()
     if location.startswith(_SERVERS) or (Path(location) / "store.json").exists():
         if partitions is not None:
-            raise click.UsageError(f"--partitions is for an archive, and {location} is a run, which knows its own")
+            run = describe_url(location)
+            raise click.UsageError(f"--partitions is for an archive, and {run} is a run, which knows its own")
         found = recover(location, archive=folder, routing_order=routing_order, digests=digests, without=without)
     else:
         for flag, given in (("--archive", folder), ("--routing-order", routing_order)):
             if given is not None:
-                raise click.UsageError(f"{flag} is for a run, and {location} is none")
+                raise click.UsageError(f"{flag} is for a run, and {describe_url(location)} is none")
         root = ArchiveRoot.at(location)
         found = Recovered(archive=rebuild_archive(root, digests=digests, without=without, partitions=partitions))
     _account(found, begun=begun, as_json=as_json)

@@ -24,6 +24,7 @@ from rich.text import Text
 
 __all__ = [
     "STATUS_STYLES",
+    "LogLines",
     "Row",
     "diagnostics",
     "local_time",
@@ -68,7 +69,7 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(handlers=[_LogLines()], format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.basicConfig(handlers=[LogLines()], format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("trajstore").setLevel(logging.INFO)
 
 
@@ -154,7 +155,7 @@ def _print_columns(rows: Sequence[Row], right: Sequence[bool]) -> None:
     click.echo("\n".join(lines))
 
 
-class _LogLines(logging.Handler):
+class LogLines(logging.Handler):
     """Log records as lines of `diagnostics`."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -16,6 +16,7 @@ from trajstore.cli.terminal import diagnostics, plain, print_json
 from trajstore.errors import NotFound
 from trajstore.events import CLOSED_STATUSES
 from trajstore.exchange import Exported, Imported, export, import_archive
+from trajstore.log.wire import describe_url
 from trajstore.opening import read_archive
 from trajstore.store import Store
 
@@ -60,7 +61,7 @@ def export_command(
     """
     begun = time.monotonic()
     damage = Damage()
-    with _opened(source) as opened, _progress(f"exporting {source}") as on_progress:
+    with _opened(source) as opened, _progress(f"exporting {describe_url(source)}") as on_progress:
         try:
             done = export(
                 opened,
@@ -97,7 +98,7 @@ def import_command(store: str, archive: str, skip_conflicts: bool, as_json: bool
       trajstore import 'redis://host:6379/0?run=exp2' s3://bucket/best --skip-conflicts
     """
     begun = time.monotonic()
-    with open_run(store) as run, _progress(f"importing {archive}") as on_progress:
+    with open_run(store) as run, _progress(f"importing {describe_url(archive)}") as on_progress:
         done = import_archive(
             run,
             read_archive(archive),

@@ -1,5 +1,6 @@
 """The commands that run a process: `archive`, `materialize`; and `stop`, which ends an embedded store's server."""
 
+import logging
 import time
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import msgspec
 from rich.filesize import decimal
 
 from trajstore.archiver import Archived, Archiver
+from trajstore.cli.drift_sample import DriftSample
+from trajstore.cli.listening import listen_option, listening
+from trajstore.cli.logs import is_json, log_format_option, name_run
 from trajstore.cli.place import open_run, store_argument
 from trajstore.cli.running import run_worker
 from trajstore.cli.seconds import SECONDS
@@ -19,7 +23,23 @@ from trajstore.server import stop_server
 
 __all__ = ["archive", "materialize", "stop"]
 
+log = logging.getLogger(__name__)
+
 _once = click.option("--once", is_flag=True, help="Do what is there, then exit.")
+_drain = click.option(
+    "--drain-timeout",
+    type=SECONDS,
+    default=50.0,
+    show_default=True,
+    help="Seconds to finish what is in hand once asked to stop; then it is left to another worker, exit code 1.",
+)
+_stall = click.option(
+    "--stall-seconds",
+    type=SECONDS,
+    default=300.0,
+    show_default=True,
+    help="After so long without a turn of its loop, /healthz says that it is dead.",
+)
 _as_json = click.option("--json", "as_json", is_flag=True, help="The final account as one JSON object on stdout.")
 
 
@@ -35,8 +55,22 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="The final accou
 @click.option(
     "--pack-seconds", type=SECONDS, default=5.0, show_default=True, help="How long less than that waits for more."
 )
+@listen_option
+@_stall
+@_drain
+@log_format_option
 @_as_json
-def archive(store: str, once: bool, folder: str | None, pack_mb: int, pack_seconds: float, as_json: bool) -> None:
+def archive(
+    store: str,
+    once: bool,
+    folder: str | None,
+    pack_mb: int,
+    pack_seconds: float,
+    listen: tuple[str, int] | None,
+    stall_seconds: float,
+    drain_timeout: float,
+    as_json: bool,
+) -> None:
     """Run an archiver.
 
     It moves finished segments from Redis into Zarr packs, and frees the memory. Any number may run; they share the
@@ -47,16 +81,21 @@ def archive(store: str, once: bool, folder: str | None, pack_mb: int, pack_secon
     Examples:
       trajstore archive runs/exp1 --once
       trajstore archive 'redis://host:6379/0?run=exp1' --archive s3://bucket/exp1
+      trajstore archive runs/exp1 --listen 127.0.0.1:9464 --log-format json
     """
     begun = time.monotonic()
     with graceful_stop() as stopped, open_run(store, archive=folder) as run:
+        name_run(run.run)
         archiver = Archiver(run, pack_bytes=pack_mb << 20, pack_seconds=pack_seconds)
-        by_signal = run_worker(
-            f"archiving {run.location}",
-            lambda: archiver.run(once=once, stop=stopped),
-            stopped,
-            lambda: _archived(archiver.done),
-        )
+        with listening(listen, run, archiver.pulse, run, archiver, stall=stall_seconds):
+            by_signal = run_worker(
+                f"archiving {run.location}",
+                lambda: archiver.run(once=once, stop=stopped),
+                stopped,
+                lambda: _archived(archiver.done),
+                account=lambda: msgspec.structs.asdict(archiver.done),
+                drain=drain_timeout,
+            )
     _account(archiver.done, _archived(archiver.done), begun=begun, by_signal=by_signal, as_json=as_json)
 
 
@@ -72,8 +111,29 @@ def archive(store: str, once: bool, folder: str | None, pack_mb: int, pack_secon
     metavar="S",
     help="Publish a group that has waited so long without the members that are late; default: it waits for ever.",
 )
+@click.option(
+    "--drift-share",
+    type=click.FloatRange(0.0, 1.0),
+    default=0.0,
+    show_default=True,
+    help="Share of trajectories whose recordings of the same rows are compared, for the metrics of drift.",
+)
+@listen_option
+@_stall
+@_drain
+@log_format_option
 @_as_json
-def materialize(store: str, once: bool, policy: Policy, group_seconds: float | None, as_json: bool) -> None:
+def materialize(
+    store: str,
+    once: bool,
+    policy: Policy,
+    group_seconds: float | None,
+    drift_share: float,
+    listen: tuple[str, int] | None,
+    stall_seconds: float,
+    drain_timeout: float,
+    as_json: bool,
+) -> None:
     """Run a materializer.
 
     It folds trajectories as they close, and publishes complete groups for trainers. Any number may run; they share
@@ -84,16 +144,22 @@ def materialize(store: str, once: bool, policy: Policy, group_seconds: float | N
     Examples:
       trajstore materialize runs/exp1 --once
       trajstore materialize 'redis://host:6379/0?run=exp1' --policy as_sampled --json
+      trajstore materialize runs/exp1 --listen 127.0.0.1:9465 --drift-share 0.05
     """
     begun = time.monotonic()
     with graceful_stop() as stopped, open_run(store) as run:
-        materializer = Materializer(run, policy=policy, group_seconds=group_seconds)
-        by_signal = run_worker(
-            f"materializing {run.location}",
-            lambda: materializer.run(once=once, stop=stopped),
-            stopped,
-            lambda: _materialized(materializer.done),
-        )
+        name_run(run.run)
+        drift = DriftSample(run, share=drift_share)
+        materializer = Materializer(run, policy=policy, group_seconds=group_seconds, on_offered=drift.add)
+        with listening(listen, run, materializer.pulse, run, materializer, drift, stall=stall_seconds):
+            by_signal = run_worker(
+                f"materializing {run.location}",
+                lambda: materializer.run(once=once, stop=stopped),
+                stopped,
+                lambda: _materialized(materializer.done),
+                account=lambda: msgspec.structs.asdict(materializer.done),
+                drain=drain_timeout,
+            )
     _account(materializer.done, _materialized(materializer.done), begun=begun, by_signal=by_signal, as_json=as_json)
 
 
@@ -140,6 +206,11 @@ def _also(**counts: int) -> str:
 def _account(done: Archived | Materialized, text: str, *, begun: float, by_signal: bool, as_json: bool) -> None:
     """The last line, for people on stderr, and for programs the numbers on stdout."""
     elapsed = time.monotonic() - begun
-    diagnostics().print(f"{'stopped' if by_signal else 'done'} after {elapsed:.1f} s: {text}", soft_wrap=True)
+    how = "stopped" if by_signal else "done"
+    if is_json():
+        extra = {"event": how, "account": msgspec.structs.asdict(done)}
+        log.info("%s after %.1f s: %s", how, elapsed, text, extra=extra)
+    else:
+        diagnostics().print(f"{how} after {elapsed:.1f} s: {text}", soft_wrap=True)
     if as_json:
         print_json({**msgspec.structs.asdict(done), "elapsed": elapsed, "stopped": by_signal})

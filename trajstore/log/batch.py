@@ -58,11 +58,12 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An event on its way: header, and payload bytes unless they ride in the header."""
+    """An event on its way: header, payload bytes unless they ride in the header, and when it came (monotonic clock)."""
 
     turn: Turn
     header: Header
     payload: Buffer | None
+    since: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +85,8 @@ class Batch:
     summary: after these events; None for notes.
     hint: kind of the newest lifecycle event, "" for none.
     creates: may create the stream.
-    before: id of the entry acknowledged before it, once sent; None for the first.
+    before, before_nonce: id and nonce of the entry acknowledged before it, once sent; None for the first, the nonce also
+        where it is not known.
     sent: it went out at least once, so it may be in the log.
     acked: it was acknowledged once, so nobody waits for it any more.
     """
@@ -100,6 +102,7 @@ class Batch:
     hint: str
     creates: bool
     before: EventId | None = None
+    before_nonce: int | None = None
     sent: bool = False
     acked: bool = False
 
@@ -119,8 +122,11 @@ class Batch:
         partition = keys.partition(self.id)
         if self.summary is not None:
             commands.append(("HSET", keys.summaries(partition), self.id, encode_summary(self.summary)))
-        if self.note:  # a final trajectory's keys may be about to expire; what is new in them must not
+        # A final trajectory's keys may be about to expire; what is new in them must not. Only these come after the end.
+        if self.note:
             commands += [("PERSIST", keys.notes(self.id)), ("PERSIST", keys.payloads(self.id))]
+        elif self.hint == TrajectoryDeleted.__name__:
+            commands.append(("PERSIST", keys.entries(self.id)))
         if self.hint:
             commands.append(("XADD", keys.feed(partition), "*", "t", self.id, "k", self.hint, "e", str(self.at)))
         commands.append(("EXEC",))

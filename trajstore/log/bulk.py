@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import redis
 from redis._parsers import BaseParser
 
-__all__ = ["Value", "fetch"]
+__all__ = ["Value", "fetch", "whole_value"]
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Value:
         nbytes: its size.
     """
 
-    def __init__(self, stream: "_Stream", nbytes: int) -> None:
+    def __init__(self, stream: "_Stream | _Held", nbytes: int) -> None:
         self.nbytes = nbytes
         self._stream = stream
         self._left = nbytes
@@ -47,6 +47,23 @@ class Value:
         data = bytearray(self._left if count < 0 else min(count, self._left))
         self.readinto(memoryview(data))
         return bytes(data)
+
+
+class _Held:
+    """The bytes of a value that has come already."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = memoryview(data)
+
+    def fill(self, buffer: memoryview) -> None:
+        """The next bytes, as many as there is room."""
+        buffer[:] = self._data[: len(buffer)]
+        self._data = self._data[len(buffer) :]
+
+
+def whole_value(data: bytes) -> Value:
+    """A value that has come already, to be read like one on its way."""
+    return Value(_Held(data), len(data))
 
 
 def fetch(connection: Any, keys: Sequence[str], read: Callable[[Value], T]) -> list[T | None]:

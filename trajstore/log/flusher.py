@@ -13,12 +13,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import redis
 
 from trajstore.entries import Buffer
 from trajstore.errors import Conflict, StoreFull, TrajstoreError, Unavailable
 from trajstore.events import EventId, Header
 from trajstore.log.batch import Batch, Item, Turn
+from trajstore.log.counts import WriterCounts
 from trajstore.log.keys import Keys
 from trajstore.log.lane import Kept, Lane, Waiter
 from trajstore.log.resolve import (
@@ -33,8 +35,8 @@ from trajstore.log.resolve import (
     judge,
     judge_note,
 )
-from trajstore.log.stream import nonce_of, parse_entries, stream_last_event, stream_last_id
-from trajstore.log.wire import FULL_AT, Command, Wire, memory_use, translate
+from trajstore.log.stream import nonce_of, parse_entries, stream_last_event, stream_last_id, stream_last_nonce
+from trajstore.log.wire import FULL_AT, Command, Wire, first_refusal, fullest
 
 __all__ = ["FSYNC_HORIZON", "KEPT_BYTES", "Flusher"]
 
@@ -109,8 +111,10 @@ class Flusher:
         self._stopped = threading.Event()
         self._ended = False
         self._pid = os.getpid()
+        self._counts = WriterCounts(buffer_bytes=buffer_bytes)
 
-        self._session = wire.session(timeout=timeout * _PATIENCE)
+        feeds = [keys.feed(partition) for partition in range(keys.partitions)]
+        self._session = wire.session(timeout=timeout * _PATIENCE, keys=feeds)
         self._next_memory_check = 0.0
         self._thread = threading.Thread(target=self._run, name="trajstore-flusher", daemon=True)
         self._thread.start()
@@ -143,7 +147,7 @@ class Flusher:
             TrajstoreError: what stopped this lane before (sticky).
             StoreFull, Unavailable: the buffer stayed full until the deadline, because of this.
         """
-        item = Item(turn, header, payload)
+        item = Item(turn, header, payload, time.monotonic())
         self._require_parent()
         with self._lock:
             self._require_open(lane)
@@ -153,7 +157,7 @@ class Flusher:
             lane.queued += 1
             self._buffered += item.nbytes
             if lane.since is None:
-                lane.since = time.monotonic()
+                lane.since = item.since
             self._schedule(lane)
 
     def flush(self, id: str | None = None) -> None:
@@ -207,6 +211,19 @@ class Flusher:
                 if progress == self._progress:
                     raise self._trouble or Unavailable(f"nothing was written for {self._timeout:g} s") from None
 
+    def counts(self) -> WriterCounts:
+        """What it has done, and what waits now. A copy; takes no lock, so that looking holds nobody up."""
+        now = self._counts
+        return msgspec.structs.replace(
+            now,
+            latencies=list(now.latencies),
+            resolved=now.resolved.copy(),
+            failed=now.failed.copy(),
+            buffered=self._buffered,
+            kept=self._kept_now,
+            waiting=len(self._ready) + len(self._taken),
+        )
+
     def knows(self, id: str) -> bool:
         """True while a handle of this trajectory lives in this process, written or not."""
         with self._lock:
@@ -243,12 +260,15 @@ class Flusher:
 
     def _wait_for_room(self, lane: Lane, nbytes: int) -> None:
         deadline = time.monotonic() + self._timeout
+        self._counts.blocked += 1
         while self._buffered and self._buffered + nbytes > self._buffer_bytes:
             left = deadline - time.monotonic()
             if left <= 0:
                 reason = self._trouble or Unavailable("the server takes events more slowly than they come")
                 raise type(reason)(f"the write buffer ({self._buffer_bytes} bytes) stayed full: {reason}")
+            waited = time.monotonic()
             self._room.wait(left)
+            self._counts.blocked_seconds += time.monotonic() - waited
             self._require_open(lane)
 
     # The thread
@@ -281,15 +301,16 @@ class Flusher:
             self._require_memory()
             taken = self._take()
             if not taken:  # a crash of the server must not go unseen while batches are kept against it
-                self._session.exchange([("PING",)])
+                self._session.ask_each("PING")
                 self._trouble, self._pause = None, _BACKOFF[0]
                 return
             taken = self._number_first_notes(taken)
             commands = [batch.commands(self._keys) for _, batch in taken]
             replies = iter(self._session.exchange([command for batch in commands for command in batch]))
+            self._counts.rounds += 1
             doubtful = []
             for (lane, batch), sent in zip(taken, commands, strict=True):
-                outcome = _outcome([next(replies) for _ in sent])
+                outcome = _outcome([next(replies) for _ in sent], sent)
                 if outcome is None:
                     self._landed(lane, batch)
                 elif isinstance(outcome, TrajstoreError):
@@ -319,6 +340,7 @@ class Flusher:
         if self._session.connected:
             return
         self._session.connect()
+        self._counts.connections += 1
         self._on_connect()
         self._recover()
 
@@ -362,9 +384,12 @@ class Flusher:
         with self._lock:
             lane.landed()
             events = 0 if batch.acked else len(batch.items)
-            if not batch.acked:
+            if batch.acked:
+                self._counts.again += 1
+            else:
                 batch.acked = True
                 self._buffered -= sum(item.nbytes for item in batch.items)
+                self._counts.landed(events, batch.nbytes, now - batch.items[0].since)
             lane.settle(events, now)
             self._progress += 1
             if self._horizon:
@@ -394,7 +419,10 @@ class Flusher:
             raise next(seen for seen in looks if isinstance(seen, Unavailable))
         for lane, seen in zip(lanes, looks, strict=True):
             head = lane.frozen[0] if lane.frozen and (lane.frozen[0].sent or lane.note) else None
-            match self._verdict(lane, head, seen):
+            verdict = self._verdict(lane, head, seen)
+            if head is not None and head.sent:
+                self._counts.resolved[type(verdict).__name__.lower()] += 1
+            match verdict:
                 case Landed() if head is not None:
                     self._landed(lane, head)
                 case Resend(batches, acked) if not lane.note and acked != lane.acked:
@@ -441,7 +469,12 @@ class Flusher:
         try:
             self._on_refused(id)
         except (TrajstoreError, OSError) as error:
-            log.warning("the summary of %s may be out of date: %s", id, error)
+            log.warning(
+                "the summary of %s may be out of date: %s",
+                id,
+                error,
+                extra={"event": "summary-stale", "trajectory": id},
+            )
 
     def _look(self, lanes: Sequence[Lane]) -> list[Seen | TrajstoreError]:
         """What the server shows of each lane's stream, or why that cannot be read."""
@@ -464,6 +497,7 @@ class Flusher:
                     last_event=stream_last_event(info),
                     first_nonce=nonce_of(first_entries[0][1]) if first_entries else None,
                     at_head=head_entries[0][1] if head_entries else None,
+                    last_nonce=stream_last_nonce(info),
                 )
             except TrajstoreError as error:  # not a stream, or not ours
                 result.append(error)
@@ -474,6 +508,7 @@ class Flusher:
     def _fail(self, lane: Lane, error: TrajstoreError) -> None:
         with self._lock:
             self._failed[lane.id, lane.note] = error
+            self._counts.failed[type(error).__name__] += 1
             self._unreported.append(error)
             self._buffered -= lane.fail(error, time.monotonic())
             self._progress += 1
@@ -488,11 +523,11 @@ class Flusher:
         now = time.monotonic()
         if now < self._next_memory_check:
             return
-        reply = self._session.exchange([("INFO", "memory")])[0]
-        if isinstance(reply, redis.RedisError):  # not permitted, or not implemented: the server's own refusal remains
-            self._next_memory_check = float("inf")
+        told = self._session.ask_each("INFO", "memory")
+        if any(isinstance(one, redis.RedisError) for one in told):
+            self._next_memory_check = float("inf")  # not permitted, or not implemented: its own refusal remains
             return
-        used, limit = memory_use(reply)
+        used, limit = fullest(told)
         if limit and used >= FULL_AT * limit:
             raise StoreFull(
                 f"the server uses {used >> 20} of {limit >> 20} MiB (maxmemory); writing stops at 90 %. Start an "
@@ -516,12 +551,9 @@ class Flusher:
         self._pause = min(self._pause * 2, _BACKOFF[1])
 
 
-def _outcome(replies: Sequence[Any]) -> TrajstoreError | bool | None:
+def _outcome(replies: Sequence[Any], commands: Sequence[Command]) -> TrajstoreError | bool | None:
     """What a transaction's replies say: None it is in; an error: refused whole, try later; True: look it up."""
     results = replies[-1]
-    if isinstance(results, redis.RedisError):
-        return translate(next(r for r in replies if isinstance(r, redis.RedisError)), "a batch")
-    if not isinstance(results, list) or results[0] is None or isinstance(results[0], redis.RedisError):
+    if isinstance(results, list) and (results[0] is None or isinstance(results[0], redis.RedisError)):
         return True
-    refused = next((r for r in results if isinstance(r, redis.RedisError)), None)
-    return None if refused is None else translate(refused, "a batch")
+    return True if results is None else first_refusal(replies, commands[1:-1])

@@ -107,7 +107,7 @@ class Lane:
         """The first frozen batch, which goes out now: from here on its bytes do not change."""
         batch = self.frozen[0]
         if not batch.sent:
-            batch.before, batch.sent = self.acked, True
+            batch.before, batch.before_nonce, batch.sent = self.acked, self.acked_nonce, True
         return batch
 
     def landed(self) -> None:
@@ -126,14 +126,14 @@ class Lane:
         rest = list(self.frozen)[1:] if head is not None else list(self.frozen)
         self.frozen = deque([*batches, *rest])
         self.kept = deque(kept for kept in self.kept if kept.batch not in batches)
-        self.acked, self.acked_nonce = acked, None
+        self.acked, self.acked_nonce = acked, batches[0].before_nonce if batches else None
         self.since = self.since or now
 
     def renumber(self, number: int, *, creates: bool, now: float) -> None:
         """Freeze the first frozen note anew, under another number."""
         head = self.frozen[0]
         turn = Turn(number, creates=creates)
-        items = [Item(turn, item.header, item.payload) for item in head.items]
+        items = [Item(turn, item.header, item.payload, item.since) for item in head.items]
         self.frozen[0] = freeze(self.id, items, note=True, summary=None, now=now)
         self.frozen[0].acked = head.acked
 

@@ -97,11 +97,10 @@ class HotReader:
                 return
 
     def ids(self, partition: int) -> Iterator[str]:
-        """Ids of all trajectories with a stream in a partition, by scanning the keys of the whole server."""
+        """Ids of all trajectories with a stream in a partition, by scanning all keys of each server."""
         prefix = self._keys.entries_prefix(partition)
-        cursor = b"0"
-        while True:
-            cursor, found = self._wire.call("SCAN", cursor, "MATCH", prefix + "*", "COUNT", _PAGE)
-            yield from (key.decode()[len(prefix) :] for key in found)
-            if cursor == b"0":
-                return
+        for server in self._wire.servers():
+            cursor = None
+            while cursor != b"0":
+                cursor, found = server.call("SCAN", cursor or 0, "MATCH", prefix + "*", "COUNT", _PAGE)
+                yield from (key.decode(errors="replace")[len(prefix) :] for key in found)

@@ -39,6 +39,10 @@ class ArchiveIndex(Protocol):
         """Number of the newest archived note, 0 for none."""
         ...
 
+    def last_entry(self, id: str) -> EventId | None:
+        """Id of the newest archived entry."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -49,12 +53,14 @@ class Seen:
         last_event: id of the last event of the newest entry that it still holds; None if it holds none.
         first_nonce: of the entry `e-0` of the newest acknowledged epoch; None if it is not there.
         at_head: bytes at the id of the batch in question; None if there are none.
+        last_nonce: of the newest entry that it still holds; None if it holds none.
     """
 
     last: EventId | None
     last_event: EventId | None
     first_nonce: int | None
     at_head: bytes | None
+    last_nonce: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +163,7 @@ def _is_copy(copy: EntryStamp | None, head: Batch) -> bool:
 def _without_stream(
     id: str, seen: Seen, head: Batch | None, acked: EventId | None, kept: Sequence[Batch], archive: ArchiveIndex
 ) -> Verdict:
-    if acked is not None and archive.entry(id, acked) is not None:
+    if acked is not None and _was_archived(id, acked, archive):
         if head is None:
             return Nothing()
         return Refused(
@@ -174,11 +180,21 @@ def _without_stream(
     return _after_loss(id, seen, head, acked, kept)
 
 
+def _was_archived(id: str, acked: EventId, archive: ArchiveIndex) -> bool:
+    """The entry is archived, or a newer one is: of a deleted trajectory the archive tells its tombstone only."""
+    if archive.entry(id, acked) is not None:
+        return True
+    newest = archive.last_entry(id)
+    return newest is not None and newest > acked
+
+
 def _after_loss(id: str, seen: Seen, head: Batch | None, acked: EventId, kept: Sequence[Batch]) -> Verdict:
     """The server came back with a shorter log: write the lost batches again, if all of them are still at hand."""
     last = seen.last
     lost = [batch for batch in kept if last is None or batch.at > last]
     if lost and lost[0].before == last and (last is not None or lost[0].creates):
+        if None not in (seen.last_nonce, lost[0].before_nonce) and seen.last_nonce != lost[0].before_nonce:
+            return _fenced(id, lost[0].at, last)  # another has written anew what this writer's turn followed
         return Resend([*lost, *([head] if head is not None else [])], last)
     good = "" if last is None else str(seen.last_event or last)
     return Refused(

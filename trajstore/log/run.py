@@ -6,7 +6,8 @@ import msgspec
 import redis
 from ulid import ULID
 
-from trajstore.errors import Conflict, NotFound, SchemaError, Unavailable
+from trajstore.errors import UNREADABLE, Conflict, NotFound, SchemaError, Unavailable
+from trajstore.limits import MAX_PARTITIONS, Label, Partitions
 from trajstore.log.feed import FEED_GROUPS
 from trajstore.log.keys import Keys
 from trajstore.log.lease import lease_setup
@@ -16,7 +17,6 @@ from trajstore.routing import RoutingOrder
 __all__ = ["DEFAULT_PARTITIONS", "TRAINER_GROUP", "RunInfo", "begin_run", "open_run", "require_fsync"]
 
 DEFAULT_PARTITIONS = 16
-MAX_PARTITIONS = 4096
 TRAINER_GROUP = "trainer"
 """Consumer group of the ready streams that every run has from the start."""
 
@@ -40,8 +40,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     format: int
-    incarnation: str
-    partitions: int
+    incarnation: Label
+    partitions: Partitions
     created: float
     routing_order: RoutingOrder = "engine"
 
@@ -60,7 +60,7 @@ def read_run(wire: Wire, run: str) -> RunInfo | None:
         if found > _FORMAT:
             raise SchemaError(f"run {run!r} has format {found}; this trajstore reads up to {_FORMAT}, upgrade it")
         return msgspec.json.decode(data, type=RunInfo)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise SchemaError(f"the record of run {run!r} cannot be read: {error}; is it trajstore's?") from error
 
 
@@ -129,11 +129,16 @@ def _set_up(wire: Wire, keys: Keys) -> None:
 
 
 def require_fsync(wire: Wire) -> None:
-    """Make sure that the server writes to disk before it acknowledges.
+    """Make sure that the server, each of a cluster, writes to disk before it acknowledges.
 
     Raises:
         Conflict: it does not, or does not say.
     """
+    for server in wire.servers():
+        _require_fsync(server)
+
+
+def _require_fsync(wire: Wire) -> None:
     reply = wire.exchange([("CONFIG", "GET", "appendonly"), ("CONFIG", "GET", "appendfsync")])
     values = [part[1].decode() if isinstance(part, list) and len(part) == 2 else None for part in reply]
     if values != ["yes", "always"]:

@@ -10,7 +10,7 @@ from trajstore.events import EventId
 from trajstore.log.batch import ENTRY_FIELD
 from trajstore.log.wire import reply_fields, translate
 
-__all__ = ["nonce_of", "parse_entries", "stream_last_event", "stream_last_id"]
+__all__ = ["nonce_of", "parse_entries", "stream_last_event", "stream_last_id", "stream_last_nonce"]
 
 
 class _Outline(msgspec.Struct):
@@ -46,6 +46,12 @@ def stream_last_event(reply: Any) -> EventId | None:
         return None
     at, entry = parse_entries([newest])[0]
     return EventId(at.epoch, at.seq + len(_outline(entry).events) - 1)
+
+
+def stream_last_nonce(reply: Any) -> int | None:
+    """Nonce of the newest entry that a stream still holds, from XINFO STREAM; None if it holds none."""
+    newest = None if isinstance(reply, redis.ResponseError) else reply_fields(reply).get(b"last-entry")
+    return nonce_of(parse_entries([newest])[0][1]) if newest else None
 
 
 def _outline(entry: bytes) -> _Outline:

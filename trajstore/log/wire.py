@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlencode
 import redis
 from redis.backoff import NoBackoff
 from redis.connection import PythonRespSerializer
-from redis.exceptions import NoPermissionError
+from redis.exceptions import AskError, NoPermissionError
 from redis.retry import Retry
 
 from trajstore.errors import Corrupt, SchemaError, StoreFull, TrajstoreError, Unavailable
@@ -29,12 +29,16 @@ __all__ = [
     "Command",
     "ServerInfo",
     "Session",
+    "Watch",
     "Wire",
     "describe_url",
     "first_refusal",
+    "fullest",
     "info_fields",
     "memory_use",
+    "receive",
     "reply_fields",
+    "send",
     "server_info",
     "split_run",
 ]
@@ -51,8 +55,10 @@ _READ_SIZE = 1 << 20
 _STARTING = 2.0
 """Seconds that a server between its start and its first `listen` gets; a wrong port is told apart by nothing else."""
 
-_PLACE = re.compile(r"(\[[^\]@]*\]|[^\[\]:/@]*)(:[0-9]*)?(/.*)?")
-"""Host, port and path. What is none may be half of a password with a special character in it."""
+_SERVER = r"(?:\[[^\]@]*\]|[^\[\]:/@,]*)(?::[0-9]*)?"
+_PLACE = re.compile(rf"{_SERVER}(?:,{_SERVER})*(?:/.*)?")
+"""Host and port, of a cluster's servers several, and path. What is none may be half of a password with a special
+character in it."""
 
 _REST_OF_PASSWORD = re.compile(r"[^=&]*@")
 
@@ -63,7 +69,7 @@ FULL_AT = 0.9
 
 
 class Wire:
-    """A pool of connections to one server. Thread-safe; a fork gets connections of its own.
+    """A pool of connections to one server; `ClusterWire` has several. Thread-safe; a fork gets connections of its own.
 
     Args:
         pool: made by `Wire.to_url`, or by the embedded server for its socket.
@@ -91,6 +97,27 @@ class Wire:
             problem = _problem_of_url(error)
         # Not chained: what redis-py and urllib say repeats parts of the URL, a password among them.
         raise SchemaError(f"{describe_url(url)} is no usable Redis URL: {problem}")
+
+    def beside(self, host: str, port: int) -> "Wire":
+        """Connections like these, with the same user, TLS and deadlines, to another server."""
+        options = self._pool.connection_kwargs | {"host": host, "port": port}
+        pool = redis.ConnectionPool(
+            connection_class=self._pool.connection_class, max_connections=self._pool.max_connections, **options
+        )
+        return Wire(pool, timeout=self.timeout)
+
+    @property
+    def host(self) -> str:
+        """Where the server runs; "localhost" for a socket."""
+        return str(self._pool.connection_kwargs.get("host", "localhost"))
+
+    def at(self, key: str) -> "Wire":
+        """The server that has a key."""
+        return self
+
+    def servers(self) -> "list[Wire]":
+        """Every server that holds keys, each by itself: for what concerns a server, not a key."""
+        return [self]
 
     def call(self, *command: Argument) -> Any:
         """Send one command, return its raw reply.
@@ -123,12 +150,17 @@ class Wire:
         """
         if not commands:
             return []
-        with translated(str(commands[0][0])):
-            connection = self._pool.get_connection()
-            try:
-                return _exchange(connection, commands)
-            finally:
-                self._pool.release(connection)
+        with translated(str(commands[0][0])), self.connection() as connection:
+            return _exchange(connection, commands)
+
+    @contextmanager
+    def connection(self) -> Iterator[Any]:
+        """One of redis-py's connections, which goes back to the pool afterwards; its errors are redis-py's."""
+        connection = self._pool.get_connection()
+        try:
+            yield connection
+        finally:
+            self._pool.release(connection)
 
     def fetch(self, keys: Sequence[str], read: Callable[[Value], T]) -> list[T | None]:
         """Values of keys, each read while it arrives; None for one that is not there.
@@ -139,12 +171,8 @@ class Wire:
         """
         if not keys:
             return []
-        with translated("GET"):
-            connection = self._pool.get_connection()
-            try:
-                return fetch(connection, keys, read)
-            finally:
-                self._pool.release(connection)
+        with translated("GET"), self.connection() as connection:
+            return fetch(connection, keys, read)
 
     def transaction(self, commands: Sequence[Command], *, watch: "Watch | None" = None) -> list[Any] | None:
         """Run commands in one MULTI; None if a watched key changed.
@@ -172,7 +200,9 @@ class Wire:
             connection = self._pool.get_connection()
         session = Session(connection)
         try:
-            session.exchange([("WATCH", *keys)])
+            reply = session.exchange([("WATCH", *keys)])[0]
+            if isinstance(reply, redis.RedisError):
+                raise translate(reply, "WATCH") from reply
             yield Watch(session)
             session.exchange([("UNWATCH",)])  # it goes back to the pool; an EXEC has done so already
         except BaseException:
@@ -202,14 +232,23 @@ class Wire:
                             "or give a longer timeout="
                         ) from error
                     if not told:
-                        log.warning("the server is loading its log; waiting up to %g s for it", self.timeout)
+                        log.warning(
+                            "the server is loading its log; waiting up to %g s for it",
+                            self.timeout,
+                            extra={"event": "server-loading"},
+                        )
                         told = True
                 elif not _is_refused(error) or waited > (self.timeout if told else min(self.timeout, _STARTING)):
                     raise
             time.sleep(0.05)
 
-    def session(self, *, timeout: float | None = None) -> "Session":
-        """A connection of its own, which reconnects only when told; `timeout` as the wire's unless given."""
+    def session(self, *, timeout: float | None = None, keys: Sequence[str] = ()) -> "Session":
+        """A connection of its own, which reconnects only when told.
+
+        Args:
+            timeout: as the wire's unless given.
+            keys: whose servers it connects to, where there are several.
+        """
         # Not by the pool's own make_connection, which counts it among the pool's for ever.
         connection: Any = self._pool.connection_class(**self._pool.connection_kwargs)
         if timeout is not None:
@@ -233,6 +272,11 @@ class Session:
         """False before `connect` and after any failure."""
         return self._connection._sock is not None
 
+    @property
+    def line(self) -> Any:
+        """redis-py's connection."""
+        return self._connection
+
     def connect(self) -> None:
         """Open the socket and authenticate.
 
@@ -254,6 +298,14 @@ class Session:
             return []
         with translated(str(commands[0][0])):
             return _exchange(self._connection, commands)
+
+    def ask_each(self, *command: Argument) -> list[Any]:
+        """The reply of each server that it is connected to; an error reply is a value.
+
+        Raises:
+            Unavailable: as `exchange`.
+        """
+        return self.exchange([command])
 
     def disconnect(self) -> None:
         """Close the socket; safe at any time."""
@@ -294,9 +346,19 @@ def _as_bytes(argument: Argument) -> bytes | bytearray | memoryview:
 
 
 def _exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    send(connection, commands)
+    return receive(connection, len(commands))
+
+
+def send(connection: Any, commands: Sequence[Command]) -> None:
+    """Send commands over a connection of redis-py; its errors are redis-py's."""
     connection.send_packed_command(connection.pack_commands(commands))
+
+
+def receive(connection: Any, count: int) -> list[Any]:
+    """The next `count` replies; an error reply is a value. Errors of the connection are redis-py's."""
     replies: list[Any] = []
-    for _ in commands:
+    for _ in range(count):
         try:
             replies.append(connection.read_response())
         except redis.ResponseError as error:
@@ -344,6 +406,10 @@ def translate(error: redis.RedisError, what: str) -> TrajstoreError:
         )
     if isinstance(error, redis.AuthenticationError):
         return Unavailable(f"the server refused {what}: {error}; check the user and password of the URL")
+    if isinstance(error, AskError):
+        return Unavailable(
+            f"the server refused {what}, for the key's slot of the cluster is on its way to another server"
+        )
     if str(error).startswith("WRONGTYPE"):
         return Corrupt(f"the server refused {what}: a key of trajstore's holds something else ({error})")
     if isinstance(error, redis.ResponseError) and not isinstance(error, redis.BusyLoadingError | redis.ReadOnlyError):
@@ -394,6 +460,16 @@ def info_fields(info: bytes) -> dict[str, str]:
     """The fields of an INFO reply."""
     lines = (line.partition(":") for line in info.decode().splitlines())
     return {name: value for name, colon, value in lines if colon}
+
+
+def fullest(infos: Sequence[Any]) -> tuple[int, int]:
+    """`used_memory` and `maxmemory` of the server with the least room, in bytes; 0 for no limit, or where none tells.
+
+    Args:
+        infos: INFO replies of several servers; errors count for nothing.
+    """
+    told = [memory_use(info) for info in infos if isinstance(info, bytes)]
+    return max(told, key=lambda use: use[0] / use[1] if use[1] else 0.0, default=(0, 0))
 
 
 def memory_use(info: bytes) -> tuple[int, int]:

@@ -69,8 +69,7 @@ class ShardBuilder:
             dtype: little-endian.
             chunk_bytes: what a chunk holds at most, before compression.
             layer_chunks: into how many chunks the layers are cut.
-            codec: "zstd", "shuffle" or "bitshuffle"; by default what makes a sample smallest, always "zstd" for one
-                byte.
+            codec: one of `codecs.CODECS`; by default what makes a sample smallest, always "zstd" for one byte.
             threads: where to compress; not the executor that runs this call. By default one that the process shares.
 
         Raises:

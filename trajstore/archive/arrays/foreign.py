@@ -12,6 +12,7 @@ from zarr.storage import MemoryStore
 from trajstore.archive.storage.local import LocalStorage
 from trajstore.archive.storage.protocol import Storage
 from trajstore.errors import Conflict, Corrupt
+from trajstore.limits import CHUNK_BYTES
 
 __all__ = ["ForeignArray", "other_pipeline"]
 
@@ -54,6 +55,11 @@ class ForeignArray:
             raise Corrupt(f"{self._where} is damaged: it cannot be opened: {error}; restore it from a copy") from error
         if missing:
             raise Corrupt(f"{self._where} is damaged: {missing} of its files are missing; restore it from a copy")
+        if array.dtype.kind not in "biuf" or math.prod(array.chunks) * array.dtype.itemsize > CHUNK_BYTES:
+            raise Corrupt(
+                f"{self._where} has chunks {array.chunks} of {array.dtype}: no numbers, or more than {CHUNK_BYTES} "
+                "bytes in a chunk. It is not trajstore's"
+            )
         self._array: zarr.Array[Any] = array
         self.shape = array.shape
         self.dtype: np.dtype[Any] = array.dtype

@@ -119,11 +119,12 @@ class Layout(NamedTuple):
     def pieces(self, start: int, stop: int, first: int, last: int) -> Iterator[Piece]:
         """What rows `[start, stop)` and layers `[first, last)` take from which chunk, by number."""
         rows, layers, _ = self.flat(self.chunk_shape)
+        across = self.grid[1]
         for r in range(start // rows, -(-stop // rows)):
             for g in range(first // layers, -(-last // layers)):
                 top, left = max(start, r * rows), max(first, g * layers)
                 yield Piece(
-                    number=r * self.grid[1] + g,
+                    number=r * across + g,
                     rows=slice(top - r * rows, min(stop - r * rows, rows)),
                     layers=slice(left - g * layers, min(last - g * layers, layers)),
                     into=(top - start, left - first),

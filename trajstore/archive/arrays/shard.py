@@ -22,7 +22,8 @@ from trajstore.archive.arrays.layout import Layout, Piece, checksums_of, is_inta
 from trajstore.archive.arrays.threads import run_all
 from trajstore.archive.storage.local import LocalStorage
 from trajstore.archive.storage.protocol import Range, Storage
-from trajstore.errors import Corrupt, SchemaError
+from trajstore.errors import UNREADABLE, Corrupt, SchemaError
+from trajstore.limits import CHUNK_BYTES
 
 __all__ = ["Begun", "Job", "ShardReader", "decode_all"]
 
@@ -56,7 +57,7 @@ def decode_all(jobs: Sequence[Job], threads: Executor | None = None) -> None:
         Corrupt: a chunk is damaged.
     """
     if len(jobs) > 1 and sum(job.nbytes for job in jobs) > _WORTH_THREADS:
-        run_all([job.run for job in jobs], threads)
+        run_all([job.run for job in sorted(jobs, key=lambda job: -job.nbytes)], threads)
     else:
         for job in jobs:
             job.run()
@@ -117,6 +118,7 @@ class ShardReader:
         self.dtype = found.dtype
         self.chunk_shape = found.chunk_shape
         if self._layout is not None:  # asked for with every chunk
+            self._require_readable(self._layout)
             self._checksums = self._known_checksums(self._layout, document)
             self._flat_chunk = self._layout.flat(self._layout.chunk_shape)
             self._chunk_bytes = self._layout.chunk_bytes
@@ -146,8 +148,13 @@ class ShardReader:
         if self._foreign is not None:
             return Begun(self._read_foreign(self._foreign, start, stop, first, last), [])
         assert layout is not None
+        if start < stop:
+            self._load_index(layout)  # what has no room in the file for the index of its chunks has not so many rows
         shape = (stop - start, last - first, *self.shape[2:])[: len(self.shape)]
-        out = np.empty(shape, self.dtype)
+        try:
+            out = np.empty(shape, self.dtype)
+        except (MemoryError, ValueError) as error:
+            raise Corrupt(f"{self._where} cannot be read: {error}; is it as large as its zarr.json says?") from error
         pieces = list(layout.pieces(start, stop, first, last)) if out.size else []
         return Begun(out, self._jobs(layout, out.reshape(layout.flat(shape)), pieces) if pieces else [])
 
@@ -188,15 +195,14 @@ class ShardReader:
                 absent.append(piece)
             else:
                 take(piece, known)
+        if not absent:
+            return []
         encoded = self._fetch(layout, [piece.number for piece in absent])
         return [Job(nbytes, functools.partial(place, piece, data)) for piece, data in zip(absent, encoded, strict=True)]
 
     def _fetch(self, layout: Layout, numbers: Sequence[int]) -> list[memoryview]:
         """Compressed chunks, those that lie behind each other in one read."""
-        if not numbers:
-            return []
-        index = self._load_index(layout)
-        places: list[Range] = [(int(offset), int(length)) for offset, length in index[numbers]]
+        places: list[Range] = list(map(tuple, self._load_index(layout)[numbers].tolist()))
         ranges: list[Range] = []
         found: dict[Range, tuple[int, int]] = {}
         for offset, length in sorted(places):
@@ -276,13 +282,20 @@ class ShardReader:
             raise self._absent(path) from error
         try:
             document = msgspec.json.decode(data, type=dict[str, Any])
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise Corrupt(f"{self._where} is damaged: its zarr.json cannot be read: {error}; restore it") from error
         if not is_intact(document):
             raise Corrupt(f"{self._where} is damaged: its zarr.json is not what was written; restore it from a copy")
         if sha256 not in (None, hashlib.sha256(data).hexdigest()):
             raise Corrupt(f"{self._where} is damaged: its zarr.json is not the one that was written; restore it")
         return document
+
+    def _require_readable(self, layout: Layout) -> None:
+        if layout.chunk_bytes > CHUNK_BYTES:
+            raise Corrupt(
+                f"{self._where} has chunks of {layout.chunk_bytes} bytes, the limit is {CHUNK_BYTES}; its zarr.json is "
+                "damaged, or somebody else's"
+            )
 
     def _known_checksums(self, layout: Layout, document: dict[str, Any]) -> bytes | None:
         try:

@@ -2,27 +2,41 @@
 
 import functools
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 __all__ = ["run_all", "shared_threads"]
 
+_AT_ONCE = min(8, os.cpu_count() or 1)
+
 
 def run_all(jobs: Sequence[Callable[[], None]], threads: Executor | None = None) -> None:
-    """Run jobs side by side: one in this thread, for handing it over and back takes about as long as a chunk.
+    """Run jobs side by side: this thread and the others each take the next one, in order, until none is left.
+
+    So nobody waits for a thread that is busy elsewhere and has not begun.
 
     Args:
-        threads: for the others; not the executor that runs this call. By default the process's.
+        threads: the others. By default the process's.
 
     Raises:
-        Exception: what the first job that failed raised.
+        Exception: what a job that failed raised.
     """
-    if not jobs:
-        return
-    others = [(threads or shared_threads()).submit(job) for job in jobs[1:]]
-    jobs[0]()
+    left = deque(jobs)
+
+    def work() -> None:
+        while True:
+            try:
+                job = left.popleft()
+            except IndexError:
+                return
+            job()
+
+    others = [(threads or shared_threads()).submit(work) for _ in range(min(len(jobs), _AT_ONCE) - 1)]
+    work()
     for other in others:
-        other.result()
+        if not other.cancel():
+            other.result()
 
 
 def shared_threads() -> ThreadPoolExecutor:
@@ -33,4 +47,4 @@ def shared_threads() -> ThreadPoolExecutor:
 @functools.cache
 def _threads(process: int) -> ThreadPoolExecutor:
     """Of this process: threads do not survive a fork."""
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="trajstore-shard")
+    return ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="trajstore-shard")

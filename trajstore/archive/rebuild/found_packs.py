@@ -15,6 +15,7 @@ from trajstore.archive.pack import PackedTrajectory, ReadEntry, decode_entries, 
 from trajstore.archive.pack_arrays import PackArrays
 from trajstore.archive.record import RECORD_FORMAT, FileDigest, PackCounts, Record
 from trajstore.archive.storage.protocol import Storage
+from trajstore.errors import UNREADABLE
 from trajstore.events import LateRouting, Routing, RoutingObserved
 
 __all__ = [
@@ -103,7 +104,7 @@ def read_about(storage: Storage, pack: str) -> PackAbout | None:
     """What a pack says of itself; None if that cannot be read."""
     try:
         return msgspec.json.decode(storage.read(f"packs/{pack}/zarr.json"), type=_Group).attributes.trajstore
-    except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (FileNotFoundError, *UNREADABLE):
         return None
 
 
@@ -203,7 +204,7 @@ def _codecs(storage: Storage, found: FoundPack) -> dict[str, str]:
             document = msgspec.json.decode(storage.read(f"packs/{found.name}/{array}/zarr.json"))
             chain = document["codecs"][0]["configuration"]["codecs"][1:]
             dtype = np.dtype(document["data_type"])
-        except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError, IndexError):
+        except (*UNREADABLE, KeyError, TypeError, IndexError):
             continue
         codec = next((codec for codec in CODECS if chain_of(codec, dtype) == chain), None)
         if codec is not None:

@@ -22,7 +22,7 @@ from trajstore.archive.upkeep.originals import is_sound, known, originals_of
 from trajstore.archive.verify.place_check import check_identity, record_numbers
 from trajstore.entries import partition_of
 from trajstore.errors import Conflict, Corrupt, NotFound
-from trajstore.log.run import MAX_PARTITIONS
+from trajstore.limits import MAX_PARTITIONS
 
 __all__ = ["Rebuilt", "rebuild_archive"]
 

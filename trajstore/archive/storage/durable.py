@@ -14,7 +14,7 @@ _AT_ONCE = 8
 """Files that are fsynced side by side."""
 
 
-_AHEAD_BYTES = 8 << 20
+_AHEAD_BYTES = 4 << 20
 """Of a file that is being written: once so much more is there, the disk is told to begin."""
 
 

@@ -140,7 +140,7 @@ class LocalStorage:
         """See `Storage.list`."""
         top = self._target(prefix) if prefix else self.path
         with self._working(f"cannot list {prefix or 'its files'}", "mend the folder"):
-            for folder, _, names in os.walk(top, onerror=_raise_unless_absent, followlinks=True):
+            for folder, names in self._folders(top):
                 for name in names:
                     path = os.path.join(folder, name)
                     with contextlib.suppress(FileNotFoundError):  # removed meanwhile
@@ -153,6 +153,7 @@ class LocalStorage:
         with self._working("cannot remove files", "mend the folder"):
             for path in paths:
                 target = self._target(path)
+                self._refuse_link(path)
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     target.unlink()
                     folders.add(target.parent)
@@ -186,6 +187,33 @@ class LocalStorage:
 
     def _target(self, path: str) -> Path:
         return self.path / check_path(path)
+
+    def _folders(self, top: Path) -> Iterator[tuple[str, Sequence[str]]]:
+        """Folders from `top` down, and the names in each. Links are followed at the archive's top only.
+
+        `packs` may lie on another disk. A link below could lead in a circle, or to what is no archive's.
+        """
+        for folder, folders, names in os.walk(top, onerror=_raise_unless_absent):
+            yield folder, names
+            if folder == self.location:
+                for name in folders:
+                    if os.path.islink(os.path.join(folder, name)):
+                        below = os.walk(os.path.join(folder, name), onerror=_raise_unless_absent)
+                        yield from ((one, some) for one, _, some in below)
+
+    def _refuse_link(self, path: str) -> None:
+        """Nothing is removed that a link below the archive's top leads to.
+
+        Raises:
+            SchemaError: there is such a link.
+        """
+        first, *rest = path.split("/")
+        place = (self.path / first).resolve() if rest else self.path.resolve()
+        if (self.path / path).parent.resolve() != place.joinpath(*rest[:-1]):
+            raise SchemaError(
+                f"{self.location}/{path} lies behind a symbolic link, and is left there; only the folders at the top "
+                "of an archive may be links. Remove the link"
+            )
 
     @contextlib.contextmanager
     def _opened(self, path: str) -> Iterator[tuple[int, int]]:

@@ -77,7 +77,12 @@ class IdleCompaction:
                 if not candidates.look():
                     return Step()
             except (SchemaError, Corrupt) as error:  # of its manifest; the other partitions go on
-                log.error("nothing of partition %d is compacted: %s", partition, error)
+                log.error(
+                    "nothing of partition %d is compacted: %s",
+                    partition,
+                    error,
+                    extra={"event": "compaction-failed", "partition": partition},
+                )
                 continue
             records = candidates.due()
             if not records:
@@ -96,11 +101,16 @@ class IdleCompaction:
                     self._archive, partition, records, writer=self._writer, on_step=self._on_step, on_trajectory=stay
                 )
             except Fenced as error:
-                log.warning("%s", error)
+                log.warning("%s", error, extra={"event": "fenced", "partition": partition})
                 return Step(lost=partition)
             except (SchemaError, Corrupt) as error:
                 candidates.pass_over(records)
-                log.error("packs of partition %d stay as they are: %s", partition, error)
+                log.error(
+                    "packs of partition %d stay as they are: %s",
+                    partition,
+                    error,
+                    extra={"event": "compaction-failed", "partition": partition},
+                )
                 return Step()
             return Step(compactions=1)
         return Step(more=False)

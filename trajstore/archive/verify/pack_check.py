@@ -16,7 +16,7 @@ from trajstore.archive.record import PackCounts, Record
 from trajstore.archive.storage.protocol import Storage
 from trajstore.archive.verify.findings import Finding
 from trajstore.entries import partition_of
-from trajstore.errors import Corrupt, SchemaError
+from trajstore.errors import UNREADABLE, Corrupt, SchemaError
 from trajstore.events import LateRouting, Routing, RoutingObserved
 
 __all__ = ["OpenPack", "check_files"]
@@ -218,7 +218,7 @@ class OpenPack:
             different = [name for name, value in expected.items() if found.get(name) != value]
         except FileNotFoundError:
             return  # told by `check_files`
-        except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:
             yield _wrong(record.pack, "array", f"zarr.json of the pack cannot be read: {error}")
             return
         if different:
@@ -238,7 +238,7 @@ class OpenPack:
             )
             chain = document["codecs"][0]["configuration"]["codecs"][1:]
             return bool(chain == chain_of(codec, np.dtype(document["data_type"])))
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError, IndexError):
+        except (OSError, *UNREADABLE, KeyError, TypeError, IndexError):
             return False
 
 

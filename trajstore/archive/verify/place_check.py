@@ -13,7 +13,7 @@ from trajstore.archive.sealed import seal
 from trajstore.archive.storage.protocol import Storage
 from trajstore.archive.verify.findings import Finding, Severity
 from trajstore.errors import Corrupt, NotFound, SchemaError
-from trajstore.log.run import MAX_PARTITIONS
+from trajstore.limits import MAX_PARTITIONS
 
 __all__ = ["Tables", "check_identity", "check_record", "check_strays", "record_numbers"]
 
