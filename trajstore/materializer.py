@@ -176,9 +176,11 @@ class Materializer:
             )
             for ready in published:
                 log.warning(
-                    "group %s is published without %d members that are late",
+                    "group %s is published %s",
                     ready.group,
-                    ready.late,
+                    f"without {ready.late} members that are late"
+                    if ready.late
+                    else "with a member as it was aborted: that was resumed, and has not been closed again in time",
                     extra={"event": "published-late", "partition": partition, "group": ready.group},
                 )
             self.done.groups += len(published)

@@ -30,11 +30,13 @@ def test_compose_workers_are_commands_that_exist():
     assert services["archiver"]["command"][:2] == ["archive", "--archive"]
     inside, outside = services["archiver"]["volumes"][0].split("}:")
     assert inside + "}" == outside == services["archiver"]["command"][2], "the run remembers this path"
-    assert services["materializer"]["command"] == ["materialize"]
-    for name in ("archiver", "materializer"):
+    assert services["materializer"]["command"][0] == "materialize"
+    for name in ("archiver", "materializer", "status"):
         arguments = [sys.executable, "-m", "trajstore", services[name]["command"][0], "--help"]
         shown = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
         assert shown.returncode == 0, shown.stderr
-        if name == "archiver":
-            assert "--archive" in shown.stdout
+        for option in services[name]["command"]:
+            assert not option.startswith("--") or option in shown.stdout, f"{name} has no {option}"
+        port = services[name]["command"][-1].rpartition(":")[2]
+        assert f":{port}/healthz" in services[name]["healthcheck"]["test"][-1]
         assert services[name]["depends_on"]["redis"]["condition"] == "service_healthy"

@@ -9,7 +9,20 @@ LIBRARY = Path(trajstore.__file__).parent
 
 LAYERS = (
     {"__main__", "cli"},
-    {"archiver", "abandon", "materializer", "ready", "blob", "exchange", "recovery"},
+    {
+        "archiver",
+        "abandon",
+        "materializer",
+        "ready",
+        "blob",
+        "exchange",
+        "recovery",
+        "metrics",
+        "metric_names",
+        "health",
+        "status",
+        "pulse",
+    },
     {"adapter", "threaded", "engine"},
     {"opening", "store", "reading", "writing", "segment_writer"},
     {"view", "recorded", "backlog"},

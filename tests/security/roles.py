@@ -18,6 +18,8 @@ from trajstore.archiver import Archiver
 from trajstore.log.feed import FeedTail
 from trajstore.materializer import Materializer
 from trajstore.recovery import recover
+from trajstore.status import RunLook
+from trajstore_replay import diagnose
 from trajstore_trainer.claims import Claims
 from trajstore_trainer.dataset import TrajectoryDataset
 from trajstore_trainer.rank_routing import RoutingPlace, read_routing
@@ -127,7 +129,7 @@ def _train(url: str, timeout: float) -> None:
 
 
 def _look(url: str, timeout: float) -> None:
-    """Whoever only looks: lists, loads, waits, follows, measures the backlog."""
+    """Whoever only looks: lists, loads, waits, follows, watches how the run stands, and asks what is wrong with it."""
     with trajstore.open(url, create=False, timeout=timeout) as store:
         assert {one.id for one in store.list(status="completed")} >= {"a", "old"}
         assert len(store.load("a")) > _LONG
@@ -135,7 +137,8 @@ def _look(url: str, timeout: float) -> None:
         assert store.wait("a").status == "completed"
         with pytest.raises(trajstore.Unavailable, match="at the deadline"):
             store.wait("left", timeout=0.3)
-        assert store.backlog().trajectories
+        assert RunLook(store).look().backlog.trajectories
+        assert {one.kind for one in diagnose(store, stale_seconds=0.0)} >= {"aborted", "stuck-group", "untaken"}
         FeedTail(store.wire, store.keys).poll(count=1, block=0.001)
 
 

@@ -1,13 +1,15 @@
 """The command group: subcommands are entry points, loaded when called, and every error becomes one message."""
 
+import logging
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import click
 
+from trajstore.cli.logs import is_json
 from trajstore.cli.signals import exiting_on_sigterm
 from trajstore.cli.terminal import plain
-from trajstore.errors import TrajstoreError
+from trajstore.errors import UNLOADABLE, TrajstoreError
 
 __all__ = ["EXIT_CODES", "CommandGroup", "Failure"]
 
@@ -18,24 +20,16 @@ EXIT_CODES = (
 
 _GROUP = "trajstore.commands"
 
-# What importing somebody else's package can meet, short of catching everything.
-_LOADING = (
-    ImportError,
-    SyntaxError,
-    AttributeError,
-    NameError,
-    TypeError,
-    ValueError,
-    LookupError,
-    OSError,
-    RuntimeError,
-)
+log = logging.getLogger(__name__)
 
 
 class Failure(click.ClickException):
-    """One message on stderr, exit code 1."""
+    """One message on stderr, exit code 1; a log line where those are for programs."""
 
     def show(self, file: Any = None) -> None:
+        if is_json():
+            log.error("%s", self.format_message(), extra={"event": "failed"})
+            return
         lines = self.format_message().splitlines() or [""]
         click.echo("trajstore: " + "\n".join(map(plain, lines)), file=file, err=True)
 
@@ -78,7 +72,7 @@ def _load(point: EntryPoint) -> click.Command:
     """The command of an entry point, or one that says why it cannot be had: the others must work without it."""
     try:
         command = point.load()
-    except _LOADING as error:
+    except UNLOADABLE as error:
         return _broken(point, f"{type(error).__name__}: {error}")
     if not isinstance(command, click.Command):
         return _broken(point, f"it is {type(command).__name__}, not a click command")

@@ -35,6 +35,7 @@ __all__ = [
     "print_table",
     "print_text",
     "results",
+    "say",
 ]
 
 Row: TypeAlias = Sequence[str]
@@ -64,12 +65,17 @@ def diagnostics() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
+def say(text: str) -> None:
+    """A line on stderr, wrapped by nobody but the terminal."""
+    diagnostics().print(plain(text), soft_wrap=True)
+
+
 def prepare_streams() -> None:
     """Send log records to stderr, and make printing text that the terminal's encoding lacks no error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(handlers=[LogLines()], format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.basicConfig(handlers=[LogLines()], level=logging.WARNING)
     logging.getLogger("trajstore").setLevel(logging.INFO)
 
 
@@ -157,6 +163,10 @@ def _print_columns(rows: Sequence[Row], right: Sequence[bool]) -> None:
 
 class LogLines(logging.Handler):
     """Log records as lines of `diagnostics`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         text = "\n".join(map(plain, self.format(record).splitlines()))

@@ -208,8 +208,13 @@ def _account(done: Archived | Materialized, text: str, *, begun: float, by_signa
     elapsed = time.monotonic() - begun
     how = "stopped" if by_signal else "done"
     if is_json():
-        extra = {"event": how, "account": msgspec.structs.asdict(done)}
-        log.info("%s after %.1f s: %s", how, elapsed, text, extra=extra)
+        log.info(
+            "%s after %.1f s: %s",
+            how,
+            elapsed,
+            text,
+            extra={"event": "ended", "account": msgspec.structs.asdict(done)},
+        )
     else:
         diagnostics().print(f"{how} after {elapsed:.1f} s: {text}", soft_wrap=True)
     if as_json:
