@@ -7,9 +7,11 @@ An engine is registered in the entry-point group `trajstore.engines`. What is re
     def for_replay(cls, folder: Path, *, weight_version: str, dtype: str, seed: int) -> Scorer | Resumer: ...
 
 `dtype` is "auto" (as the folder says) or a name like "bfloat16"; `seed` is of the sampling. What it returns is a
-`Scorer`, a `Resumer`, or both.
+`Scorer`, a `Resumer`, or both. What is registered for a `Resumer` has its `takes`, too, so that a rollout with which it
+cannot go on as it began is refused before a model is loaded.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -18,10 +20,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from trajstore.errors import NotFound, SchemaError
+from trajstore.errors import UNLOADABLE, NotFound, SchemaError
 from trajstore.writing import TrajectoryWriter
 
-__all__ = ["Resumer", "Scored", "Scorer", "load_resumer", "load_scorer"]
+__all__ = ["Resumer", "Scored", "Scorer", "load_resumer", "load_scorer", "sampling_taken"]
 
 _GROUP = "trajstore.engines"
 
@@ -78,10 +80,14 @@ class Resumer(Protocol):
 
     Attributes:
         name: as of a `Scorer`.
+        takes: names of the sampling parameters that it takes beside those that all do, e.g. "top_p".
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def takes(self) -> Collection[str]: ...
 
     def resume(
         self,
@@ -91,6 +97,7 @@ class Resumer(Protocol):
         temperature: float,
         stop_token_ids: tuple[int, ...],
         ignore_eos: bool,
+        further: Mapping[str, Any],
     ) -> str:
         """Open a segment over all tokens so far, generate, record all that comes, and close it.
 
@@ -101,12 +108,14 @@ class Resumer(Protocol):
             temperature: 0 for greedy.
             stop_token_ids: any of these ends the output, and is part of it.
             ignore_eos: the tokens that the model itself names as the end of a text do not.
+            further: sampling parameters that the rollout began with, as they were recorded; only such as `takes` names.
 
         Returns:
             The finish reason: stop, length or abort.
 
         Raises:
             Conflict: the model's routing is not what the trajectory records, or as `TrajectoryWriter.segment`.
+            SchemaError: parameters that the engine cannot sample by; nothing was written.
         """
         ...
 
@@ -145,24 +154,40 @@ def load_resumer(
     return engine
 
 
+def sampling_taken(name: str) -> Collection[str] | None:
+    """`Resumer.takes` of an engine by its name, before there is a model; None if what is registered does not tell.
+
+    Raises:
+        NotFound, SchemaError: as `load_scorer`.
+    """
+    taken: Collection[str] | None = getattr(_registered(name), "takes", None)
+    return taken
+
+
 def _load(name: str, folder: str | Path, *, weight_version: str, dtype: str, seed: int) -> object:
-    points = _points()
-    if name not in points:
-        raise NotFound(f"there is no engine {name!r}; {_others(name)}")
-    try:
-        registered = points[name].load()
-    except ImportError as error:
-        raise SchemaError(
-            f"engine {name!r} cannot be loaded here: {error}. Is it installed in this environment, with the extra that "
-            f"it needs? {_others(name).capitalize()}"
-        ) from error
-    if not hasattr(registered, "for_replay"):
-        raise SchemaError(f"engine {name!r} records, but serves no replay (it has no `for_replay`); {_others(name)}")
+    registered = _registered(name)
     path = Path(folder)
     if not path.is_dir():
         raise NotFound(f"{path} is no folder; give the one that holds the model's configuration and weights")
     made: object = registered.for_replay(path, weight_version=weight_version, dtype=dtype, seed=seed)
     return made
+
+
+def _registered(name: str) -> Any:
+    """What is registered under a name, and serves replay."""
+    points = _points()
+    if name not in points:
+        raise NotFound(f"there is no engine {name!r}; {_others(name)}")
+    try:
+        registered: object = points[name].load()
+    except UNLOADABLE as error:
+        raise SchemaError(
+            f"engine {name!r} cannot be loaded here: {type(error).__name__}: {error}. Is it installed in this "
+            f"environment, with the extra that it needs? {_others(name).capitalize()}"
+        ) from error
+    if not hasattr(registered, "for_replay"):
+        raise SchemaError(f"engine {name!r} records, but serves no replay (it has no `for_replay`); {_others(name)}")
+    return registered
 
 
 def _points() -> dict[str, EntryPoint]:
@@ -178,5 +203,5 @@ def _others(name: str) -> str:
 def _serves_replay(point: EntryPoint) -> bool:
     try:
         return hasattr(point.load(), "for_replay")
-    except ImportError:
+    except UNLOADABLE:
         return False

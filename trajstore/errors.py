@@ -8,6 +8,7 @@ import errno
 import msgspec
 
 __all__ = [
+    "UNLOADABLE",
     "UNREADABLE",
     "Conflict",
     "Corrupt",
@@ -25,6 +26,20 @@ __all__ = [
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What decoding raises for bytes that are not what they should be: cut off, of other types, no UTF-8, or nested deeper
 than the stack. For `except`; each becomes an error below."""
+
+UNLOADABLE = (
+    ImportError,
+    SyntaxError,
+    AttributeError,
+    NameError,
+    TypeError,
+    ValueError,
+    LookupError,
+    OSError,
+    RuntimeError,
+)
+"""What importing somebody else's package can meet, short of everything. For `except` around an entry point's `load`:
+what others registered must not take from the rest."""
 
 
 class TrajstoreError(Exception):

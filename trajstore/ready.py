@@ -9,33 +9,25 @@ that was resumed and closed again, or one beyond its size. A member that was del
 group waits for it no longer. It is published again because of that only if the member was aborted, for then a trainer
 may wait for it. A member that cannot be folded counts as come, too, and is named. A group that waits for longer than a
 materializer's `group_seconds` is published without those that are late, and again when they come.
+
+The reading side is in `ready_follower.py`.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
-import redis
 
-from trajstore.blob import read_blob
-from trajstore.entries import decode_entry
-from trajstore.errors import UNREADABLE, Corrupt, SchemaError, Unavailable
-from trajstore.events import EventId
-from trajstore.history import find_tombstone
-from trajstore.log.bulk import Value
-from trajstore.log.feed import lowest_needed, parse_stream
+from trajstore.errors import UNREADABLE, Corrupt, Unavailable
+from trajstore.log.feed import parse_stream
 from trajstore.log.keys import Keys
-from trajstore.log.run import TRAINER_GROUP
-from trajstore.log.stream import parse_entries
-from trajstore.log.wire import FULL_AT, Command, Wire, memory_use, reply_fields, translate
-from trajstore.trajectory import Trajectory
+from trajstore.log.wire import FULL_AT, Command, Wire, memory_use, reply_fields
 
 __all__ = [
     "Delivery",
     "EntryPlace",
     "Offer",
-    "ReadyFollower",
     "ReadyGroup",
     "ReadyMember",
     "ReadyQueue",
@@ -193,6 +185,11 @@ class ReadyQueue:
         data = self._wire.call("HGET", self._keys.assembly(assembly_name(id, group, group_size)), id)
         return 0 if data is None else _decode_member(data).version
 
+    def published(self, group: str) -> int:
+        """Version under which a group was published last; 0 if it never was, or so long ago that it is forgotten."""
+        (version,) = self._wire.call("HMGET", self._keys.assembly(group), _PUBLISHED)
+        return int(version or 0)
+
     def offer(
         self,
         member: ReadyMember,
@@ -230,13 +227,14 @@ class ReadyQueue:
                 others = (one for one in members.values() if one.id != member.id and one.status == "aborted")
                 ready: ReadyGroup | None = None
                 whole = group is not None and group_size is not None
-                if len(members) >= size and not held.there:
-                    commands.append(("PEXPIRE", key, int(keep * 1000)))
-                    commands += self._waits_no_more(name)
+                if not held.there:
+                    commands += self._nobody_left(name, keep)
                 elif len(members) >= size and held.version > held.published and not any(map(goes_on, others)):
                     ready = held.entry(group, policy, size=size if whole else None)
                     commands += self._publication(name, ready, keep)
                 elif held.version > held.published:
+                    # A published one may be about to expire; it stays until what came since is published, too.
+                    commands.append(("PERSIST", key))
                     commands.append(("HSETNX", self._keys.waiting(self._keys.partition(name)), name, b""))
                 if self._wire.transaction(commands, watch=watch) is not None:
                     if held.size not in (0, group_size or 1):
@@ -282,11 +280,12 @@ class ReadyQueue:
         waiting = reply_fields(self._wire.call("HGETALL", key))
         if not waiting:
             return []
-        now = int(self._wire.call("TIME")[0])
-        found = [part for name, since in waiting.items() if not since for part in (name, now)]
+        seconds, microseconds = self._wire.call("TIME")
+        now = int(seconds) + int(microseconds) / 1e6
+        found = [part for name, since in waiting.items() if not since for part in (name, f"{now:.6f}")]
         if found:
             self._wire.call("HSET", key, *found)
-        late = [name for name, since in waiting.items() if now - int(since or now) >= after]
+        late = [name for name, since in waiting.items() if now - float(since or now) >= after]
         published = (self._publish_late(name.decode(), policy=policy, keep=keep) for name in late)
         return [ready for ready in published if ready is not None]
 
@@ -297,7 +296,10 @@ class ReadyQueue:
                 held = _Assembly.of(watch.call("HGETALL", key))
                 ready = held.entry(name, policy, size=held.size)
                 due = bool(held.there) and held.version > held.published
-                commands = self._publication(name, ready, keep) if due else self._waits_no_more(name)
+                if due:
+                    commands = self._publication(name, ready, keep)
+                else:
+                    commands = self._waits_no_more(name) if held.there else self._nobody_left(name, keep)
                 if self._wire.transaction(commands, watch=watch) is not None:
                     return ready if due else None
         raise Unavailable(f"group {name!r} was changed by others {_ATTEMPTS} times in a row")
@@ -314,6 +316,10 @@ class ReadyQueue:
     def _waits_no_more(self, name: str) -> list[Command]:
         return [("HDEL", self._keys.waiting(self._keys.partition(name)), name)]
 
+    def _nobody_left(self, name: str, keep: float) -> list[Command]:
+        """All that came were deleted; a member that comes yet brings the group back."""
+        return [("PEXPIRE", self._keys.assembly(name), int(keep * 1000)), *self._waits_no_more(name)]
+
     def put_blob(self, id: str, version: int, blob: bytes, *, keep: float) -> None:
         """Lay a fold beside its entry for `keep` seconds, if the server has room for it; else readers fold it."""
         key = self._keys.ready_payload(id, version)
@@ -323,141 +329,6 @@ class ReadyQueue:
             if limit and used + len(blob) >= FULL_AT * limit:
                 return
         self._wire.call("SET", key, blob, "PX", int(keep * 1000))
-
-
-class ReadyFollower:
-    """The trainer's side: one consumer of one consumer group over all ready streams of a run."""
-
-    def __init__(self, wire: Wire, keys: Keys, group: str, consumer: str) -> None:
-        self._wire = wire
-        self._keys = keys
-        self._group = group
-        self._consumer = consumer
-        self._seen = dict.fromkeys(range(keys.partitions), "0-0")
-        if group != TRAINER_GROUP:
-            self._join()
-
-    def poll(self, *, count: int, block: float = 0.0) -> list[Delivery]:
-        """Entries that no consumer of the group has had, at most `count`; waits up to `block` seconds for the first."""
-        # One XREADGROUP over all streams takes up to COUNT from each, and what it takes is kept from other consumers.
-        # So look first, which takes nothing, and then take from where something is.
-        wait: tuple[str | int, ...] = ("BLOCK", max(1, int(block * 1000))) if block > 0 else ()
-        found: list[Delivery] = []
-        while len(found) < count:
-            streams = {self._keys.ready(partition): partition for partition in self._seen}
-            reply = self._wire.call("XREAD", "COUNT", 1, *wait, "STREAMS", *streams, *self._seen.values())
-            if not reply:
-                break
-            wait = ()
-            for name, _ in reply:
-                if len(found) < count:
-                    stream = name.decode()
-                    found += self._take(stream, streams[stream], count - len(found))
-        return found
-
-    def _take(self, stream: str, partition: int, count: int) -> list[Delivery]:
-        taken = self._wire.call(
-            "XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", count, "STREAMS", stream, ">"
-        )
-        entries = taken[0][1] if taken else []
-        del self._seen[partition]  # to the end: its turn comes again after the others'
-        self._seen[partition] = entries[-1][0].decode() if entries else self._last_delivered(stream)
-        return parse_deliveries(partition, entries)
-
-    def unacknowledged(self, partition: int, *, after: str, count: int) -> tuple[list[Delivery], str | None]:
-        """Entries that this consumer had and did not acknowledge, and where to go on; None at the end.
-
-        Args:
-            after: "0-0", or what the call before returned.
-        """
-        reply = self._wire.call(
-            "XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", count,
-            "STREAMS", self._keys.ready(partition), after,
-        )  # fmt: skip
-        entries = reply[0][1] if reply else []
-        return parse_deliveries(partition, entries), entries[-1][0].decode() if entries else None
-
-    def take_over(self, *, idle: float, count: int, skip: Callable[[Delivery], bool]) -> list[Delivery]:
-        """Entries that a consumer has had for `idle` seconds without acknowledging, at most `count`.
-
-        Args:
-            skip: True for those that this consumer itself has in hand; they count as fresh again.
-        """
-        found: list[Delivery] = []
-        for partition in range(self._keys.partitions):
-            cursor: Any = b"0-0"
-            while len(found) < count:
-                reply = self._wire.call(
-                    "XAUTOCLAIM", self._keys.ready(partition), self._group, self._consumer, int(idle * 1000), cursor,
-                    "COUNT", count - len(found),
-                )  # fmt: skip
-                cursor = reply[0]
-                found += [delivery for delivery in parse_deliveries(partition, reply[1]) if not skip(delivery)]
-                if cursor in (b"0-0", "0-0"):
-                    break
-        return found
-
-    def folds(self, members: Sequence[ReadyMember]) -> list[Trajectory | Corrupt | None]:
-        """The folds of members, decoded while they arrive.
-
-        None is one that is gone, and `Corrupt` one that is damaged: both must be folded again.
-        """
-        return self._wire.fetch([self._keys.ready_payload(one.id, one.version) for one in members], _read_fold)
-
-    def deleted(self, members: Iterable[ReadyMember]) -> set[str]:
-        """Ids of those whose tombstone lies in the hot log: for them a blob may lie there still, and must not be used.
-
-        Once a tombstone is archived and trimmed, the blobs are gone.
-        """
-        ids = sorted({one.id for one in members})
-        replies = self._wire.exchange([("XREVRANGE", self._keys.entries(id), "+", "-", "COUNT", 1) for id in ids])
-        return {id for id, reply in zip(ids, replies, strict=True) if _is_tombstone(reply)}
-
-    def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
-        """These entries were used. What every group has used is trimmed, and its blobs go."""
-        by_partition: dict[int, list[Delivery]] = {}
-        for delivery in deliveries:
-            by_partition.setdefault(delivery.partition, []).append(delivery)
-        self._wire.call_all(
-            [
-                ("XACK", self._keys.ready(partition), self._group, *(one.at for one in some))
-                for partition, some in by_partition.items()
-            ]
-        )
-        for partition, some in by_partition.items():
-            stream = self._keys.ready(partition)
-            groups = self._groups(stream)
-            needed = lowest_needed(
-                groups, self._wire.call_all([("XPENDING", stream, reply_fields(one)[b"name"]) for one in groups])
-            )
-            commands: list[Command] = [] if needed is None else [("XTRIM", stream, "MINID", str(needed))]
-            for delivery in some:
-                if len(groups) == 1 or (needed is not None and EventId.parse(delivery.at) < needed):
-                    keys = [self._keys.ready_payload(one.id, one.version) for one in delivery.group.members]
-                    commands += [("UNLINK", key) for key in keys]
-            self._wire.call_all(commands)
-
-    def _join(self) -> None:
-        """Make the consumer group if there is none; it reads from the beginning of what is there."""
-        streams = [self._keys.ready(partition) for partition in range(self._keys.partitions)]
-        for reply in self._wire.exchange([("XGROUP", "CREATE", one, self._group, "0", "MKSTREAM") for one in streams]):
-            if isinstance(reply, redis.RedisError) and "BUSYGROUP" not in str(reply):
-                raise translate(reply, "XGROUP CREATE")
-
-    def _last_delivered(self, stream: str) -> str:
-        """Newest entry that any consumer of the group has had."""
-        mine = [one for one in self._groups(stream) if reply_fields(one)[b"name"] == self._group.encode()]
-        return str(reply_fields(mine[0])[b"last-delivered-id"].decode()) if mine else "0-0"
-
-    def _groups(self, stream: str) -> list[Any]:
-        return list(self._wire.call("XINFO", "GROUPS", stream))
-
-
-def _read_fold(value: Value) -> Trajectory | Corrupt:
-    try:
-        return read_blob(value, value.nbytes)
-    except Corrupt as error:
-        return error
 
 
 def assembly_name(id: str, group: str | None, group_size: int | None) -> str:
@@ -471,14 +342,6 @@ def parse_deliveries(partition: int, entries: object) -> list[Delivery]:
         Delivery(partition, at, _decode_group(fields.get(b"g", b""), EntryPlace(partition, at)))
         for at, fields in parse_stream(entries)
     ]
-
-
-def _is_tombstone(reply: object) -> bool:
-    """What XREVRANGE gave is a tombstone. What is not trajstore's is none; whoever reads the trajectory says so."""
-    try:
-        return any(find_tombstone(decode_entry(at, data)) is not None for at, data in parse_entries(reply))
-    except (Corrupt, SchemaError):
-        return False
 
 
 _encode = msgspec.msgpack.Encoder().encode

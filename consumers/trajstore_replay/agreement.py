@@ -12,8 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from trajstore.fold import version_pieces
-from trajstore.history import Segment
+from trajstore.fold import row_version_pieces
 from trajstore.trajectory import Trajectory
 
 __all__ = [
@@ -129,6 +128,8 @@ class Agreement(msgspec.Struct, kw_only=True, frozen=True):
         start, stop: positions compared.
         weight_version: only what this version recorded was compared; None: everything.
         tau, tie_tolerance: as asked for.
+        assumed: engines that sampled at a temperature other than 1, and of which it is not known whether the logprobs
+            that they tell are those after it; their tokens were scored at 1.
         tokens: that the engine was given.
         unscored: sampled tokens of these positions without a finite logprob, recorded or engine's.
         missing: rows of these positions that the record or the engine does not have; the last token's normally is one.
@@ -147,6 +148,7 @@ class Agreement(msgspec.Struct, kw_only=True, frozen=True):
     weight_version: str | None
     tau: float
     tie_tolerance: float
+    assumed: tuple[str, ...]
     tokens: int
     unscored: int
     missing: int
@@ -158,18 +160,12 @@ class Agreement(msgspec.Struct, kw_only=True, frozen=True):
 
 
 def row_versions(trajectory: Trajectory) -> npt.NDArray[np.object_]:
-    """The weight version that each row was computed under, object `[T]` of strings; "" where it is missing.
-
-    That is the version of the token that the row decided, where that token is of the same segment's output: with k
-    tokens sampled when the weights changed in mid-request, the rows below P + k - 1 are the old weights'. Rows of the
-    input were computed before the first output token.
-    """
+    """The weight version that each row was computed under, object `[T]` of strings; "" where it is missing."""
     versions = np.full(len(trajectory), "", np.object_)
     for segment in trajectory.segments:
-        mine = np.flatnonzero(trajectory.routing_source == segment.index)
-        by_output = _output_versions(segment)
-        decided = np.clip(mine + 1 - (segment.base + segment.context), 0, len(by_output) - 1)
-        versions[mine] = by_output[decided]
+        mine = trajectory.routing_source == segment.index
+        for start, stop, version in row_version_pieces(segment):
+            versions[start:stop][mine[start:stop]] = version
     return versions
 
 
@@ -305,15 +301,6 @@ def worst_tokens(
         for at in np.argsort(-size, kind="stable")[:count].tolist()
         if size[at] > 0
     )
-
-
-def _output_versions(segment: Segment) -> npt.NDArray[np.object_]:
-    """Version of each output token of a segment, at least one."""
-    found = np.full(max(1, segment.output), segment.weight_version, np.object_)
-    first = segment.base + segment.context
-    for start, stop, version in version_pieces(segment):
-        found[start - first : stop - first] = version
-    return found
 
 
 def _mean(values: npt.NDArray[Any] | Sequence[float]) -> float:

@@ -13,7 +13,6 @@ from trajstore.engine import Scored, Scorer
 from trajstore.errors import RoutingError, SchemaError
 from trajstore.events import EventId
 from trajstore.fold import Policy
-from trajstore.history import Segment
 from trajstore.reading import Archive
 from trajstore.routing import RoutingArray
 from trajstore.trajectory import Trajectory
@@ -26,11 +25,9 @@ from trajstore_replay.agreement import (
     worst_rows,
     worst_tokens,
 )
+from trajstore_replay.temperatures import assumed_engines, scoring_temperatures
 
-__all__ = ["Rerun", "rerun", "write_rerun"]
-
-_AFTER_TEMPERATURE = ("transformers", "sglang")
-"""Engines whose logprobs are those of the distribution after the temperature; vLLM gives those before it."""
+__all__ = ["Rerun", "require_comparable", "rerun", "write_rerun"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,7 +84,8 @@ def rerun(
         weight_version: compare only what this version recorded, for one engine has one version's weights. Default
             everything, counted by version.
         temperature: at which sampled tokens are scored. Default what their segments were sampled at, where their
-            engine reports logprobs after the temperature (transformers, SGLang); else 1.
+            engine tells logprobs after the temperature (transformers, SGLang, verl); else 1, which is an assumption
+            for an engine that is not known (`Agreement.assumed`).
         tau: of F(tau), above 1.
         tie_tolerance: a differing cell counts as a near tie if the engine's own router decided it by no more than this
             (in logits). It counts as differing all the same.
@@ -102,22 +100,17 @@ def rerun(
     if not tau > 1 or not tie_tolerance >= 0:
         raise SchemaError(f"tau must be above 1 and tie_tolerance not negative, not {tau} and {tie_tolerance}")
     trajectory = store.load(id, policy=policy, until=until)
+    wanted = _wanted(trajectory, rows, weight_version)
+    start, stop, versions = wanted.start, wanted.stop, wanted.versions
+    scored_at = scoring_temperatures(trajectory, temperature)
     length = len(trajectory)
-    start, stop = (0, length) if rows is None else rows
-    if length == 0 or not 0 <= start < stop <= length:
-        raise SchemaError(f"rows {start}:{stop} of {id} are not there to compare: it has {length} tokens")
-    scored_at = _temperatures(trajectory, temperature)
     given = min(stop + 1, length)  # some engines give a token's row only once the next one was read
     scored = engine.score(trajectory.token_ids[:given], temperature=scored_at[:given])
     logprobs = _whole_logprobs(scored, given, length)
-    versions = row_versions(trajectory)
-    within = np.zeros(length, np.bool_)
-    within[start:stop] = True
-    tokens_wanted, rows_wanted = _wanted(trajectory, versions, within, weight_version)
     with np.errstate(invalid="ignore"):  # two infinities; they are not compared
         difference = logprobs.astype(np.float64) - trajectory.logprobs
-    difference[~(tokens_wanted & np.isfinite(difference))] = np.nan
-    routing = _compare_routing(trajectory, scored, rows_wanted, tie_tolerance=tie_tolerance)
+    difference[~(wanted.tokens & np.isfinite(difference))] = np.nan
+    routing = _compare_routing(trajectory, scored, wanted.rows, tie_tolerance=tie_tolerance)
     origins = _origins(store, trajectory)
     agreement = Agreement(
         id=trajectory.id,
@@ -129,9 +122,10 @@ def rerun(
         weight_version=weight_version,
         tau=tau,
         tie_tolerance=tie_tolerance,
+        assumed=() if temperature is not None else assumed_engines(trajectory),
         tokens=given,
-        unscored=int(np.count_nonzero(tokens_wanted & np.isnan(difference))),
-        missing=0 if routing.experts is None else int(np.count_nonzero(within & ~routing.there)),
+        unscored=int(np.count_nonzero(wanted.tokens & np.isnan(difference))),
+        missing=0 if routing.experts is None else int(np.count_nonzero(wanted.within & ~routing.there)),
         logprobs=logprob_agreement(trajectory, difference, tau=tau),
         routing=()
         if routing.experts is None
@@ -170,6 +164,22 @@ def rerun(
         near_ties=routing.near_ties,
         order_changes=routing.order_changes,
     )
+
+
+def require_comparable(
+    store: Archive,
+    id: str,
+    *,
+    policy: Policy = "last_segment_wins",
+    until: str | EventId | None = None,
+    rows: tuple[int, int] | None = None,
+    weight_version: str | None = None,
+) -> None:
+    """That there is something to compare in a trajectory, before an engine is loaded for it.
+
+    Args, Raises: as `rerun`.
+    """
+    _wanted(store.load(id, policy=policy, until=until), rows, weight_version)
 
 
 def write_rerun(path: str | os.PathLike[str], found: Rerun) -> None:
@@ -253,43 +263,41 @@ def _compare_routing(
     return _Routing(experts, margins, there, compared, differing, near_ties, reordered)
 
 
-def _wanted(
-    trajectory: Trajectory,
-    versions: npt.NDArray[np.object_],
-    within: npt.NDArray[np.bool_],
-    weight_version: str | None,
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Sampled tokens and rows to compare, bool `[T]` each."""
+class _Wanted(NamedTuple):
+    """What is compared: positions `[start, stop)`; bool `[T]`, these, their sampled tokens, their rows.
+
+    `versions`: object `[T]`, see `row_versions`.
+    """
+
+    start: int
+    stop: int
+    within: npt.NDArray[np.bool_]
+    tokens: npt.NDArray[np.bool_]
+    rows: npt.NDArray[np.bool_]
+    versions: npt.NDArray[np.object_]
+
+
+def _wanted(trajectory: Trajectory, rows: tuple[int, int] | None, weight_version: str | None) -> _Wanted:
+    length = len(trajectory)
+    start, stop = (0, length) if rows is None else rows
+    if length == 0 or not 0 <= start < stop <= length:
+        raise SchemaError(f"rows {start}:{stop} of {trajectory.id} are not there to compare: it has {length} tokens")
+    within = np.zeros(length, np.bool_)
+    within[start:stop] = True
+    versions = row_versions(trajectory)
     tokens = within & trajectory.loss_mask
     if weight_version is None:
-        return tokens, within
+        return _Wanted(start, stop, within, tokens, within, versions)
     named = np.array([*trajectory.weight_versions, ""], np.object_)  # -1, the last: not sampled
     tokens &= named[trajectory.weight_version_ids] == weight_version
-    rows = within & trajectory.routing_mask & (versions == weight_version)
-    if not tokens.any() and not rows.any():
+    of_version = within & trajectory.routing_mask & (versions == weight_version)
+    if not tokens.any() and not of_version.any():
         known = dict.fromkeys([*trajectory.weight_versions, *versions[trajectory.routing_mask]])
         raise SchemaError(
             f"nothing that is to be compared of {trajectory.id} was recorded under weights {weight_version!r}; it has "
             f"{', '.join(map(repr, known)) or 'no sampled token'}"
         )
-    return tokens, rows
-
-
-def _temperatures(trajectory: Trajectory, given: float | None) -> npt.NDArray[np.float32]:
-    """At which each token is scored, float32 `[T]`."""
-    if given is not None:
-        if not 0 < given < np.inf:
-            raise SchemaError(f"temperature must be positive and finite, not {given}")
-        return np.where(trajectory.loss_mask, given, 1.0).astype(np.float32)
-    by_segment = np.array([*map(_temperature, trajectory.segments), 1.0], np.float32)
-    return np.where(trajectory.loss_mask, by_segment[trajectory.segment_ids], np.float32(1.0))
-
-
-def _temperature(segment: Segment) -> float:
-    """Of the distribution whose logprobs a segment's engine reports; greedy ones are told at 1."""
-    given = segment.sampling.get("temperature")
-    tells_it = segment.engine.partition("/")[0] in _AFTER_TEMPERATURE
-    return float(given) if tells_it and isinstance(given, int | float) and given > 0 else 1.0
+    return _Wanted(start, stop, within, tokens, of_version, versions)
 
 
 def _whole_logprobs(scored: Scored, given: int, length: int) -> npt.NDArray[np.float32]:

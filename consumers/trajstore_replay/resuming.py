@@ -1,18 +1,23 @@
-"""Going on with a rollout that was cut off: with which engine, from where, and by what of its own settings."""
+"""Going on with a rollout that was cut off: whether, from where, how, and what is kept if that is cut short."""
 
-import contextlib
+import logging
+from collections.abc import Collection
 from typing import Literal, TypeAlias
 
 import msgspec
 
 from trajstore.engine import Resumer
 from trajstore.errors import Conflict, SchemaError, SequenceGap, TrajstoreError
-from trajstore.events import CLOSED_STATUSES, FINAL_STATUSES, EventId, Status
+from trajstore.events import CLOSED_STATUSES, FINAL_STATUSES, EventId, Status, TrajectoryClosed
 from trajstore.history import History, Segment
-from trajstore.ingest import check_choice, check_count, check_finite
+from trajstore.ingest import check_choice, check_count
 from trajstore.store import Store
+from trajstore.writing import TrajectoryWriter
+from trajstore_replay.settings import Settings, read_settings
 
-__all__ = ["CLOSINGS", "Closing", "Resumed", "require_resumable", "resume"]
+__all__ = ["CLOSINGS", "Closing", "Resumed", "require_resumable", "require_sampling", "resume"]
+
+log = logging.getLogger(__name__)
 
 Closing: TypeAlias = Literal["auto"] | Status
 CLOSINGS: tuple[Closing, ...] = ("auto", *CLOSED_STATUSES)
@@ -52,13 +57,14 @@ def resume(
     temperature: float | None = None,
     stop_token_ids: tuple[int, ...] | None = None,
     ignore_eos: bool | None = None,
+    without: Collection[str] = (),
     takeover: bool = False,
     close: Closing | None = None,
 ) -> Resumed:
     """Go on with an aborted rollout, or a lost one: a new segment over all of its tokens, to the engine's end of it.
 
     Where an exception cuts it short, what came is recorded and the trajectory is closed as aborted: it can be resumed
-    again.
+    again. A warning says so.
 
     Args:
         id: of the trajectory.
@@ -66,6 +72,8 @@ def resume(
         max_tokens: at most so many new ones. Default what the newest segment's own limit leaves.
         temperature: default the newest segment's.
         stop_token_ids, ignore_eos: what ends the output; default as of the newest segment.
+        without: names of the newest segment's other sampling parameters that are left out. All that are not go to the
+            engine, and one that it does not take is refused.
         takeover: also while a segment is open, which fences the writer that has it, if it still lives; and where the
             log has a hole, from below it.
         close: close the trajectory with this status; "auto": completed where the engine stopped by itself, truncated
@@ -74,29 +82,27 @@ def resume(
     Raises:
         NotFound: no such trajectory.
         Conflict: it is final, a segment is open and not `takeover`, or there is nothing to go on with or for.
-        SchemaError: what was sampled with is not on record and not given.
+        Fenced: another writer has taken it over.
+        SchemaError: what was sampled with is not on record and not given, is out of range, or the engine does not take
+            it.
         TrajstoreError: what the engine or the store raise.
     """
     closing = None if close is None else check_choice(close, CLOSINGS, name="status to close with")
+    writer = store.get(id)  # first: whoever begins a segment after this fences the handle, and before it, is seen below
     limit = require_resumable(store, id, max_tokens=max_tokens, takeover=takeover)
-    writer = store.get(id)
-    history, _ = _history(store, id)
-    sampling = history.segments[-1].sampling
-    heat = sampling.get("temperature", 1.0) if temperature is None else temperature
+    settings = require_sampling(store, id, engine.takes, engine=engine.name, temperature=temperature, without=without)
+    before = len(_history(store, id)[0].segments)
     try:
         finish_reason = engine.resume(
             writer,
             max_tokens=limit,
-            temperature=check_finite(heat, name="temperature"),
-            stop_token_ids=tuple(sampling.get("stop_token_ids", ())) if stop_token_ids is None else stop_token_ids,
-            ignore_eos=sampling.get("ignore_eos") is True if ignore_eos is None else ignore_eos,
+            temperature=settings.temperature,
+            stop_token_ids=settings.stop_token_ids if stop_token_ids is None else stop_token_ids,
+            ignore_eos=settings.ignore_eos if ignore_eos is None else ignore_eos,
+            further={name: value for name, value in settings.further.items() if name not in without},
         )
     except BaseException:
-        with contextlib.suppress(TrajstoreError):  # the exception on its way out tells more
-            store.flush(id)
-            if len(store.plan(id).history.segments) > len(history.segments):
-                writer.close("aborted")
-                store.flush(id)
+        _keep(store, writer, before)
         raise
     if closing is not None:
         writer.close(_BY_FINISH.get(finish_reason, "aborted") if closing == "auto" else closing)
@@ -122,6 +128,8 @@ def require_resumable(store: Store, id: str, *, max_tokens: int | None = None, t
         NotFound, Conflict, SchemaError: as `resume`.
     """
     history, gap = _history(store, id)
+    if gap is not None:
+        _require_no_end_above(store, id, gap)
     if gap is not None and not takeover:
         raise Conflict(
             f"{gap}. Its {history.length} tokens up to there can be gone on with, which leaves out what lies above the "
@@ -149,6 +157,73 @@ def require_resumable(store: Store, id: str, *, max_tokens: int | None = None, t
     return max_tokens
 
 
+def require_sampling(
+    store: Store,
+    id: str,
+    takes: Collection[str],
+    *,
+    engine: str,
+    temperature: float | None = None,
+    without: Collection[str] = (),
+) -> Settings:
+    """How a trajectory was sampled last, if an engine that takes these parameters can go on with it.
+
+    Args:
+        takes: see `trajstore.engine.Resumer`.
+        engine: its name, for the error.
+        temperature, without: as for `resume`.
+
+    Raises:
+        NotFound, SchemaError: as `resume`.
+    """
+    newest = _history(store, id)[0].segments[-1]
+    settings = read_settings(newest, temperature=temperature)
+    if unheard := sorted(set(without) - newest.sampling.keys()):
+        raise SchemaError(f"segment {newest.index} of {id} was sampled without {', '.join(unheard)} already")
+    alien = [name for name in settings.further if name not in takes and name not in without]
+    if alien:
+        named = ", ".join(f"{name}={settings.further[name]!r:.80}" for name in alien)
+        raise SchemaError(
+            f"segment {newest.index} of {id} was sampled with {named}, by which {engine} does not sample: what it adds "
+            f"would be of another distribution. Resume on another engine, or leave out what does not matter: "
+            f"without={alien} ({' '.join(f'--without {name}' for name in alien)})"
+        )
+    return settings
+
+
+def _keep(store: Store, writer: TrajectoryWriter, before: int) -> None:
+    """An exception is on its way out: what came is flushed, and the trajectory closed as aborted.
+
+    Args:
+        before: segments that the trajectory had.
+    """
+    try:
+        store.flush(writer.id)
+        made = store.plan(writer.id).history.segments[before:]
+        if not made:
+            return
+        writer.close("aborted")
+        store.flush(writer.id)
+    except TrajstoreError as error:  # the exception on its way out tells more
+        log.warning("%s was cut short, and may be without its last tokens and open: %s", writer.id, error)
+        return
+    log.warning(
+        "%s was cut short after %d tokens, which are kept as segment %d; it is closed as aborted, and can be resumed",
+        writer.id, made[-1].output, made[-1].index,
+    )  # fmt: skip
+
+
+def _require_no_end_above(store: Store, id: str, gap: SequenceGap) -> None:
+    """What lies above a hole in the log is no final close: a trainer may have had it."""
+    hole = EventId.parse(gap.last_good)
+    for event in store.events(id):
+        if event.at > hole and isinstance(event.header, TrajectoryClosed) and event.header.status in FINAL_STATUSES:
+            raise Conflict(
+                f"{gap}. Above the hole, at {event.at}, it was closed as {event.header.status}, which is final; create "
+                "a new trajectory"
+            )
+
+
 def _history(store: Store, id: str) -> tuple[History, SequenceGap | None]:
     """What happened; up to the hole if the log has one, which is returned, too."""
     try:
@@ -161,8 +236,8 @@ def _history(store: Store, id: str) -> tuple[History, SequenceGap | None]:
 
 def _tokens_left(id: str, newest: Segment) -> int:
     """Of the newest segment's own limit, what it has not sampled."""
-    limit = newest.sampling.get("max_tokens", newest.sampling.get("max_new_tokens"))
-    if not isinstance(limit, int):
+    limit = read_settings(newest).max_tokens
+    if limit is None:
         raise SchemaError(
             f"segment {newest.index} of {id} does not say how many tokens it was to sample; give max_tokens "
             "(--max-tokens)"

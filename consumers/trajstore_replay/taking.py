@@ -28,6 +28,9 @@ def take(
 ) -> int:
     """Give ready entries to `sink`, one at a time; what it returned from is acknowledged and does not come again.
 
+    Nothing is judged: there is no `Selection` here. The sink sees by the entry (`ready.delivery.group`) what of a group
+    is late, and what was published of it before.
+
     At least once: where this process dies between the two, the entry comes again, to the next one of this name at once,
     to others of the consumer group after 300 s.
 
@@ -48,18 +51,18 @@ def take(
         Unavailable: the server does not answer.
         Exception: what `sink` raises; the entry at hand is not acknowledged.
     """
-    reader = TrajectoryReader(store, group=consumers, consumer=name)
     deadline = None if seconds is None else time.monotonic() + seconds
     taken = 0
-    while taken != count and not (stopped is not None and stopped.is_set()):
-        left = _BLOCK if deadline is None else deadline - time.monotonic()
-        found = reader.poll(1, max(0.0, min(_BLOCK, left)))
-        for ready in found:
-            sink(ready)
-            reader.acknowledge([ready])
-            taken += 1
-        if left <= 0 and not found:
-            break
+    with TrajectoryReader(store, group=consumers, consumer=name) as reader:
+        while taken != count and not (stopped is not None and stopped.is_set()):
+            left = _BLOCK if deadline is None else deadline - time.monotonic()
+            found = reader.poll(1, max(0.0, min(_BLOCK, left)))
+            for ready in found:
+                sink(ready)
+                reader.acknowledge([ready])
+                taken += 1
+            if left <= 0 and not found:
+                break
     return taken
 
 

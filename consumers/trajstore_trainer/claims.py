@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from ulid import ULID
 
+from trajstore.log.feed import sign_off
 from trajstore.log.keys import Keys
 from trajstore.log.wire import Command, Wire, reply_fields
 from trajstore.ready import Delivery, EntryPlace, parse_deliveries
@@ -152,16 +153,7 @@ class Claims:
     def leave(self) -> None:
         """Remove this consumer where it has nothing in hand; its thread reads no more."""
         streams = [self._keys.ready(partition) for partition in range(self._keys.partitions)]
-        pending = self._wire.call_all(
-            [("XPENDING", stream, self._group, "-", "+", 1, self._consumer) for stream in streams]
-        )
-        self._wire.call_all(
-            [
-                ("XGROUP", "DELCONSUMER", stream, self._group, self._consumer)
-                for stream, entries in zip(streams, pending, strict=True)
-                if not entries
-            ]
-        )
+        sign_off(self._wire, streams, self._group, self._consumer)
 
     def _others(self) -> list[_Consumer]:
         """The other consumers that have something in hand."""

@@ -34,14 +34,13 @@ class Decisions:
             Unavailable: it does not answer.
         """
         members = ready.delivery.group.members
-        if verdict.waits or not ready.trajectories:
+        name = _assembly_name(ready)
+        if verdict.waits or name is None:
             return verdict
         before = ready.delivery.group.before
         is_first = before == 0 if before is not None else ready.version <= len(members)  # else something closed twice
         if is_first and not verdict.decides:
             return verdict
-        first = ready.trajectories[0]
-        name = assembly_name(first.id, first.group, first.group_size)
         key = self._keys.chosen(name, self._consumers)
         entry = str(ready.delivery.place).encode()
         chosen, left = self._wire.call_all([("GET", key), ("PTTL", self._keys.assembly(name))])
@@ -53,3 +52,16 @@ class Decisions:
         if chosen in (None, entry):
             return verdict
         return Verdict([], {member.id: DECIDED for member in members}, DECIDED)
+
+
+def _assembly_name(ready: ReadyTrajectories) -> str | None:
+    """Under which name a materializer put the entry together; None of an old entry whose members cannot be read."""
+    entry = ready.delivery.group
+    if entry.size is not None:
+        return entry.group
+    if entry.group is None or entry.came is not None:  # by itself
+        return assembly_name(entry.members[0].id, None, None)
+    if not ready.trajectories:
+        return None
+    first = ready.trajectories[0]
+    return assembly_name(first.id, first.group, first.group_size)

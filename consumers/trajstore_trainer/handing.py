@@ -132,11 +132,15 @@ class Handing:
             record = Filtered(
                 entry=str(place), group=ready.group, version=ready.version, why=verdict.why, reasons=verdict.reasons
             )
-        if record is not None and not self._checkpoints:
-            self._records.write([record])
         self.require_held(timeout)
         if not self._session.hand_out(ready, record if self._checkpoints else None):
             return None
+        if record is not None and not self._checkpoints:
+            try:
+                self._records.write([record])  # not before: whoever has taken the group over decides on it, too
+            except BaseException:
+                self._session.hand_back(ready)
+                raise
         if record is not None:
             log.info(
                 "%s: not trained on %s%s",

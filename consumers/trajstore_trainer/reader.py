@@ -4,13 +4,15 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from types import TracebackType
+from typing import Self, cast
 
 from trajstore.errors import Corrupt, NotFound, RoutingError, SchemaError, SequenceGap, Unavailable
 from trajstore.fold import Policy
 from trajstore.log.feed import worker_name
 from trajstore.log.run import TRAINER_GROUP
-from trajstore.ready import Delivery, EntryPlace, ReadyFollower, ReadyMember
+from trajstore.ready import Delivery, EntryPlace, ReadyMember
+from trajstore.ready_follower import ReadyFollower
 from trajstore.store import Store
 from trajstore.trajectory import Trajectory
 
@@ -40,7 +42,7 @@ class ReadyTrajectories:
 
 
 class TrajectoryReader:
-    """A consumer of finished trajectories, for one thread.
+    """A consumer of finished trajectories, for one thread. A context manager, which signs off at its end.
 
     Delivery is at least once: what was not acknowledged comes again, before anything new, to the next reader of the
     same name, or to any other of the group after `claim_seconds`. To the reader that has it, it does not.
@@ -150,6 +152,21 @@ class TrajectoryReader:
         deliveries = [one.delivery for one in ready]
         self._queue.acknowledge(deliveries)
         self._outstanding.difference_update(one.place for one in deliveries)
+
+    def close(self) -> None:
+        """Sign off: the consumer's name goes from where it has nothing unacknowledged. It may read on all the same."""
+        try:
+            self._queue.leave()
+        except Unavailable as error:  # what it has comes to others all the same
+            log.warning("a reader of group %s left without signing off: %s", self._group, error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _fill(self, groups: int, at_least: int, deadline: float) -> None:
         """Hold at least so many entries, or what there is at the deadline; look for `groups`."""

@@ -120,6 +120,14 @@ class Session:
             self._changed.notify_all()
             return True
 
+    def hand_back(self, ready: ReadyTrajectories) -> None:
+        """What was handed out last was not used: it is the next again, if it is this consumer's still."""
+        with self._changed:
+            place = ready.delivery.place
+            del self.handed[place]
+            if place not in self._gone | self._taken | self._settled:
+                self._ready.appendleft(ready)
+
     def settled(self, places: Collection[EntryPlace]) -> None:
         """These were acknowledged."""
         for place in places:

@@ -6,7 +6,8 @@ A crash in between repeats both.
 from collections.abc import Iterable, Sequence
 
 from trajstore.errors import Fenced
-from trajstore.ready import EntryPlace, ReadyFollower
+from trajstore.ready import EntryPlace
+from trajstore.ready_follower import ReadyFollower
 from trajstore.store import Store
 from trajstore_trainer.checkpoint import DatasetState
 from trajstore_trainer.claims import Claims

@@ -3,8 +3,8 @@
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -44,10 +44,13 @@ class TransformersEngine:
         name: "transformers/" and its version.
         weight_version: label of the weights in use.
         routing_spec: which layers route, and how; for `store.create(routing=...)`.
+        takes: see `trajstore.engine.Resumer`; nothing, for it samples from the whole distribution.
 
     Raises:
         SchemaError: the model is not supported, which the message explains; or an argument is out of range.
     """
+
+    takes: frozenset[str] = frozenset()
 
     def __init__(
         self, model: PreTrainedModel, *, weight_version: str = "0", max_batch: int = 16, seed: int = 0
@@ -211,12 +214,15 @@ class TransformersEngine:
         temperature: float = 1.0,
         stop_token_ids: tuple[int, ...] = (),
         ignore_eos: bool = False,
+        further: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """Go on with a trajectory to the end of one segment, and record it; see `trajstore.engine.Resumer`.
 
         Raises:
             Conflict, SchemaError: see `replay.resume`.
         """
+        if further:
+            raise SchemaError(f"{self.name} does not sample by {', '.join(sorted(further))}")
         ends = () if ignore_eos else end_tokens(self._model)
         asked = {
             "temperature": temperature,

@@ -67,6 +67,8 @@ class AsyncLLMRecorder:
         self._tasks: set[asyncio.Task[Any]] = set()  # a task that nobody holds may be collected while it runs
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="trajstore-vllm")
 
+    takes = LLMReplay.takes
+
     @classmethod
     def for_replay(cls, folder: Path, *, weight_version: str, dtype: str = "auto", seed: int = 0) -> LLMReplay:
         """What `trajstore rerun` and `trajstore resume` use as `--engine vllm`; see `trajstore.engine`."""

@@ -4,7 +4,9 @@ Serves `trajstore.engine.Scorer` and `Resumer`. vLLM is imported when a model is
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -29,7 +31,11 @@ class LLMReplay:
     Attributes:
         name: as segments name the engine, "vllm/0.30.0".
         weight_version: as given.
+        takes: see `trajstore.engine.Resumer`. Not the penalties that count output alone, for vLLM takes what was
+            sampled before for a prompt; and no stop strings, for there is no tokenizer here.
     """
+
+    takes = frozenset({"top_p", "top_k", "min_p", "repetition_penalty", "min_tokens"})
 
     def __init__(self, llm: Any, *, weight_version: str = "") -> None:
         self.name = engine_label()
@@ -79,7 +85,10 @@ class LLMReplay:
 
         ids = token_ids.tolist()
         if temperature is not None and not (np.asarray(temperature) == 1.0).all():
-            raise SchemaError("vLLM tells logprobs of given tokens at temperature 1 only; give temperature=1")
+            raise SchemaError(
+                "vLLM tells logprobs of given tokens at temperature 1 only; take another engine, or give temperature=1 "
+                "where the routing alone matters"
+            )
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         (output,) = self._llm.generate([{"prompt_token_ids": ids}], [params], use_tqdm=False)
         if getattr(output, "num_cached_tokens", 0):
@@ -104,8 +113,13 @@ class LLMReplay:
         temperature: float = 1.0,
         stop_token_ids: tuple[int, ...] = (),
         ignore_eos: bool = False,
+        further: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
-        """Go on with a trajectory to the end of one segment, its prefix's routing included; see `LLMRecorder`."""
+        """Go on with a trajectory to the end of one segment, its prefix's routing included; see `LLMRecorder`.
+
+        Raises:
+            Exception: what vLLM raises, e.g. for a temperature above 2; nothing was written if it refuses parameters.
+        """
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -114,6 +128,7 @@ class LLMReplay:
             stop_token_ids=list(stop_token_ids),
             ignore_eos=ignore_eos,
             detokenize=False,
+            **further,
         )
         recorder = LLMRecorder(self._llm, weight_version=self.weight_version, rerecord="prefix")
         (output,) = recorder.generate([trajectory], None, params)

@@ -29,14 +29,14 @@ def save_models(folder):
         model_of(version).save_pretrained(folder / version)
 
 
-def begin_rollout(store, engine, *, tokens, limit=40, temperature=0.8, **options):
+def begin_rollout(store, engine, *, tokens, limit=40, temperature=0.8, sampling=None, **options):
     """A rollout in mid-segment, `tokens` sampled and recorded: handle and open segment."""
     trajectory = store.create(**({"routing": engine.routing_spec} | options))
     segment = trajectory.segment(
         context=PROMPT,
         engine=engine.name,
         weight_version=engine.weight_version,
-        sampling={"temperature": temperature, "max_tokens": limit},
+        sampling=sampling or {"temperature": temperature, "max_tokens": limit},
     )
     engine.add_request(trajectory.id, trajectory.token_ids, SamplingParams(limit, temperature))
     for _ in range(tokens):

@@ -150,8 +150,8 @@ def waiting(store, name="g"):
 
 def set_back(store, seconds, name="g"):
     """As if it had waited for so much longer."""
-    since = int(waiting(store, name)) - seconds
-    store.wire.call("HSET", store.keys.waiting(store.keys.partition(name)), name, since)
+    since = float(waiting(store, name)) - seconds
+    store.wire.call("HSET", store.keys.waiting(store.keys.partition(name)), name, f"{since:.6f}")
 
 
 def test_group_with_a_late_member_is_published_without_it_after_so_long(store):
@@ -168,6 +168,56 @@ def test_group_with_a_late_member_is_published_without_it_after_so_long(store):
     assert (ready.size, ready.came, ready.late, ready.before) == (3, 2, 1, 0)
     assert waiting(store) is None
     assert materialize(store, group_seconds=0).groups == 0, "once"
+
+
+def test_wait_is_counted_from_the_moment_and_not_from_its_second(store):
+    """Else a group is published nearly a second before its time."""
+
+    def now():
+        seconds, microseconds = store.wire.call("TIME")
+        return int(seconds) * 1_000_000 + int(microseconds)
+
+    finish(store, group="g", group_size=2)
+    before = now()
+    materialize(store, group_seconds=1000)
+    assert before <= round(float(waiting(store)) * 1_000_000) <= now()
+
+
+def assembly_expires(store, name="g"):
+    """Whether the materializer's memory of a group ends some day."""
+    return store.wire.call("PTTL", store.keys.assembly(name)) > 0
+
+
+def test_late_member_is_not_forgotten_with_the_group_that_was_published_without_it(store):
+    """Of a group of 4 two come late; the memory of its first publication may end between them."""
+    made = [finish(store, group="g", group_size=4) for _ in range(2)]
+    materialize(store, group_seconds=0)
+    assert assembly_expires(store)
+    made.append(finish(store, group="g", group_size=4))
+    materialize(store)
+    assert not assembly_expires(store), "what has come is not published"
+    made.append(finish(store, group="g", group_size=4))
+    materialize(store)
+    assert [one.id for one in look(store)[-1].members] == sorted(one.id for one in made)
+    assert assembly_expires(store)
+
+
+def test_group_that_waits_for_a_resumed_member_in_vain_is_published_as_that_was_aborted(store, caplog):
+    """The trainer's aborted= decides, for nobody is late."""
+    aborted = abort(store, group="g", group_size=2)
+    materialize(store)
+    store.get(aborted.id).segment(weight_version="v2").close("abort")
+    store.flush()
+    finish(store, group="g", group_size=2)
+    materialize(store)
+    assert look(store) == []
+    materialize(store, group_seconds=0)
+    (ready,) = look(store)
+    assert (ready.late, sorted(one.status for one in ready.members)) == (0, ["aborted", "completed"])
+    (told,) = (line for line in caplog.messages if "is published" in line)
+    assert told == (
+        "group g is published with a member as it was aborted: that was resumed, and has not been closed again in time"
+    )
 
 
 def test_group_comes_again_whole_when_its_late_member_comes(store):
@@ -206,6 +256,44 @@ def test_late_group_of_which_all_is_deleted_is_not_published(store):
     assert materialize(store, group_seconds=0).groups == 0
     assert look(store) == []
     assert waiting(store) is None
+    assert assembly_expires(store)
+
+
+def test_group_of_which_all_is_deleted_before_it_was_whole_is_forgotten_but_for_what_comes_yet(store):
+    gone = [finish(store, group="g", group_size=3) for _ in range(2)]
+    materialize(store)
+    for one in gone:
+        store.delete(one.id)
+    materialize(store)
+    assert waiting(store) is None
+    assert assembly_expires(store)
+    last = finish(store, group="g", group_size=3)
+    materialize(store)
+    assert [[one.id for one in ready.members] for ready in look(store)] == [[last.id]], "the deleted count as come"
+
+
+def test_group_of_nobody_that_is_found_waiting_is_forgotten(store):
+    """As it is where an older materializer saw the last of it deleted."""
+    gone = finish(store, group="g", group_size=2)
+    materialize(store)
+    store.delete(gone.id)
+    materialize(store)
+    store.wire.call("PERSIST", store.keys.assembly("g"))
+    store.wire.call("HSET", store.keys.waiting(store.keys.partition("g")), "g", "1700000000")
+    assert materialize(store, group_seconds=1).groups == 0
+    assert waiting(store) is None
+    assert assembly_expires(store)
+
+
+def test_group_whose_members_were_deleted_waits_for_those_to_come(store):
+    gone = finish(store, group="g", group_size=3)
+    materialize(store)
+    store.delete(gone.id)
+    materialize(store)
+    finish(store, group="g", group_size=3)
+    materialize(store)
+    assert waiting(store) == b""
+    assert not assembly_expires(store)
 
 
 def test_rival_materializers_publish_a_late_group_once(store, open_store):

@@ -11,7 +11,8 @@ from tests.builders import record_seed_case
 from tests.consumers.rollouts import finish, laid, look, members, wait_until
 from trajstore.blob import from_blob, to_blob
 from trajstore.errors import Corrupt
-from trajstore.ready import ReadyFollower, ReadyMember, ReadyQueue
+from trajstore.ready import ReadyMember, ReadyQueue
+from trajstore.ready_follower import ReadyFollower
 
 
 def member(id, version=1, status="completed"):
@@ -137,6 +138,16 @@ def test_consumer_that_was_away_finds_what_is_new_at_once(queue, follow):
     assert len(first.poll(count=30)) == 19
     publish(queue, "last")
     assert ids(second.poll(count=5)) == ["last"]
+
+
+def test_consumer_finds_again_what_the_server_has_forgotten_that_it_gave_out(queue, follow, store):
+    """Found by simulation seed 241: a server that lost its tail knows less of the group than its consumers do."""
+    publish(queue, "t")
+    follower = follow("one")
+    (given,) = follower.poll(count=1)
+    ready = store.keys.ready(given.partition)
+    store.wire.call_all([("XACK", ready, "trainer", given.at), ("XGROUP", "SETID", ready, "trainer", "0")])
+    assert ids([*follower.poll(count=1), *follower.poll(count=1)]) == ["t"]
 
 
 def test_poll_waits_for_the_first(queue, follow):

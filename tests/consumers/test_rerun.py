@@ -152,7 +152,16 @@ def test_anything_with_score_serves_and_gets_tokens_and_temperatures(embedded, r
 
 @pytest.mark.parametrize(
     ("engine", "temperature", "expected"),
-    [("transformers/5", 0.5, 0.5), ("sglang/0.5.23", 0.5, 0.5), ("vllm/0.30.0", 0.5, 1.0), ("transformers/5", 0, 1.0)],
+    [
+        ("transformers/5", 0.5, 0.5),
+        ("transformers/5", 0, 1.0),
+        ("sglang/0.5.23", 0.5, 0.5),
+        ("sglang-like/1", 0.5, 1.0),
+        ("vllm/0.30.0", 0.5, 1.0),
+        ("verl", 0.5, 0.5),
+        ("verl-vllm/0.9.1", 0.5, 0.5),
+        ("verl-sglang/0.9.1", 0.5, 0.5),
+    ],
 )
 def test_tokens_are_scored_at_the_temperature_of_what_their_engine_reports(embedded, engine, temperature, expected):
     trajectory = embedded.create()
@@ -163,6 +172,42 @@ def test_tokens_are_scored_at_the_temperature_of_what_their_engine_reports(embed
     rerun(embedded, trajectory.id, mine)
     rerun(embedded, trajectory.id, mine, temperature=0.25)
     assert [heat for _, heat in mine.asked] == [[1.0, 1.0, expected], [1.0, 1.0, 0.25]]
+
+
+@pytest.mark.parametrize(
+    ("engine", "mode", "expected"),
+    [("vllm/0.30.0", "processed_logprobs", 0.5), ("verl-vllm/0.9.1", "raw_logprobs", 1.0), ("x/1", "raw_logits", 1.0)],
+)
+def test_segment_that_names_its_logprobs_mode_is_believed(embedded, engine, mode, expected):
+    trajectory = embedded.create()
+    with trajectory.segment(
+        context=[1], engine=engine, sampling={"temperature": 0.5, "logprobs_mode": mode}
+    ) as segment:
+        segment.tokens([3], [-1.0])
+    embedded.flush()
+    mine = Says()
+    assert rerun(embedded, trajectory.id, mine).agreement.assumed == ()
+    assert mine.asked[0][1] == [1.0, expected]
+
+
+def test_temperature_of_an_engine_that_is_not_known_is_named_as_an_assumption(embedded):
+    trajectory = embedded.create()
+    for engine, temperature in [("other/1", 0.5), ("", 0.7), ("other/1", 0.2), ("same/1", 1.0), ("greedy/1", 0)]:
+        context = [] if len(trajectory) else [1]
+        with trajectory.segment(context=context, engine=engine, sampling={"temperature": temperature}) as segment:
+            segment.tokens([3], [-1.0])
+    embedded.flush()
+    assert rerun(embedded, trajectory.id, Says()).agreement.assumed == ("other/1", "")
+    assert rerun(embedded, trajectory.id, Says(), temperature=0.5).agreement.assumed == ()
+
+
+def test_nothing_is_scored_in_vain(embedded, recorded):
+    """A large model takes minutes to load and to run."""
+    mine = Says()
+    for wrong in ({"weight_version": "v9"}, {"rows": (0, 8)}, {"temperature": -1.0}, {"tau": 1.0}):
+        with pytest.raises(trajstore.SchemaError):
+            rerun(embedded, recorded, mine, **wrong)
+    assert mine.asked == []
 
 
 def test_rows_bound_what_is_compared_and_what_is_read(embedded, recorded):
@@ -260,6 +305,16 @@ def test_command_tells_versions_apart_in_words_and_json(embedded, mixed, tmp_pat
     assert (tmp_path / "x.npz").exists()
 
 
+def test_command_names_what_it_assumes(embedded, tmp_path):
+    save_models(tmp_path)
+    trajectory = embedded.create()
+    with trajectory.segment(context=PROMPT, engine="other/1", sampling={"temperature": 0.5}) as segment:
+        segment.tokens([3], [-1.0])
+    embedded.flush()
+    shown = invoke("rerun", tmp_path / "store", trajectory.id, "--model", tmp_path / "v1")
+    assert re.search(r"assumed +other/1 tells logprobs before the temperature; else give --temperature", shown.stdout)
+
+
 @pytest.mark.parametrize(
     ("options", "code", "why"),
     [
@@ -267,6 +322,8 @@ def test_command_tells_versions_apart_in_words_and_json(embedded, mixed, tmp_pat
         (("--out", "/nowhere/x.npz"), 2, "there is no folder /nowhere"),
         (("--engine", "nix"), 1, "engines that serve replay: transformers"),
         (("--until", "9-9"), 1, "9-9"),
+        (("--rows", "3:9"), 1, "rows 3:9"),
+        (("--weight-version", "v9"), 1, "under weights 'v9'; it has 'w1'"),
         (("--tau", "1"), 2, "tau"),
     ],
 )
@@ -274,3 +331,4 @@ def test_command_refuses_what_cannot_be(embedded, recorded, tmp_path, options, c
     refused = invoke("rerun", tmp_path / "store", recorded, "--model", tmp_path, *options)
     assert refused.exit_code == code
     assert why in refused.stderr
+    assert "loading" not in refused.stderr or "--engine" in options

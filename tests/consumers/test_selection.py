@@ -8,7 +8,9 @@ import pytest
 import trajstore
 from tests.consumers.rollouts import abort, finish, look, materialize, resume, wait_until
 from trajstore_trainer import Selection, TrajectoryDataset, TrajectoryReader
+from trajstore_trainer.filtered import FilteredLog
 from trajstore_trainer.selection import judge, trailing_integer
+from trajstore_trainer.session import Session
 
 pytestmark = pytest.mark.torch
 
@@ -185,6 +187,20 @@ def test_group_with_a_late_member_waits_or_is_decided_for_good(store, dataset, l
     assert {record.why for record in one.filtered()} >= {why}
 
 
+def test_group_dropped_with_nothing_readable_in_it_stays_dropped(store, dataset):
+    first = finish(store, group="g", group_size=2)
+    materialize(store, group_seconds=0)
+    store.wire.call("UNLINK", store.keys.ready_payload(first.id, 1))
+    store.wire.call("XDEL", store.keys.entries(first.id), "2-0")
+    one = dataset(late="drop", unfit="rest", min_members=1)
+    assert nothing(one)
+    assert one.counts.passed_over == {"a member is late": 1}
+    finish(store, group="g", group_size=2)
+    materialize(store)
+    assert nothing(one)
+    assert one.counts.passed_over["an earlier version of the group was decided on"] == 1
+
+
 def test_late_member_is_not_taken_for_a_missing_one(store):
     for _ in range(3):
         finish(store, group="g", group_size=4)
@@ -339,6 +355,36 @@ def test_decision_outlives_the_materializers_memory_of_the_group(store, dataset)
 
 
 # What is left out
+
+
+def test_group_that_others_took_over_before_it_was_handed_out_is_put_on_record_by_them_alone(
+    store, dataset, monkeypatch
+):
+    """Who decides records: others may know other weights, and train on all of it."""
+    aborted_group(store)
+    one = dataset(aborted="rest")
+    monkeypatch.setattr(Session, "hand_out", lambda *_: False)
+    assert nothing(one)
+    assert one.filtered() == []
+
+
+def test_group_whose_record_the_server_did_not_take_is_the_next_again(store, dataset, monkeypatch):
+    made = aborted_group(store)
+    one = dataset(aborted="rest")
+    write, refusals = FilteredLog.write, iter([trajstore.Unavailable("no answer")])
+
+    def refused_once(*args):
+        for error in refusals:
+            raise error
+        write(*args)
+
+    monkeypatch.setattr(FilteredLog, "write", refused_once)
+    with pytest.raises(trajstore.Unavailable, match="no answer"):
+        next(iter(one))
+    one.acknowledge()
+    assert len(look(store)) == 1, "it was not handed out"
+    assert take(one) == [ids_of(made[1:])]
+    assert [record.reasons for record in one.filtered()] == [{made[0].id: "aborted"}]
 
 
 def test_what_is_left_out_is_counted_logged_and_loads(store, dataset, caplog):

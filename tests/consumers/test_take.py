@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 from tests.cli.running import ended, invoke, run, started  # noqa: E402
 from tests.consumers.rollouts import finish, look, materialize  # noqa: E402
+from trajstore.log.wire import reply_fields  # noqa: E402
 from trajstore_replay.taking import take, write_ready  # noqa: E402
 from trajstore_trainer import TrajectoryReader, read_trajectories  # noqa: E402
 
@@ -45,6 +46,48 @@ def test_json_has_the_trajectories_themselves(embedded, published, tmp_path):
     assert some["token_ids"] == embedded.load(some["id"]).token_ids.tolist()
     assert some["routed_experts"] == embedded.load(some["id"]).routed_experts.tolist()
     assert groups[0]["missing"] == {}
+
+
+def test_group_without_its_late_member_says_so(embedded, tmp_path):
+    for _ in range(2):
+        finish(embedded, group="g", group_size=3)
+    materialize(embedded, group_seconds=0)
+    finish(embedded, group="g", group_size=3)
+    materialize(embedded)
+    options = ("take", tmp_path / "store", "--seconds", 0)
+    told = [
+        {name: one[name] for name in ("version", "size", "came", "late", "before")}
+        for one in json.loads(invoke(*options, "--consumers", "look", "--json").stdout)
+    ]
+    assert told == [
+        {"version": 2, "size": 3, "came": 2, "late": 1, "before": 0},
+        {"version": 3, "size": 3, "came": 3, "late": 0, "before": 2},
+    ]
+    shown = invoke(*options, "--out", tmp_path / "taken").stdout.splitlines()
+    assert shown[0].endswith("g  2 trajectories, 1 late")
+    assert shown[1].endswith("g  3 trajectories, published before as version 2")
+
+
+def consumers(store):
+    """Names in the trainer's consumer group, over all partitions."""
+    streams = [store.keys.ready(p) for p in range(store.partitions)]
+    replies = [store.wire.call("XINFO", "CONSUMERS", stream, "trainer") for stream in streams]
+    return {reply_fields(one)[b"name"].decode() for reply in replies for one in reply}
+
+
+def test_nobody_is_left_behind_who_has_nothing_in_hand(embedded, published):
+    take(embedded, lambda ready: None, count=1)
+    take(embedded, lambda ready: None, count=1, name="me")
+    assert consumers(embedded) == set()
+
+    def full(ready):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        take(embedded, full, name="holds")
+    assert consumers(embedded) == {"holds"}
+    assert take(embedded, lambda ready: None, name="holds", seconds=0) == 1
+    assert consumers(embedded) == set()
 
 
 def test_what_could_not_be_written_is_not_acknowledged_and_comes_again_under_the_name(embedded, published):

@@ -126,6 +126,28 @@ def test_reader_does_not_get_again_what_it_has_in_hand(store):
         reader.take(timeout=0.05)
 
 
+def test_reader_that_signs_off_keeps_its_name_only_where_it_has_something_in_hand(store):
+    for _ in range(2):
+        finish(store)
+    materialize(store)
+    streams = [store.keys.ready(p) for p in range(store.partitions)]
+
+    def names():
+        return [
+            reply_fields(one)[b"name"]
+            for stream in streams
+            for one in store.wire.call("XINFO", "CONSUMERS", stream, "trainer")
+        ]
+
+    with TrajectoryReader(store, consumer="done") as reader:
+        (one,) = reader.take(timeout=10.0)
+        reader.acknowledge([one])
+    assert names() == []
+    with TrajectoryReader(store, consumer="holds") as reader:
+        assert reader.take(timeout=10.0)
+    assert names() == [b"holds"]
+
+
 def test_what_a_silent_consumer_had_is_taken_over(store):
     publish(store, 2)
     taken = TrajectoryReader(store, consumer="rank-0").take(groups=2)

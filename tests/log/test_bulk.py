@@ -11,7 +11,6 @@ import trajstore
 from tests.log.proxy import requests_in
 from trajstore.errors import Corrupt, Unavailable
 from trajstore.log.bulk import Value, fetch
-from trajstore.log.wire import pool_options
 
 VALUES = [b"", b"\r\n", b"$3\r\nabc\r\n", bytes(range(256)) * 40, None, b"x" * 5000, b"-ERR", b"last"]
 
@@ -36,7 +35,6 @@ def ends():
     client, server = socket.socketpair()
     client.settimeout(20)
     server.settimeout(20)
-    packer = pool_options(20.0)["command_packer"]
 
     def send(parts, check_health=True):
         for part in parts:
@@ -44,8 +42,6 @@ def ends():
 
     connection = SimpleNamespace(
         _sock=client,
-        pack_command=packer.pack,
-        pack_commands=lambda commands: [part for one in commands for part in packer.pack(*one)],
         send_packed_command=send,
         disconnect=client.close,
     )
@@ -63,7 +59,7 @@ def answered(ends, replies, piece, read):
 
     thread = threading.Thread(target=answer)
     thread.start()
-    found = fetch(connection, [f"k{i}" for i in range(len(VALUES))], read)
+    found = fetch(connection, [("GET", f"k{i}") for i in range(len(VALUES))], read)
     thread.join(20)
     return found
 
@@ -99,7 +95,7 @@ def test_several_are_asked_for_ahead_and_no_more_than_several(ends):
 
     thread = threading.Thread(target=answer)
     thread.start()
-    found = fetch(connection, [f"k{i}" for i in range(12)], lambda value: (value.read(), len(sent)))
+    found = fetch(connection, [("GET", f"k{i}") for i in range(12)], lambda value: (value.read(), len(sent)))
     connection.disconnect()
     thread.join(20)
     assert found == [(b"%d" % number, min(12, number + 4)) for number in range(12)]
@@ -123,7 +119,7 @@ def test_reply_that_get_cannot_have_is_an_error_of_the_server(ends, replies):
     connection, server = ends
     server.sendall(replies)
     with pytest.raises(redis.InvalidResponse):
-        fetch(connection, ["a", "b"], WHOLE)
+        fetch(connection, [("GET", "a"), ("GET", "b")], WHOLE)
     assert connection._sock.fileno() == -1, "nobody reads on in the middle of a reply"
 
 

@@ -1,5 +1,7 @@
 """What became of a write, case by case: `judge` is pure, so each case is a literal."""
 
+import dataclasses
+
 import pytest
 
 from tests.log.looking import NoArchive
@@ -151,11 +153,24 @@ def test_lost_tail_is_sent_again_without_a_batch_in_question():
 
 
 def test_lost_turn_is_not_sent_again_above_what_another_wrote_anew_in_the_place_of_its_forerunner():
-    """Found by simulation seed 389: 3-0 and 4-0 were lost, another made 3-0 anew, and 4-0 continued the wrong tokens."""
+    """Found by simulation seed 389: 3-0 and 4-0 were lost, another made 3-0 anew, and 4-0 did not fit it."""
     lost = batch("4-0", before="3-0")
     lost.before_nonce = THEIRS
     assert decide(seen("3-0", first=None, last_nonce=THEIRS), acked="4-0", kept=[lost]) == Resend([lost], EventId(3, 0))
     assert fenced(decide(seen("3-0", first=None, last_nonce=MINE), acked="4-0", kept=[lost]))
+
+
+def test_loss_above_which_another_has_gone_on_is_told_though_nothing_is_in_question():
+    """Found by simulation seed 101: the handle's segment was closed and acknowledged, so it would never have asked."""
+    lost = batch("5-2", before="5-0")
+    verdict = decide(seen("6-0"), acked="5-2", kept=[lost], holds_open=False)
+    assert isinstance(verdict, Refused)
+    assert isinstance(verdict.error, SequenceGap)
+    assert "5-2" in str(verdict.error)
+    assert decide(seen("6-0", at_head=lost.entry), acked="5-2", kept=[lost], holds_open=False) == Nothing()
+    deleted = dataclasses.replace(seen("6-0"), is_deleted=True)
+    assert decide(deleted, acked="5-2", kept=[lost], holds_open=False) == Nothing()
+    assert decide(seen("6-0"), acked="5-2", kept=[lost], holds_open=False, archive=Archived(lost)) == Nothing()
 
 
 def test_whole_trajectory_that_is_kept_is_created_again():

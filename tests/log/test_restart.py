@@ -149,6 +149,42 @@ def test_writer_that_no_longer_has_the_lost_batches_gives_up_and_names_them(own_
     assert store.load(trajectory.id).token_ids.tolist() == [1, 2, 6]
 
 
+def test_idle_writer_is_told_of_a_loss_although_it_kept_nothing_to_write_again(own_server, own_client, open_at):
+    """Found by the simulation: with nothing kept the flusher did not ask the server any more."""
+    store = open_at(own_server, buffer_bytes=1000)
+    trajectory = store.create()
+    with trajectory.segment(context=[1] * LARGE) as segment:
+        segment.close("stop")
+    store.flush()
+    lose(own_server, b"XADD", store.keys.entries(trajectory.id).encode(), b"2-0")
+    own_server.start()
+    until(lambda: trajectory._lane.error is not None, what="it has seen the restart")
+    with pytest.raises(trajstore.SequenceGap, match="up to 2-"):
+        store.flush(trajectory.id)
+
+
+def test_idle_writer_is_told_of_a_loss_above_which_another_has_gone_on(own_server, own_client, proxy, open_at):
+    """Found by the simulation, seed 101: its segment is closed, so nothing that it does would ever show it."""
+    store, other = open_at(proxy), open_at(own_server)
+    trajectory = store.create()
+    store.flush()
+    with trajectory.segment(context=[1, 2]) as segment:
+        segment.close("stop")
+    store.flush()
+    proxy.refuse()
+    lose(own_server, b"XADD", store.keys.entries(trajectory.id).encode(), b"2-0")
+    own_server.start()
+    for _ in range(2):  # a newer epoch than the one that was lost
+        with other.get(trajectory.id).segment(context=[4]) as theirs:
+            theirs.close("stop")
+        other.flush()
+    proxy.accept()
+    until(lambda: trajectory._lane.error is not None, what="it has seen what the server came back with")
+    with pytest.raises(trajstore.SequenceGap, match="another writer has gone on"):
+        store.flush(trajectory.id)
+    assert other.load(trajectory.id).token_ids.tolist() == [4, 4]
+
+
 def test_last_good_id_counts_every_event_of_the_last_entry(own_server, own_client, open_at):
     """The id of an entry is that of its first event; what is left of the log reaches to its last."""
     store = open_at(own_server, buffer_bytes=1 << 20)

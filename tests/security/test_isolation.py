@@ -8,7 +8,7 @@ from tests.builders import record_seed_case
 from tests.consumers.rollouts import finish, look, materialize
 from trajstore.archiver import Archiver
 from trajstore.log.run import TRAINER_GROUP
-from trajstore.ready import ReadyFollower
+from trajstore.ready_follower import ReadyFollower
 from trajstore.recovery import recover
 
 JUNK = (b"", b"\xff\xfe", b"\xdd\xff\xff\xff\xff", b"\x91" * 50_000, b'{"a":' * 50_000, b"../../etc/passwd\n\x1b[2J")

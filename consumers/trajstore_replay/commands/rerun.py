@@ -9,11 +9,11 @@ import msgspec
 import numpy as np
 
 from trajstore.cli.place import Place, open_reading, place_argument
-from trajstore.cli.terminal import diagnostics, plain, print_fields, print_json, print_table, print_text
+from trajstore.cli.terminal import print_fields, print_json, print_table, print_text, say
 from trajstore.engine import load_scorer
 from trajstore.fold import POLICIES, Policy
 from trajstore_replay.agreement import Agreement, RoutingAgreement
-from trajstore_replay.rerunning import Rerun, write_rerun
+from trajstore_replay.rerunning import Rerun, require_comparable, write_rerun
 from trajstore_replay.rerunning import rerun as run_again
 
 __all__ = ["rerun"]
@@ -88,10 +88,12 @@ def rerun(
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise click.UsageError(f"--out: there is no folder {Path(out).absolute().parent}")
     with open_reading(place.store) as archive:
-        archive.plan(place.id, policy=policy, until=until)  # what is wrong there shows before a large model is loaded
-        _say(f"loading {model}")
+        require_comparable(  # what is wrong there shows before a large model is loaded
+            archive, place.id, policy=policy, until=until, rows=rows, weight_version=weight_version
+        )
+        say(f"loading {model}")
         with closing(load_scorer(engine, model, dtype=dtype)) as scorer:
-            _say(f"reading {place.id} with {scorer.name}")
+            say(f"reading {place.id} with {scorer.name}")
             found = run_again(
                 archive,
                 place.id,
@@ -107,7 +109,7 @@ def rerun(
             )
     if out is not None:
         write_rerun(out, found)
-        _say(f"wrote {out}")
+        say(f"wrote {out}")
     if as_json:
         print_json(_document(found.agreement))
     else:
@@ -206,6 +208,9 @@ def _fields(found: Rerun) -> list[tuple[str, str]]:
         ("tokens", f"{agreement.tokens:,} read; positions {agreement.start:,} to {agreement.stop - 1:,} compared"),
         ("temperature", heats),
     ]
+    if agreement.assumed:
+        told = ", ".join(one or "an engine without a name" for one in agreement.assumed)
+        fields.append(("assumed", f"{told} tells logprobs before the temperature; else give --temperature"))
     if agreement.weight_version is not None:
         fields.append(("only", f"what weights {agreement.weight_version!r} recorded"))
     if agreement.unscored:
@@ -240,7 +245,3 @@ def _share(value: float) -> str:
 
 def _nats(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.2g}"
-
-
-def _say(text: str) -> None:
-    diagnostics().print(plain(text), soft_wrap=True)

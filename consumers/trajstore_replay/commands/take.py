@@ -13,7 +13,7 @@ from trajstore.cli.place import open_run, store_argument
 from trajstore.cli.running import run_worker
 from trajstore.cli.seconds import SECONDS
 from trajstore.cli.signals import graceful_stop
-from trajstore.cli.terminal import diagnostics, plain, print_text
+from trajstore.cli.terminal import print_text, say
 from trajstore.ingest import check_label
 from trajstore.log.run import TRAINER_GROUP
 
@@ -54,7 +54,8 @@ def take(
 
     Each group is written, to a file of --out or as a line of --json, and only then acknowledged: what was not, comes
     again. The trainer of the consumer group does not get what is taken here. `trajstore materialize` publishes
-    groups. Files are read by trajstore_trainer.read_trajectories. Ctrl-C ends it after the group at hand. With --count
+    groups. They come as they are: aborted members, too, groups without their late members, and groups that came
+    before. Files are read by trajstore_trainer.read_trajectories. Ctrl-C ends it after the group at hand. With --count
     the exit code is 1 if fewer came within --seconds.
 
     \b
@@ -86,7 +87,7 @@ def take(
             )
         finally:
             sink.end()
-    diagnostics().print(plain(f"{'stopped' if asked else 'done'}: {sink.progress()}"), soft_wrap=True)
+    say(f"{'stopped' if asked else 'done'}: {sink.progress()}")
     if count is not None and sink.groups < count and not asked:
         raise Failure(
             f"{sink.groups} of {count} groups came within {seconds:g} s; is a materializer running, and are "
@@ -113,10 +114,15 @@ class _Sink:
 
     def __call__(self, ready: "ReadyTrajectories") -> None:
         """Keep one group."""
+        entry = ready.delivery.group
         document: dict[str, Any] = {
             "group": ready.group,
             "version": ready.version,
-            "entry": f"{ready.delivery.partition}/{ready.delivery.at}",
+            "entry": str(ready.delivery.place),
+            "size": entry.size,
+            "came": entry.came,
+            "late": entry.late,
+            "before": entry.before,
             "missing": ready.missing,
         }
         if self._folder is not None:
@@ -130,8 +136,11 @@ class _Sink:
             click.echo(self._comma + msgspec.json.encode(document, enc_hook=str))
             self._comma = b","
         else:
-            missing = f", {len(ready.missing)} missing" if ready.missing else ""
-            print_text(f"{document['file']}  {_name(ready)}  {len(ready.trajectories)} trajectories{missing}")
+            lacking = "".join(
+                f", {count} {name}" for name, count in (("missing", len(ready.missing)), ("late", entry.late)) if count
+            )
+            again = f", published before as version {entry.before}" if entry.before else ""
+            print_text(f"{document['file']}  {_name(ready)}  {len(ready.trajectories)} trajectories{lacking}{again}")
         self.groups += 1
         self._trajectories += len(ready.trajectories)
         self._tokens += sum(map(len, ready.trajectories))

@@ -1,0 +1,370 @@
+"""One simulated run: who takes part, what happens to them, and what must be true at the end."""
+
+import contextlib
+import gc
+import hashlib
+import logging
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+
+from tests.simulation.actors import ROLES
+from tests.simulation.disk import Disk, Files
+from tests.simulation.invariants import Invariants
+from tests.simulation.ledger import Ledger
+from tests.simulation.network import Network, Pool
+from tests.simulation.outside import Outside
+from tests.simulation.scheduler import Process, Scheduler
+from tests.simulation.server import Server
+from trajstore.archive.of_run import open_archived_run
+from trajstore.entries import decode_known
+from trajstore.errors import Fenced, SequenceGap
+from trajstore.log.flusher import Flusher
+from trajstore.log.keys import Keys
+from trajstore.log.wire import Wire
+from trajstore.store import Store
+
+__all__ = ["Account", "Plan", "World", "simulate"]
+
+RUN = "sim"
+LOCATION = "/simulated/archive"
+TIMEOUT = 2.0
+SMALL = 10_000
+"""A buffer of fewer bytes does not keep all that was acknowledged in the last seconds."""
+
+
+class Plan(msgspec.Struct):
+    """What a seed decides in advance.
+
+    Attributes:
+        always: the server fsyncs before it acknowledges, and writers ask for that.
+        trajectories, writers, archivers, materializers, trainers: how many.
+        actions: of the writers, together.
+        loss: share of requests that something happens to.
+        disk_loss: likewise of the archive's calls.
+        chaos: seconds between two misfortunes, about; 0 for none.
+        full: bytes of `maxmemory` while the server is short of it, 0 for never.
+        buffer: bytes of each writer's buffer.
+    """
+
+    always: bool
+    trajectories: int
+    writers: int
+    archivers: int
+    materializers: int
+    trainers: int
+    actions: int
+    loss: float
+    disk_loss: float
+    chaos: float
+    full: int
+    buffer: int
+
+    @classmethod
+    def of(cls, rng: random.Random) -> "Plan":
+        return cls(
+            always=rng.random() < 0.4,
+            trajectories=rng.randint(2, 6),
+            writers=rng.randint(1, 4),
+            archivers=rng.randint(1, 2),
+            materializers=rng.randint(1, 2),
+            trainers=rng.randint(1, 2),
+            actions=rng.randint(25, 90),
+            loss=rng.choice([0.0, 0.003, 0.01, 0.03, 0.08]),
+            disk_loss=rng.choice([0.0, 0.0, 0.02, 0.1]),
+            chaos=rng.choice([0.0, 1.5, 4.0, 8.0]),
+            full=rng.choice([0, 0, 0, 12_000, 30_000]),
+            buffer=rng.choice([1 << 20, 1 << 20, 4000]),
+        )
+
+
+class Account(msgspec.Struct):
+    """What a seed came to.
+
+    Attributes:
+        seed: its number.
+        steps, seconds: of the simulation.
+        digest: of everything that the server was told: two runs of one seed agree on it.
+        events, acknowledged: handed in, and acknowledged.
+        forgotten: acknowledged, and lost with a server's tail.
+        archived: entries and notes in the archive.
+        published: ready entries.
+        checked: trajectories read and compared.
+        happened: misfortunes, by kind.
+    """
+
+    seed: int
+    steps: int = 0
+    seconds: float = 0.0
+    digest: str = ""
+    events: int = 0
+    acknowledged: int = 0
+    forgotten: int = 0
+    archived: int = 0
+    published: int = 0
+    checked: int = 0
+    happened: dict[str, int] = {}
+
+
+class World:
+    """Everything that takes part.
+
+    Attributes:
+        winding_down: writers finish what they have and leave.
+        calm: nothing goes wrong any more.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.plan = Plan.of(self.rng)
+        self.scheduler = Scheduler(self.rng)
+        self.outside = Outside(self.scheduler, self.rng)
+        fsync = "always" if self.plan.always else "everysec"
+        self.server = Server(lambda: int(self.scheduler.now * 1000), fsync=fsync)
+        self.network = Network(self.server, self.scheduler, self.rng, loss=self.plan.loss)
+        self.disk = Disk(self.scheduler, self.rng, loss=self.plan.disk_loss)
+        self.ledger = Ledger()
+        self.keys = Keys(RUN, 2)
+        self.invariants = Invariants(self.server, self.disk, self.ledger, self.keys, LOCATION)
+        self.ids = [f"t{number}" for number in range(self.plan.trajectories)]
+        self.winding_down = False
+        self.calm = False
+        self.stores: list[Store] = []
+        self.stores_of: dict[Process, list[Store]] = {}
+        self.actions_left = self.plan.actions
+        self.counts: dict[str, int] = {}
+        self.digest = hashlib.blake2b(digest_size=8)
+        self.server.observers.append(self._note)
+        self._born = 0
+        self.gone_lanes: set[int] = set()
+        self.processes: dict[str, Process] = {}
+
+    def _note(self, command: Any, reply: Any) -> None:
+        self.digest.update(b" ".join(command))
+
+    def count(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    def open(self) -> Store:
+        """What `trajstore.open` does, over the simulated server and archive."""
+        wire = Wire(Pool(self.network, TIMEOUT), timeout=TIMEOUT)  # type: ignore[arg-type]
+        wire.wait_while_loading()
+        info, archive = open_archived_run(
+            wire, RUN, LOCATION, options=None, home=None, partitions=2, routing_order=None, create=True
+        )
+        store = Store(
+            location="sim",
+            wire=wire,
+            run=RUN,
+            info=info,
+            archive=archive,
+            server=None,
+            ack="fsync" if self.plan.always else "memory",
+            timeout=TIMEOUT,
+            buffer_bytes=self.plan.buffer,
+        )
+        task = self.scheduler.current
+        if task is not None:
+            self.stores_of.setdefault(task.process, []).append(store)
+        return store
+
+    def begin(self, role: str, number: int) -> Process:
+        """A new process in a role."""
+        self._born += 1
+        process = Process(f"{role}-{number}.{self._born}")
+        self.processes[f"{role}-{number}"] = process
+        self.scheduler.spawn(role, process, lambda: ROLES[role](self, process))
+        return process
+
+    def kill(self, process: Process) -> None:
+        """End a process; nobody is left there to be told anything."""
+        self.scheduler.kill(process)
+        self.gone_lanes |= self.ledger.lanes_of(process)
+        self.stores = [store for store in self.stores if store not in self.stores_of.pop(process, [])]
+
+    def roles(self) -> Iterator[tuple[str, int]]:
+        for role in ("writer", "archiver", "materializer", "trainer"):
+            for number in range(getattr(self.plan, role + "s")):
+                yield role, number
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """The library lives in this world for the length of the block."""
+        import trajstore.archive.root as root
+
+        ledger, append = self.ledger, Flusher.append
+        fail = Flusher._fail
+
+        def recorded(flusher: Any, lane: Any, turn: Any, header: Any, payload: Any = None) -> None:
+            if self.scheduler.current is not None:
+                ledger.own(lane, self.scheduler.current.process)
+            issue = ledger.issue(lane, turn, header, _payload(header, payload))
+            queued = lane.queued
+            try:
+                append(flusher, lane, turn, header, payload)
+            except BaseException:
+                if lane.queued == queued:
+                    ledger.withdraw(issue)
+                raise
+
+        def failed(flusher: Any, lane: Any, error: Any) -> None:
+            self.ledger.errors[self.ledger.key_of(lane)] = error
+            self._require_reason(lane, error)
+            fail(flusher, lane, error)
+
+        opened = root.open_storage
+        with self.outside.installed():
+            root.open_storage = lambda location, options=None: Files(self.disk, str(location))  # type: ignore
+            Flusher.append = recorded  # type: ignore[method-assign]
+            Flusher._fail = failed  # type: ignore[method-assign]
+            try:
+                yield
+            finally:
+                Flusher.append, Flusher._fail = append, fail  # type: ignore[method-assign]
+                root.open_storage = opened
+
+    def _require_reason(self, lane: Any, error: Any) -> None:
+        """A writer is told that its turn is over only if it is, and of a loss only if there was one."""
+        issues = self.ledger.by_lane.get(self.ledger.key_of(lane), [])
+        nonces = {issue.nonce for issue in issues}
+        if isinstance(error, SequenceGap):
+            assert self.invariants.lost.get(lane.id), f"{lane.id}: told of a loss that was none: {error}"
+        elif isinstance(error, Fenced) and not lane.note and not self.invariants.lost.get(lane.id):
+            held = self.invariants.log.get(lane.id, {})
+            newest = max(held, default=(0, 0))
+            foreign = [at for at, data in held.items() if decode_known(data).nonce not in nonces]
+            assert foreign, f"{lane.id}: fenced, but nobody else has written: {error}"
+            assert max(foreign) >= (newest[0], 0) or lane.acked is None or max(foreign) > lane.acked, (
+                f"{lane.id}: fenced, but nobody has written since: {error}"
+            )
+
+    def run(self) -> None:
+        """The whole life of the run.
+
+        Raises:
+            AssertionError: an invariant does not hold.
+        """
+        setup = Process("setup")
+        task = self.scheduler.spawn("setup", setup, lambda: ROLES["setup"](self, setup))
+        self._until(lambda: task.ended, 60.0)
+        chaos = Process("chaos")
+        self.scheduler.spawn("chaos", chaos, lambda: ROLES["chaos"](self, chaos))
+        for role, number in self.roles():
+            self.begin(role, number)
+        self._until(lambda: self.actions_left <= 0, 600.0)
+        self.calm = self.network.calm = self.disk.calm = True
+        self.server.limit = 0
+        self.winding_down = True
+        self._until(lambda: self._gone("writer") and self.network.up and not self.network.late, 120.0)
+        closer = Process("closer")
+        task = self.scheduler.spawn("closer", closer, lambda: ROLES["closer"](self, closer))
+        self._until(lambda: task.ended, 120.0)
+        for role, number in self.roles():
+            if role != "writer" and self.processes[f"{role}-{number}"].dead:
+                self.begin(role, number)
+        self._until(self.invariants.drained, 120.0)
+        checker = Process("checker")
+        task = self.scheduler.spawn("checker", checker, lambda: ROLES["checker"](self, checker))
+        self._until(lambda: task.ended, 120.0)
+        self._until(self.invariants.drained, 120.0)  # a group may have been published because it waited too long
+        self._check_end()
+
+    def _until(self, condition: Callable[[], bool], seconds: float) -> None:
+        deadline = self.scheduler.now + seconds
+        self.scheduler.run(condition, deadline=deadline, after_step=self._after_step)
+
+    def _after_step(self) -> None:
+        self.network.deliver_late()
+        self.invariants.after_step()
+        for store in self.stores:
+            flusher: Any = store._flusher
+            assert flusher._buffered <= max(flusher._buffer_bytes, 300_000), "the buffer grows beyond its bound"
+            assert flusher._buffered >= 0
+
+    def _gone(self, role: str) -> bool:
+        return not any(task.process.name.startswith(role) for task in self.scheduler.tasks)
+
+    def require_told(self, process: Process | None = None) -> None:
+        """What was acknowledged is there; or the server lost it, and the writer was told, if it still lived.
+
+        Args:
+            process: only of this one.
+        """
+        lanes = self.ledger.by_lane if process is None else self.ledger.lanes_of(process)
+        for issue in [issue for lane in lanes for issue in self.ledger.by_lane.get(lane, ())]:
+            if not issue.acknowledged or issue.id in self.invariants.deleted or self.invariants.present(issue):
+                continue
+            assert self.invariants.lost.get(issue.id), f"{issue} was acknowledged, and is not there"
+            assert not self.plan.always, f"{issue} was acknowledged as durable, and is not there"
+            if self.plan.buffer < SMALL:
+                continue  # more was acknowledged than is kept, and its handle or its note's lane may be gone
+            assert issue.lane in self.ledger.errors or issue.lane in self.gone_lanes, (
+                f"{issue} was acknowledged, is not there, and its writer was not told"
+            )
+
+    def _check_end(self) -> None:
+        self.require_told()
+        for id, entries in self.invariants.log.items():
+            for at in entries:
+                there = (id, False, at) in self.invariants.archived
+                assert there or id in self.invariants.deleted, f"{id}: {at} is nowhere"
+        for key in self.server.keys:
+            assert b":p:" not in key or key in self.server.expires, f"{key!r} holds payloads of nobody"
+        self._check_published()
+
+    def _check_published(self) -> None:
+        seen: dict[str, int] = {}
+        for name, version in self.invariants.used:
+            seen[name] = max(seen.get(name, 0), version)
+        for name, version in self.invariants.published.items():
+            assert (name, version) in self.invariants.used, f"{name} version {version} was never trained on"
+
+
+def simulate(seed: int) -> Account:
+    """Run one seed.
+
+    Raises:
+        AssertionError: an invariant does not hold; the same seed fails again.
+    """
+    world = World(seed)
+    collecting = gc.isenabled()
+    gc.disable()  # when weak references die must not depend on what ran before
+    logging.disable(logging.CRITICAL)
+    try:
+        with world.installed():
+            try:
+                world.run()
+            finally:
+                for process in {task.process for task in world.scheduler.tasks}:
+                    process.dead = True
+                world.scheduler._bury()
+    finally:
+        logging.disable(logging.NOTSET)
+        if collecting:
+            gc.enable()
+    issues = [issue for some in world.ledger.by_lane.values() for issue in some]
+    acknowledged = [issue for issue in issues if issue.acknowledged]
+    return Account(
+        seed=seed,
+        steps=world.scheduler.steps,
+        seconds=world.scheduler.now - 1000.0,
+        digest=world.digest.hexdigest(),
+        events=len(issues),
+        acknowledged=len(acknowledged),
+        forgotten=sum(not world.invariants.present(issue) for issue in acknowledged),
+        archived=len(world.invariants.archived),
+        published=len(world.invariants.offered_ever),
+        checked=world.invariants.checked,
+        happened=world.counts | world.network.counts | world.disk.counts,
+    )
+
+
+def _payload(header: Any, payload: Any) -> bytes:
+    from trajstore.events import payload_of
+
+    if payload is not None:
+        return bytes(payload)
+    info = payload_of(header)
+    return b"" if info is None or info.inline is None else info.inline
