@@ -30,6 +30,7 @@ __all__ = [
     "decide",
     "input_digest",
     "plan",
+    "row_version_pieces",
     "split_tokens",
     "version_pieces",
 ]
@@ -42,8 +43,11 @@ Fetch: TypeAlias = Callable[[Sequence[Event]], Iterable[Buffer]]
 array that is all there is of it gives the array away."""
 
 
-ReadRows: TypeAlias = Callable[[Event, int, int], RoutingArray]
-"""Rows `[first, last)` of an event's payload. An array that owns its memory is given away."""
+Room: TypeAlias = Callable[[int], RoutingArray]
+"""Where rows go, by their number of layers: `[rows, layers, K]`, uninitialized."""
+
+ReadRows: TypeAlias = Callable[[Event, int, int, Room], RoutingArray | None]
+"""Rows `[first, last)` of an event's payload; None if they are in the room. What owns its memory is given away."""
 
 
 class Placement(NamedTuple):
@@ -172,7 +176,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
         Args:
             read: gives rows `[first, last)` of a recording's payload, `[last - first, layers, K]`, all with the same
-                layers.
+                layers; or puts them where there is room for them.
 
         Raises:
             SchemaError: the trajectory has no routing, or no such rows.
@@ -182,25 +186,33 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             raise SchemaError("the trajectory was created without a routing spec and has no routing")
         if not 0 <= start <= stop <= length:
             raise SchemaError(f"rows [{start}, {stop}) do not lie in the trajectory's [0, {length})")
+        shape, dtype = (stop - start, spec.top_k), spec.dtype
         mask = np.zeros(stop - start, np.bool_)
         source = np.full(stop - start, -1, np.int16)
-        found: list[tuple[int, RoutingArray]] = []
+        routed: RoutingArray | None = None
+
+        def room(layers: int) -> RoutingArray:
+            nonlocal routed
+            if routed is None:
+                routed = np.empty((shape[0], layers, shape[1]), dtype)
+            return routed[at]
+
         for placement in self.placements:
             low, high = max(placement.start, start), min(placement.stop, stop)
             if low >= high:
                 continue
-            recording = placement.recording
+            recording, at = placement.recording, slice(low - start, high - start)
             event = self.history.carriers[recording.event]
-            found.append((low - start, read(event, low - recording.start, high - recording.start)))
-            mask[low - start : high - start] = True
-            source[low - start : high - start] = recording.segment
-        if len(found) == 1 and len(found[0][1]) == stop - start and found[0][1].flags.owndata:
-            routed = found[0][1]
-        else:
-            layers = found[0][1].shape[1] if found else spec.num_layers
-            routed = np.zeros((stop - start, layers, spec.top_k), spec.dtype)
-            for at, rows in found:
-                routed[at : at + len(rows)] = rows
+            rows = read(event, low - recording.start, high - recording.start, room)
+            if rows is not None and len(rows) == stop - start and rows.flags.owndata:
+                routed = rows
+            elif rows is not None:
+                room(rows.shape[1])[:] = rows
+            mask[at] = True
+            source[at] = recording.segment
+        if routed is None:
+            routed = spec.empty(stop - start)
+        routed[~mask] = 0
         return RoutedRows(start=start, routed_experts=routed, routing_mask=mask, routing_source=source)
 
     def why(self, row: int) -> list[Candidate]:
@@ -384,3 +396,17 @@ def version_pieces(segment: Segment) -> Iterator[tuple[int, int, str]]:
         yield first + span.start, first + span.end, span.version
         at = first + span.end
     yield at, segment.end, segment.weight_version
+
+
+def row_version_pieces(segment: Segment) -> Iterator[tuple[int, int, str]]:
+    """Rows `[start, stop)` of a segment, `[0, end)`, by the version of the weights that computed them.
+
+    That is the version of the output token that the row decided: with k tokens sampled when the weights changed in
+    mid-request, the rows below base + context + k - 1 are the old weights'. Rows of the input were computed before the
+    first output token; the row of the last token, which has decided none, goes with the last.
+    """
+    pieces = [piece for piece in version_pieces(segment) if piece[0] < piece[1]]
+    if not pieces:
+        yield 0, segment.end, segment.weight_version
+    for i, (start, stop, version) in enumerate(pieces):
+        yield start - 1 if i else 0, stop - 1 if i < len(pieces) - 1 else segment.end, version

@@ -55,6 +55,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
         origin: see `trajstore.routing.Origin`; "unknown" for observations.
         weight_version: of the segment, or of the observation.
         source: "" for a segment's own recording, "late" for one that came after its epoch, else who observed it.
+        epoch: of the segment; of an observation the newest one that its writer knew, 0 where it did not say.
     """
 
     segment: int
@@ -64,6 +65,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
     origin: Origin
     weight_version: str = ""
     source: str = ""
+    epoch: int = 0
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
@@ -260,7 +262,9 @@ class _OpenSegment:
             start=start,
             stop=stop,
             origin=origin,
+            weight_version=self.weight_version,
             source=source,
+            epoch=self.epoch,
         )
 
     @property
@@ -270,6 +274,13 @@ class _OpenSegment:
         if not self.opened.weight_version and len(spans) == 1 and (spans[0].start, spans[0].end) == (0, self.output):
             return spans[0].version
         return self.opened.weight_version
+
+    def close(self, closed: SegmentClosed) -> None:
+        """Its end, which may name the weights of what was recorded before."""
+        self.closed = closed
+        version = self.weight_version
+        if version != self.opened.weight_version:
+            self.recordings = [msgspec.structs.replace(one, weight_version=version) for one in self.recordings]
 
     def freeze(self, counts: int, late: Sequence[Recording]) -> Segment:
         closed = self.closed
@@ -290,10 +301,7 @@ class _OpenSegment:
             cached_tokens=closed.cached_tokens if closed else None,
             retractions=closed.retractions if closed else 0,
             absent=tuple(self.absent),
-            recordings=tuple(
-                msgspec.structs.replace(recording, weight_version=self.weight_version)
-                for recording in (*self.recordings, *late)
-            ),
+            recordings=(*self.recordings, *late),
         )
 
 
@@ -349,7 +357,7 @@ class Walk:
             case RoutingAbsent():
                 self._current(event).absent.append(header.reason)
             case SegmentClosed():
-                self._current(event).closed = header
+                self._current(event).close(header)
             case Rewarded():
                 self.reward, self.components = header.reward, header.components
             case TrajectoryClosed():
@@ -437,6 +445,7 @@ class Walk:
                         origin="unknown",
                         weight_version=header.weight_version,
                         source=header.source,
+                        epoch=header.epoch,
                     )
                 )
             else:

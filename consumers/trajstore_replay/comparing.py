@@ -20,17 +20,9 @@ from trajstore.history import History, Recording, Segment, read_history
 from trajstore.reading import Archive
 from trajstore.routing import RoutingArray, RoutingSpec
 from trajstore_audit import differing_sets, order_changes
+from trajstore_replay.differences import Difference, LogprobDifference, RoutingDifference, TokenDifference
 
-__all__ = [
-    "Difference",
-    "LogprobDifference",
-    "RoutingDifference",
-    "Side",
-    "TokenDifference",
-    "compare",
-    "segment_side",
-    "trajectory_side",
-]
+__all__ = ["Side", "compare", "segment_side", "trajectory_side"]
 
 _PAGE = 1 << 16
 """Rows that are compared at a time."""
@@ -64,106 +56,6 @@ class Side(NamedTuple):
     placements: tuple[Placement, ...]
     read: ReadRows
     log: tuple[int, str]
-
-
-class TokenDifference(msgspec.Struct, frozen=True, kw_only=True):
-    """Of all tokens.
-
-    Attributes:
-        first_length, second_length: tokens of each side.
-        shared: leading tokens that stem from the same events, and so cannot differ.
-        equal: leading tokens that are equal.
-        first_divergence: position of the first token that differs; None if one side is the beginning of the other.
-        first_token, second_token: the ids there.
-    """
-
-    first_length: int
-    second_length: int
-    shared: int
-    equal: int
-    first_divergence: int | None = None
-    first_token: int | None = None
-    second_token: int | None = None
-
-
-class LogprobDifference(msgspec.Struct, frozen=True, kw_only=True):
-    """Of equal tokens below the first divergence that both sides sampled, each for itself.
-
-    Attributes:
-        compared: positions where both logprobs are finite.
-        max_abs, mean_abs: of |second - first|, in nats; None where nothing was compared.
-        max_at: position of the largest.
-        tolerance: as asked for.
-        above: positions where |second - first| exceeds it.
-        first_above: the first of them, None for none.
-        nonfinite: positions that are left out because a logprob is NaN or infinite.
-    """
-
-    compared: int
-    tolerance: float
-    max_abs: float | None = None
-    mean_abs: float | None = None
-    max_at: int | None = None
-    above: int = 0
-    first_above: int | None = None
-    nonfinite: int = 0
-
-
-class RoutingDifference(msgspec.Struct, frozen=True, kw_only=True):
-    """Of rows below the first divergence that both sides have.
-
-    Attributes:
-        layers: global ids of the layers that both route.
-        rows: compared.
-        shared: of them, rows that are the same recording on both sides.
-        only_first, only_second: rows that one side alone has.
-        cells: rows x layers.
-        sets: cells whose expert sets differ.
-        orders: cells with the same experts in another order; None where a side stores them sorted.
-        rows_differing: rows with such a set in any layer.
-        sets_by_layer: cells whose sets differ, per layer.
-        first_row, first_layer: the first cell whose set differs, by row and then layer; None for none.
-        first_experts, second_experts: K ids each, there.
-    """
-
-    layers: tuple[int, ...]
-    rows: int
-    shared: int
-    only_first: int
-    only_second: int
-    cells: int
-    sets: int
-    orders: int | None
-    rows_differing: int
-    sets_by_layer: tuple[int, ...]
-    first_row: int | None = None
-    first_layer: int | None = None
-    first_experts: tuple[int, ...] = ()
-    second_experts: tuple[int, ...] = ()
-
-
-class Difference(msgspec.Struct, frozen=True, kw_only=True):
-    """What `compare` finds.
-
-    Attributes:
-        first, second: names of the sides.
-        routing: None where a side has no routing, or another number of experts.
-        routing_note: why it is None, "" else.
-    """
-
-    first: str
-    second: str
-    tokens: TokenDifference
-    logprobs: LogprobDifference
-    routing: RoutingDifference | None
-    routing_note: str = ""
-
-    @property
-    def is_none(self) -> bool:
-        """Nothing that was compared differs; order of experts apart."""
-        same = self.tokens.first_divergence is None and self.tokens.first_length == self.tokens.second_length
-        routed = self.routing is not None and self.routing.sets > 0
-        return same and not self.logprobs.above and not routed
 
 
 def trajectory_side(
@@ -285,28 +177,37 @@ def _same_events(first: Side, second: Side, count: int) -> npt.NDArray[np.bool_]
 
 def _logprobs(first: Side, second: Side, tokens: TokenDifference, tolerance: float) -> LogprobDifference:
     n = tokens.equal
-    wanted = first.sampled[:n] & second.sampled[:n] & ~_same_events(first, second, n)
-    finite = wanted & np.isfinite(first.logprobs[:n]) & np.isfinite(second.logprobs[:n])
+    apart = ~_same_events(first, second, n)
+    one, other = first.logprobs[:n], second.logprobs[:n]
+    wanted = first.sampled[:n] & second.sampled[:n] & apart
+    finite = wanted & np.isfinite(one) & np.isfinite(other)
+    left_out = wanted & ~finite
+    found = LogprobDifference(
+        compared=int(np.count_nonzero(finite)),
+        tolerance=tolerance,
+        nonfinite=int(np.count_nonzero(left_out)),
+        nonfinite_differing=int(np.count_nonzero(left_out & (one != other) & ~(np.isnan(one) & np.isnan(other)))),
+        sampled_once=int(np.count_nonzero((first.sampled[:n] ^ second.sampled[:n]) & apart)),
+    )
     places = np.flatnonzero(finite)
-    nonfinite = int(np.count_nonzero(wanted)) - len(places)
     if not len(places):
-        return LogprobDifference(compared=0, tolerance=tolerance, nonfinite=nonfinite)
+        return found
     delta = np.abs(second.logprobs[places].astype(np.float64) - first.logprobs[places])
     above = np.flatnonzero(delta > tolerance)
-    return LogprobDifference(
-        compared=len(places),
-        tolerance=tolerance,
+    return msgspec.structs.replace(
+        found,
         max_abs=float(delta.max()),
         mean_abs=float(delta.mean()),
         max_at=int(places[delta.argmax()]),
         above=len(above),
         first_above=int(places[above[0]]) if len(above) else None,
-        nonfinite=nonfinite,
     )
 
 
 def _routing(first: Side, second: Side, limit: int) -> tuple[RoutingDifference | None, str]:
     one, other = first.spec, second.spec
+    if one is None and other is None:
+        return None, ""
     if one is None or other is None:
         return None, "there is no routing to compare: a side was created without a routing spec"
     if (one.top_k, one.num_experts) != (other.top_k, other.num_experts):
@@ -335,6 +236,8 @@ def _routing(first: Side, second: Side, limit: int) -> tuple[RoutingDifference |
             where = (start + row, layers[layer], _ids(given[row, layer]), _ids(taken[row, layer]))
     return RoutingDifference(
         layers=layers,
+        layers_first=tuple(layer for layer in one.layer_ids if layer not in layers),
+        layers_second=tuple(layer for layer in other.layer_ids if layer not in layers),
         rows=rows,
         shared=shared,
         only_first=_covered(first.placements, limit) - rows,

@@ -1,7 +1,8 @@
 """What is wrong with a run, and what to do: rollouts that nobody goes on with, stuck groups, missing workers.
 
-It looks at summaries, at headers of what the hot log holds, at the state of the feeds, and at an archive's records; it
-reads no payload and changes nothing. What it holds is the summaries of one partition, and a few words per group.
+It looks at summaries, at headers of what the hot log holds and of what might be gone on with, at the state of the
+feeds, and at an archive's records; it reads no payload and changes nothing. What it holds is the summaries of one
+partition, and a few words per group.
 """
 
 import shlex
@@ -13,9 +14,11 @@ from trajstore.archive.verify.verify import verify
 from trajstore.errors import Corrupt, NotFound, RoutingError, SchemaError, SequenceGap
 from trajstore.events import FINAL_STATUSES
 from trajstore.reading import ALL_STATUSES, Archive
+from trajstore.ready import ReadyQueue
 from trajstore.standing import details, standing
 from trajstore.store import Store
 from trajstore.summary import Summary
+from trajstore_replay.advice import resuming, what_to_do
 from trajstore_replay.ages import Ages, told
 from trajstore_replay.workers import check_workers
 
@@ -35,13 +38,14 @@ def diagnose(
             stands open or aborted is only told.
         stale_seconds: from this age on, what waits for somebody is a warning; before, information or nothing.
         every_log: read the headers of what lies in the archive alone, too.
-        name: of the store in the commands that the advice gives; default where it is.
+        name: of the store in the commands that the advice gives; default where it is. In such a command DIR stands for
+            a model's folder, N for a number of tokens, R for a reward.
 
     Raises:
         Unavailable: the server or the archive does not answer.
     """
     run = store if isinstance(store, Store) else None
-    where = shlex.quote(name or (run.location if run is not None else "STORE"))
+    where = shlex.quote(name or store.location or "STORE")
     damaged: list[Corrupt] = []
     groups: dict[str, _Group] = {}
     for partition in range(store.partitions):
@@ -50,20 +54,21 @@ def diagnose(
         for summary in found:
             _count(groups, summary, ages)
             if summary.status != "deleted":
-                yield from _rollout(summary, ages, where, stale=stale_seconds if run is not None else None)
+                yield from _rollout(summary, ages, where, run, stale_seconds)
         wanted = found if every_log or run is None else _in_hot_log(run, found)
         if every_log or run is not None:
             for summary in wanted:
                 if summary.status != "deleted" and summary.segments:
                     yield from _log(store, summary, where)
     for group in sorted(groups):
-        yield from _group(group, groups[group], stale_seconds if run is not None else None)
+        yield from _group(group, groups[group], run, stale_seconds)
     for error in damaged:
         yield Finding(
             kind="damaged",
             severity="error",
             what=str(error),
-            what_to_do=f"restore it from a copy, or `trajstore rebuild`; `trajstore verify {where}` tells more",
+            what_to_do=f"`trajstore verify {where}` tells more; restore it from a copy, or `trajstore rebuild {where}` "
+            "makes of what is left what can be made",
         )
     if run is not None:
         yield from check_workers(run, stale_seconds=stale_seconds, where=where)
@@ -71,24 +76,13 @@ def diagnose(
             yield from check_files(run)
 
 
-def _rollout(summary: Summary, ages: Ages, where: str, *, stale: float | None) -> Iterator[Finding]:
+def _rollout(summary: Summary, ages: Ages, where: str, run: Store | None, stale: float) -> Iterator[Finding]:
     """What its summary tells of one trajectory."""
     age = ages.of(summary)
-    is_stale = stale is not None and age >= stale
+    is_stale = run is not None and age >= stale
     kind = _kind(summary)
     if not kind or (kind in ("idle", "unbegun") and not is_stale):
         return
-    command = f"trajstore resume {where} {summary.id} --model DIR"
-    resume = f"`{command}` goes on from its {summary.tokens} tokens"
-    advice = {
-        "open-segment": f"if its engine is gone: `{command} --takeover` goes on from its {summary.tokens} tokens and "
-        "fences the writer; left alone, an archiver closes it as aborted after a day",
-        "lost": f"{resume}; `trajstore why {where} {summary.id} --token -1` tells what is missing",
-        "aborted": f"{resume}, or close it as truncated or failed if nobody will",
-        "idle": f"close it, or {resume}",
-        "unbegun": "nothing is lost; close it as failed, so that its group does not wait for it",
-        "failed": f"`trajstore replay {where} {summary.id}` shows how it came to that",
-    }[kind]
     waits = "" if kind == "failed" else f"; nothing has happened for {told(age)}"
     yield Finding(
         kind=kind,
@@ -96,7 +90,7 @@ def _rollout(summary: Summary, ages: Ages, where: str, *, stale: float | None) -
         trajectory=summary.id,
         event=summary.last,
         what=f"{standing(summary)}{waits}",
-        what_to_do=advice,
+        what_to_do=what_to_do(kind, summary, where, run),
     )
 
 
@@ -137,10 +131,9 @@ def _log(store: Archive, summary: Summary, where: str) -> Iterator[Finding]:
     except SequenceGap as gap:
         kind, severity, last_good, what = "gap", "warning", gap.last_good, str(gap)
         if last_good:
-            advice = (
-                f"`trajstore show {where} {id} --until {last_good}` is what is sound; a segment whose base lies "
-                "there goes on from it"
-            )
+            advice = f"`trajstore show {where} {id} --until {last_good}` is what is sound"
+            if isinstance(store, Store) and (resume := resuming(summary, where, store)):
+                advice += f"; {resume.partition(' goes on')[0]} goes on from there"
     except (SchemaError, RoutingError, Corrupt) as error:
         what = str(error)
     else:
@@ -161,7 +154,9 @@ class _Group(NamedTuple):
 
     Attributes:
         size: how many members it is to have.
-        members, come: there, and closed or deleted.
+        members: known, deleted ones too.
+        come: of them, closed or deleted.
+        there: of them, closed: somebody waits for the others because of them.
         waiting: some that have not come, and why.
         age: seconds since anything happened to a member.
     """
@@ -169,6 +164,7 @@ class _Group(NamedTuple):
     size: int
     members: int
     come: int
+    there: int
     waiting: tuple[str, ...]
     age: float
 
@@ -176,7 +172,7 @@ class _Group(NamedTuple):
 def _count(groups: dict[str, _Group], summary: Summary, ages: Ages) -> None:
     if summary.group is None or summary.group_size is None:
         return
-    known = groups.get(summary.group, _Group(0, 0, 0, (), float("inf")))
+    known = groups.get(summary.group, _Group(0, 0, 0, 0, (), float("inf")))
     has_come = summary.status != "open"
     waiting = known.waiting
     if not has_come and len(waiting) < _NAMED:
@@ -185,13 +181,14 @@ def _count(groups: dict[str, _Group], summary: Summary, ages: Ages) -> None:
         size=max(known.size, summary.group_size),
         members=known.members + 1,
         come=known.come + has_come,
+        there=known.there + (has_come and summary.status != "deleted"),
         waiting=waiting,
         age=min(known.age, ages.of(summary)),
     )
 
 
-def _group(name: str, group: _Group, stale: float | None) -> Iterator[Finding]:
-    if group.come == 0 or group.come >= group.size or (stale is not None and group.age < stale):
+def _group(name: str, group: _Group, run: Store | None, stale: float) -> Iterator[Finding]:
+    if group.there == 0 or group.come >= group.size or (run is not None and group.age < stale):
         return
     missing = list(group.waiting)
     open_ones = group.members - group.come
@@ -199,13 +196,19 @@ def _group(name: str, group: _Group, stale: float | None) -> Iterator[Finding]:
         missing.append(f"{open_ones - len(missing)} more that are open")
     if group.size > group.members:
         missing.append(f"{group.size - group.members} never created, or dropped since")
+    published = run is not None and ReadyQueue(run.wire, run.keys).published(name) > 0
     yield Finding(
         kind="stuck-group",
-        severity="warning" if stale is not None else "information",
-        what=f"group {name} waits, with {group.come} of {group.size} members, for {told(group.age)}: "
-        f"{'; '.join(missing)}",
-        what_to_do="resume or close those that are open; create what is missing, or delete the group: a trainer gets "
-        "none of it before it is whole",
+        severity="warning" if run is not None and not published else "information",
+        what=f"group {name} "
+        + (
+            f"was published with {group.come} of {group.size} members; nothing has happened for {told(group.age)}: "
+            if published
+            else f"waits, with {group.come} of {group.size} members, for {told(group.age)}: "
+        )
+        + "; ".join(missing),
+        what_to_do="resume or close those that are open, and create what is missing"
+        + ("; it is published again when they come" if published else ", or give it up: store.delete(group=...)"),
     )
 
 

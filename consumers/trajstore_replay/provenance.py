@@ -6,14 +6,15 @@ Reads headers, the payload of the event that brought the token, and the one row 
 from collections.abc import Iterator, Sequence
 
 import msgspec
-import numpy as np
 
 from trajstore.errors import SchemaError
 from trajstore.events import EventId
-from trajstore.fold import Plan, Policy, split_tokens, version_pieces
+from trajstore.fold import Plan, Policy, row_version_pieces, split_tokens, version_pieces
 from trajstore.history import History, Recording, Segment
 from trajstore.reading import Archive
 from trajstore.routing import RoutingArray, RoutingSpec
+from trajstore_audit import differing_sets
+from trajstore_replay.steps import is_note, plan_at
 
 __all__ = ["Provenance", "RowCandidate", "TokenOrigin", "why"]
 
@@ -25,6 +26,9 @@ _OUTCOMES = {
     "did not sample the next token": "another segment brought the token after this one, and only its rows count",
     "observed": "another party's routing, which never enters a fold",
 }
+
+_DECIDED_NOTHING = "it is the last token's row: there is no next token yet that it could have sampled"
+_HIDDEN = "a later recording of its segment has the row, and says that it was recomputed"
 
 
 class TokenOrigin(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +83,7 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         id, policy: of the trajectory and its fold.
-        at: id of the last event folded.
+        at: id of the last event folded, or of the note asked for.
         length: T at that event.
         token: who brought the token.
         next_token: who brought the token after it, which this row decided; None for the last one.
@@ -121,18 +125,23 @@ def why(
         store: a store or an archive.
         token: position, from the end if negative.
         layers: global layer ids; default all that route.
-        policy, until: as `store.load`.
+        policy, until: as `store.load`; until also a note, `"note 1-0"`: what had happened when it came, see
+            `trajstore_replay.steps.timeline`.
 
     Raises:
         SchemaError: there is no such position, or no such layer.
         NotFound, SequenceGap, Corrupt: as `store.load`.
     """
-    plan = store.plan(id, policy=policy, until=until)
+    if until is not None and is_note(until):
+        plan, at = plan_at(store, id, until, policy=policy), str(until)
+    else:
+        plan = store.plan(id, policy=policy, until=until)
+        at = str(plan.history.last)
     history = plan.history
     spec = history.opened.routing
     row = token + history.length if token < 0 else token
     if not 0 <= row < history.length:
-        raise SchemaError(f"{id} has {history.length} tokens at event {history.last}; there is no token {token}")
+        raise SchemaError(f"{id} has {history.length} tokens at event {at}; there is no token {token}")
     columns = _columns(spec, layers)
     found = [(one.recording, one.outcome) for one in plan.why(row)]
     found += [(one, "observed") for one in history.observations if one.start <= row < one.stop]
@@ -141,13 +150,13 @@ def why(
     return Provenance(
         id=id,
         policy=policy,
-        at=str(history.last),
+        at=at,
         length=history.length,
         token=_token(store, id, history, row),
         next_token=_token(store, id, history, row + 1) if row + 1 < history.length else None,
         layers=() if spec is None else tuple(spec.layer_ids[column] for column in columns),
         candidates=tuple(
-            _candidate(history, row, recording, outcome, experts, None if i == reference else rows[reference])
+            _candidate(plan, row, recording, outcome, experts, None if i == reference else rows[reference])
             for i, ((recording, outcome), experts) in enumerate(zip(found, rows, strict=True))
         ),
         reference=reference,
@@ -176,22 +185,22 @@ def _row(store: Archive, id: str, recording: Recording, row: int) -> RoutingArra
 
 
 def _candidate(
-    history: History,
+    plan: Plan,
     row: int,
     recording: Recording,
     outcome: str,
     experts: RoutingArray,
     reference: RoutingArray | None,
 ) -> RowCandidate:
-    segment = history.segments[recording.segment] if recording.segment >= 0 else None
+    segment = plan.history.segments[recording.segment] if recording.segment >= 0 else None
     same_set = same_order = None
     if reference is not None:
         same_order = tuple((experts == reference).all(axis=1).tolist())
-        same_set = tuple((np.sort(experts, axis=1) == np.sort(reference, axis=1)).all(axis=1).tolist())
+        same_set = tuple((~differing_sets(experts[None], reference[None])[0]).tolist())
     return RowCandidate(
         recording=recording,
         outcome=outcome,
-        because=_OUTCOMES[outcome],
+        because=_because(plan, row, outcome),
         engine=segment.engine if segment else "",
         finish_reason=segment.finish_reason if segment else "",
         weight_version=recording.weight_version if segment is None else _row_version(segment, row),
@@ -201,14 +210,21 @@ def _candidate(
     )
 
 
+def _because(plan: Plan, row: int, outcome: str) -> str:
+    """The outcome in a sentence. Under `as_sampled` a row may be missing although it is "overridden"."""
+    if outcome == "did not sample the next token" and row + 1 == plan.history.length:
+        return _DECIDED_NOTHING
+    if outcome == "overridden" and not any(one.start <= row < one.stop for one in plan.placements):
+        return _HIDDEN
+    return _OUTCOMES[outcome]
+
+
 def _row_version(segment: Segment, row: int) -> str:
-    """Weights that computed a row of a segment: those that sampled its next token, of the input the first ones."""
-    return _version_at(segment, max(row + 1, segment.base + segment.context))
+    return _version_at(row_version_pieces(segment), row)
 
 
-def _version_at(segment: Segment, position: int) -> str:
-    pieces = (version for start, stop, version in version_pieces(segment) if start <= position < stop)
-    return next(pieces, segment.weight_version)
+def _version_at(pieces: Iterator[tuple[int, int, str]], position: int) -> str:
+    return next(version for start, stop, version in pieces if start <= position < stop)
 
 
 def _token(store: Archive, id: str, history: History, position: int) -> TokenOrigin:
@@ -223,7 +239,7 @@ def _token(store: Archive, id: str, history: History, position: int) -> TokenOri
         event=span.event.id,
         sampled=span.sampled,
         logprob=None if logprobs is None else float(logprobs[at]),
-        weight_version=_version_at(history.segments[span.segment], position) if span.sampled else "",
+        weight_version=_version_at(version_pieces(history.segments[span.segment]), position) if span.sampled else "",
     )
 
 
@@ -233,11 +249,15 @@ def _reasons(plan: Plan, row: int) -> Iterator[str]:
     if history.opened.routing is None:
         yield "the trajectory was created without a routing spec: no routing is recorded"
         return
-    if row == history.length - 1:
-        yield "it is the last token, which has never been an input: a later segment records its row"
-        return
     held = [one for one in plan.why(row) if one.outcome != "rewound"]
-    if held and plan.policy == "as_sampled":
+    if row == history.length - 1:
+        yield (
+            "it is the last token: under as_sampled its row counts once whoever recorded it brings the next one"
+            if held
+            else "it is the last token, which has never been an input: a later segment records its row"
+        )
+        return
+    if held:
         yield (
             "under as_sampled only the segment that brought the next token counts, with rows that it did not recompute"
         )

@@ -10,12 +10,33 @@ import numpy.typing as npt
 
 from trajstore.entries import Event
 from trajstore.errors import NotFound, RoutingError, SchemaError, SequenceGap, TrajstoreError
-from trajstore.events import EventId, LateRouting, SegmentClosed, SegmentOpened, Tokens
+from trajstore.events import (
+    EventId,
+    LateRouting,
+    Rewarded,
+    RoutingAbsent,
+    SegmentClosed,
+    SegmentOpened,
+    Tokens,
+    TrajectoryClosed,
+)
 from trajstore.fold import Placement, Plan, Policy, decide
 from trajstore.history import Recording, Walk
 from trajstore.reading import Archive
 
-__all__ = ["Changes", "Replay", "RowChange", "Step", "row_segments", "timeline", "token_segments"]
+__all__ = [
+    "Changes",
+    "Replay",
+    "RowChange",
+    "Step",
+    "is_note",
+    "plan_at",
+    "row_segments",
+    "timeline",
+    "token_segments",
+]
+
+_NOTE = "note "
 
 
 class RowChange(NamedTuple):
@@ -63,8 +84,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 class Replay:
     """Steps through the events and notes of one trajectory, as they are now; begins at the first.
 
-    To go forward costs one event; to go back or to jump, a walk over the headers from the beginning. No payload is
-    ever read.
+    To go forward costs one event and a fold of the headers so far, or, where the event changes no row, what it has of
+    segments; to go back or to jump, a walk over the headers from the beginning. No payload is ever read.
 
     Args:
         store: a store or an archive.
@@ -128,13 +149,7 @@ class Replay:
         return self._step
 
     def _index(self, event: str | EventId) -> int:
-        is_note = isinstance(event, str) and event.startswith("note ")
-        at = EventId.parse(event.removeprefix("note ") if isinstance(event, str) else event)
-        for index, one in enumerate(self._timeline):
-            if one.at == at and one.note == is_note:
-                return index
-        last = self._timeline[-1].id
-        raise NotFound(f"there is no event {event} among those of {self.id}; the last of them is {last}")
+        return _place(self._timeline, event, self.id)
 
     def _go(self, index: int) -> Step:
         if self._state.taken != index:
@@ -176,12 +191,14 @@ class _State:
         self._walk = Walk()
         self._notes: list[Event] = []
         self._broken: TrajstoreError | None = None
+        self._is_settled = False
         self.taken = 0
         self.plan: Plan | None = None
         self.problem: TrajstoreError | None = None
 
     def take(self, event: Event) -> None:
         self.taken += 1
+        self._is_settled = self._is_settled and self._moves_no_row(event)
         if event.note:
             self._notes.append(event)
         elif self._broken is None:
@@ -195,11 +212,52 @@ class _State:
         self.problem = self._broken
         if self.problem is None:
             try:
-                self.plan = decide(self._walk.result(self._notes), self._policy)
+                history = self._walk.result(self._notes)
+                if self._is_settled and self.plan is not None:
+                    self.plan = msgspec.structs.replace(self.plan, history=history)
+                else:
+                    self.plan = decide(history, self._policy)
+                self._is_settled = True
                 return self.plan
             except (SequenceGap, SchemaError, RoutingError, NotFound) as error:
                 self.problem = error
+        self._is_settled = False
         return None
+
+    def _moves_no_row(self, event: Event) -> bool:
+        """True for an event after which every placement is what it was before.
+
+        Under `as_sampled` a token decides who the row before it belongs to; a late recording counts once its segment is
+        over; a close may name the weights of what was recorded.
+        """
+        if self._notes or event.note:
+            return False
+        if isinstance(event.header, Tokens):
+            return self._policy == "last_segment_wins"
+        return isinstance(event.header, RoutingAbsent | Rewarded | TrajectoryClosed)
+
+
+def is_note(event: str | EventId) -> bool:
+    """Whether `"note 1-0"` is meant, and not an event."""
+    return isinstance(event, str) and event.startswith(_NOTE)
+
+
+def plan_at(store: Archive, id: str, event: str | EventId, *, policy: Policy = "last_segment_wins") -> Plan:
+    """The fold of what had happened when an event, or a note, had just come: that of `Replay` there, or its error.
+
+    Raises:
+        NotFound: no such trajectory, event or note; or the trajectory was deleted.
+        SequenceGap, SchemaError, RoutingError: there is no fold.
+    """
+    events = timeline(store.events(id), store.notes(id))
+    state = _State(policy)
+    for one in events[: _place(events, event, id) + 1]:
+        state.take(one)
+    plan = state.decide()
+    if plan is None:
+        assert state.problem is not None
+        raise state.problem
+    return plan
 
 
 def timeline(events: Sequence[Event], notes: Sequence[Event]) -> list[Event]:
@@ -240,6 +298,15 @@ def row_segments(plan: Plan) -> npt.NDArray[np.int16]:
     return found
 
 
+def _place(events: Sequence[Event], event: str | EventId, id: str) -> int:
+    """Where an event or a note, as people name it, stands among these of trajectory `id`."""
+    at = EventId.parse(event.removeprefix(_NOTE) if isinstance(event, str) else event)
+    for index, one in enumerate(events):
+        if one.at == at and one.note == is_note(event):
+            return index
+    raise NotFound(f"there is no event {event} among those of {id}; the last of them is {events[-1].id}")
+
+
 def _ends(events: Sequence[Event]) -> dict[int, int]:
     """For each segment how many events there are until it is over."""
     ends: dict[int, int] = {}
@@ -264,11 +331,16 @@ def _changes(before: Plan | None, after: Plan, event: Event) -> Changes:
         rewound = (header.base, length) if header.base < length else None
         length = min(length, header.base)
     old = before.placements if before is not None else ()
+    if old is after.placements:
+        return Changes(tokens=tokens, rewound=rewound)
     return Changes(tokens=tokens, rewound=rewound, rows=tuple(_row_changes(old, after.placements, length)))
 
 
 def _row_changes(old: Sequence[Placement], new: Sequence[Placement], length: int) -> Iterator[RowChange]:
     """Where two foldings differ; old rows from `length` on count as never there."""
+    pairs = enumerate(zip(old, new, strict=False))
+    same = next((i for i, (one, other) in pairs if one != other), min(len(old), len(new)))
+    old, new = old[same:], new[same:]  # mostly all that there was
     kept = [one._replace(stop=min(one.stop, length)) for one in old if one.start < length]
     edges = sorted({edge for one in (*kept, *new) for edge in (one.start, one.stop)})
     last: RowChange | None = None

@@ -1,6 +1,6 @@
 """Whether somebody works on a run: archiver and materializer follow the feeds, trainers take what is ready, memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from trajstore.archive.verify.findings import Finding
 from trajstore.errors import Corrupt
 from trajstore.log.feed import FEED_GROUPS, MATERIALIZER
+from trajstore.log.run import TRAINER_GROUP
 from trajstore.log.wire import FULL_AT, fullest, reply_fields, translate
 from trajstore.store import Store
 from trajstore_replay.ages import told
@@ -68,7 +69,7 @@ def check_workers(run: Store, *, stale_seconds: float, where: str) -> Iterator[F
         )
     ready = [run.keys.ready(partition) for partition in partitions]
     for group in followers(run, ready, stale_seconds):
-        yield from _of_ready(group, stale_seconds, where)
+        yield from _of_ready(group, stale_seconds, where, ready)
     yield from _memory(run, where)
     yield from _backlog(run, where)
 
@@ -116,41 +117,60 @@ def _look(run: Store, stream: str, group: Followers, fields: Mapping[bytes, Any]
 
 def _of_feed(group: Followers, stale: float, where: str) -> Iterator[Finding]:
     command = "materialize" if group.name == MATERIALIZER else "archive"
-    if group.waiting and group.waited >= stale:
-        yield Finding(
-            kind="unfollowed",
-            severity="warning",
-            what=f"no {group.name} takes what is in the feed: {group.waiting} hints wait, the oldest for "
-            f"{told(group.waited)}",
-            what_to_do=f"run `trajstore {command} {where}`",
-        )
-    if group.held:
-        yield Finding(
-            kind="unfinished",
-            severity="warning",
-            what=f"{group.held} hints were given to {_several(group.holders)} and not acknowledged, for up to "
-            f"{told(group.idle)}",
-            what_to_do=f"if it is gone, any running `trajstore {command} {where}` takes them over; else its log says "
-            "what keeps it",
-        )
+    yield from _behind(
+        group,
+        stale,
+        entries="hints",
+        kinds=("unfollowed", "unfinished"),
+        start=f"run `trajstore {command} {where}`",
+        take_over=f"if it is gone, any running `trajstore {command} {where}` takes them over; else its log says what "
+        "keeps it",
+    )
 
 
-def _of_ready(group: Followers, stale: float, where: str) -> Iterator[Finding]:
+def _of_ready(group: Followers, stale: float, where: str, streams: Sequence[str]) -> Iterator[Finding]:
+    start = f"start its trainer; `trajstore status {where}` shows who takes what"
+    if group.name != TRAINER_GROUP:
+        start += (
+            "; if nobody uses the group any more, remove it, for all that is published is kept for it: "
+            f"XGROUP DESTROY {streams[0]} {group.name}"
+        )
+        start += f", and so of all {len(streams)} partitions" if len(streams) > 1 else ""
+    yield from _behind(
+        group,
+        stale,
+        entries="published entries",
+        kinds=("untaken", "claimed"),
+        start=start,
+        take_over="a trainer that is alive takes them over once its lease is over; if none is, start it again",
+    )
+
+
+def _behind(
+    group: Followers, stale: float, *, entries: str, kinds: tuple[str, str], start: str, take_over: str
+) -> Iterator[Finding]:
+    """What waits for a consumer group, and what one of its consumers sits on.
+
+    Args:
+        entries: what they are called.
+        kinds: of the two findings.
+        start, take_over: what to do about each.
+    """
     if group.waiting and group.waited >= stale:
         yield Finding(
-            kind="untaken",
+            kind=kinds[0],
             severity="warning",
-            what=f"{group.waiting} published entries wait for consumer group {group.name!r}, the oldest for "
+            what=f"{group.waiting} {entries} wait for consumer group {group.name!r}, the oldest for "
             f"{told(group.waited)}; it has {group.consumers} consumers",
-            what_to_do=f"start its trainer, or see what is there with `trajstore take {where}`",
+            what_to_do=start,
         )
     if group.held:
         yield Finding(
-            kind="claimed",
+            kind=kinds[1],
             severity="warning",
-            what=f"{_several(group.holders)} of consumer group {group.name!r} took {group.held} entries, and has "
-            f"neither used nor renewed them for up to {told(group.idle)}",
-            what_to_do="a trainer that is alive takes them over once its lease is over; if none is, start it again",
+            what=f"{_several(group.holders)} of consumer group {group.name!r} took {group.held} {entries}, and neither "
+            f"acknowledged nor renewed them for up to {told(group.idle)}",
+            what_to_do=take_over,
         )
 
 

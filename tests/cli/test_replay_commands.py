@@ -50,7 +50,14 @@ def test_replay_prints_every_step_once(seed, folder):
     assert "  rows 0-6: now of segment 1 (3-2), instead of segment 0 (2-2)\n" in page
     assert "  rows 7-8: now of segment 1 (3-2), which were missing\n" in page
     assert "       0  0000000011\n          111111111·\n" in page
-    assert page.rstrip().endswith("111111111·")
+    assert page.count("one letter per token") == 1
+
+
+def test_replay_prints_the_lines_of_tokens_that_changed(durable, folder):
+    """Else the page of a long rollout grows with the square of its length."""
+    id = record_chain(durable).id
+    strips = re.findall(r"^ +(\d+)  0", invoke("replay", folder, id, "--until", "2-3").stdout, re.MULTILINE)
+    assert strips == ["0", "0", "70", "0", "70"]  # the prompt, the output, its rows; nothing at the close
 
 
 def test_replay_until_ends_at_the_event(seed, folder):
@@ -159,6 +166,28 @@ def test_diff_of_trajectories_here_and_elsewhere(seed, durable, folder, tmp_path
     assert document("diff", folder, seed, 0, 1, "--other", other)["second"] == f"{other} segment 1"
 
 
+def test_diff_says_what_one_side_lacks(durable, folder):
+    ids = []
+    for routing, logprobs in ((SPEC, [-1.0, -1.0]), (SPEC, [float("nan")] * 2), (None, None), (None, None)):
+        writer = durable.create(routing=routing)
+        with writer.segment(context=[1, 2]) as segment:
+            segment.tokens([3, 4], logprobs)
+            if not ids:
+                segment.routing(rows(3), start=0)
+        ids.append(writer.id)
+    durable.flush()
+    page = invoke("diff", folder, ids[0], "--other", ids[1]).stdout
+    assert page.startswith("different")
+    assert "none to compare; 2 left out, not finite or not recorded, of which 2 differ all the same" in page
+    assert "no row to compare; 3 rows only in the first, 0 only in the second" in page
+    page = invoke("diff", folder, ids[0], "--other", ids[2]).stdout
+    assert page.startswith("different")
+    assert "a side was created without a routing spec" in page
+    page = invoke("diff", folder, ids[2], "--other", ids[3]).stdout
+    assert page.startswith("the same")
+    assert "none on either side" in page
+
+
 def test_diff_refuses_what_it_cannot_compare(seed, folder):
     assert "compare with what?" in failed("diff", folder, seed, code=2)
     assert "names no two segments" in failed("diff", folder, seed, "zero", "1", code=2)
@@ -184,7 +213,8 @@ def test_doctor_names_the_worst_first_with_a_command_that_can_be_pasted(durable,
     assert result.exit_code == 1
     first, advice, *_ = result.stdout.splitlines()
     assert first.startswith(f"warning: open-segment in trajectory {writer.id}, event 2-1: segment 0 is open")
-    assert f"    If its engine is gone: `trajstore resume {folder} {writer.id} --model DIR --takeover`" in advice
+    assert advice.startswith(f"    If its engine is gone, `trajstore resume {folder} {writer.id} --model DIR")
+    assert "--takeover --max-tokens N` goes on from its 3 tokens" in advice
     assert result.stdout.splitlines()[-2].startswith("information")
     found = json.loads(invoke("doctor", folder, "--stale-seconds", "0", "--json").stdout)
     assert {one["kind"] for one in found} == {"open-segment", "backlog"}
@@ -199,7 +229,7 @@ def test_doctor_repeats_no_password(own_server, run_name):
         aborted = finish(store, status="aborted").id
         result = invoke("doctor", url, "--stale-seconds", "0")
     assert "hush" not in result.output
-    assert f"trajstore resume '{own_server.url(run_name)}' {aborted} --model DIR" in result.stdout
+    assert f"`trajstore close '{own_server.url(run_name)}' {aborted} completed --reward R`" in result.stdout
 
 
 def test_doctor_prints_some_of_each_kind_and_counts_the_rest(durable, folder):
@@ -221,6 +251,41 @@ def test_doctor_looks_at_a_bare_archive(durable, folder):
     result = invoke("doctor", folder / "archive")
     assert result.exit_code == 1
     assert "missing-file" in result.stdout
+
+
+def test_close_ends_a_rollout_with_a_reward_and_says_so(durable, folder):
+    id = durable.create().id
+    durable.flush()
+    result = invoke("close", folder, id, "completed", "--reward", "0.5")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert f"{id} is closed as completed, with reward 0.5" in result.stderr
+    loaded = durable.load(id)
+    assert (loaded.status, loaded.reward) == ("completed", 0.5)
+    assert "completed" in failed("close", folder, id, "failed")
+
+
+def test_close_fences_a_writer_only_when_told_to(durable, folder):
+    writer = durable.create()
+    segment = writer.segment(context=[1, 2])
+    durable.flush()
+    for more in ((), ("--reward", "1")):
+        assert "another writer's segment is open" in failed("close", folder, writer.id, "aborted", *more)
+    assert invoke("close", folder, writer.id, "aborted", "--takeover", "--reward", "1").exit_code == 0
+    assert (durable.load(writer.id).status, durable.load(writer.id).finish_reason) == ("aborted", "lost")
+    segment.tokens([3])
+    with pytest.raises(trajstore.Fenced):
+        durable.flush(writer.id)
+
+
+def test_close_refuses_what_it_does_not_understand(seed, durable, folder):
+    assert "as what?" in failed("close", folder, seed, code=2)
+    assert "as what?" in failed("close", folder, seed, "deleted", code=2)
+    assert "give the ID" in failed("close", "failed", code=2)
+    assert "which store?" in failed("close", seed, "failed", code=2)
+    id = durable.create().id
+    durable.flush()
+    assert "reward" in failed("close", folder, id, "failed", "--reward", "nan")
+    assert durable.load(id).status == "open"
 
 
 def test_ls_finds_lost_and_superseded_rollouts_and_says_why(durable, folder):

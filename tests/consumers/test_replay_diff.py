@@ -74,6 +74,47 @@ def test_infinite_logprobs_are_left_out_and_counted(embedded):
     assert (logprobs.compared, logprobs.nonfinite, logprobs.max_abs) == (1, 1, 0.0)
 
 
+def test_a_logprob_that_one_side_lacks_is_a_difference(embedded):
+    nan, infinite = float("nan"), float("-inf")
+    first, second, third = (
+        trajectory_side(embedded, sampled(embedded, [3, 4], logprobs, rows(3)))
+        for logprobs in ([-1.0, nan], [-1.0, -2.0], [nan, infinite])
+    )
+    for one, other, differing in ((first, second, 1), (second, third, 2), (first, third, 2)):
+        found = compare(one, other)
+        assert (found.logprobs.nonfinite_differing, found.is_none) == (differing, False)
+    again = trajectory_side(embedded, sampled(embedded, [3, 4], [nan, infinite], rows(3)))
+    found = compare(third, again)
+    assert (found.logprobs.nonfinite, found.logprobs.nonfinite_differing, found.is_none) == (2, 0, True)
+
+
+def test_a_token_that_one_side_was_given_is_a_difference(embedded):
+    first = sampled(embedded, [3, 4], None)
+    given = embedded.create(routing=SPEC)
+    with given.segment(context=[1, 2, 3, 4]):
+        pass
+    embedded.flush()
+    found = compare(trajectory_side(embedded, first), trajectory_side(embedded, given.id))
+    assert (found.tokens.is_none, found.logprobs.sampled_once, found.is_none) == (True, 2, False)
+
+
+def test_rows_or_a_routing_spec_that_one_side_lacks_are_a_difference(embedded):
+    full, none = (trajectory_side(embedded, sampled(embedded, [3, 4], None, given)) for given in (rows(3), None))
+    for found in (compare(full, none), compare(none, full)):
+        assert (found.tokens.is_none, found.routing.sets, found.is_none) == (True, 0, False)
+    assert compare(none, none).is_none
+    unrouted = []
+    for _ in range(2):
+        writer = embedded.create()
+        with writer.segment(context=[1, 2]) as segment:
+            segment.tokens([3, 4])
+        embedded.flush()
+        unrouted.append(trajectory_side(embedded, writer.id))
+    assert not compare(none, unrouted[0]).is_none
+    found = compare(*unrouted)
+    assert (found.routing, found.routing_note, found.is_none) == (None, "", True)
+
+
 def test_rows_behind_the_first_other_token_are_of_other_sequences(embedded):
     writer = embedded.create(routing=SPEC)
     given = rows(5, 1)
@@ -162,6 +203,8 @@ def test_layers_are_matched_by_global_id_and_other_models_are_not_compared(embed
     first, second, third, fourth = (trajectory_side(embedded, id) for id in ids)
     routing = compare(first, second).routing
     assert (routing.layers, routing.rows, routing.sets) == ((1, 2), 3, 0)
+    assert (routing.layers_first, routing.layers_second) == ((0,), ())
+    assert (compare(second, first).routing.layers_second, compare(first, second).is_none) == ((0,), False)
     assert "different models: top 2 of 8 experts, and top 2 of 16" in compare(first, third).routing_note
     assert "without a routing spec" in compare(first, fourth).routing_note
 

@@ -1,5 +1,6 @@
 """What is wrong with a run is found and named, with what to do; what is sound is not."""
 
+import re
 import shutil
 
 import msgspec
@@ -11,7 +12,7 @@ from tests.consumers.rollouts import abort, finish, materialize, resume
 from trajstore.abandon import sweep
 from trajstore.archiver import Archiver
 from trajstore.log.feed import MATERIALIZER, FeedFollower
-from trajstore.ready import ReadyFollower
+from trajstore.ready_follower import ReadyFollower
 from trajstore_replay import check_files, diagnose
 from trajstore_replay.ages import Ages, told
 
@@ -62,7 +63,8 @@ def test_an_open_segment_is_a_warning_once_it_stands_still(store):
     assert found(store, stale_seconds=3600.0) == [("open-segment", "information", id)]
     finding = kinds(store, stale_seconds=0.0)["open-segment"]
     assert "segment 0 is open: its writer is at work, or gone" in finding.what
-    assert f"`trajstore resume runs/x {id} --model DIR --takeover` goes on from its 5 tokens" in finding.what_to_do
+    assert f"{id} --model DIR --takeover --max-tokens N` goes on from its 5 tokens" in finding.what_to_do
+    assert f"`trajstore close runs/x {id} aborted --takeover`" in finding.what_to_do
 
 
 def test_age_goes_by_the_servers_clock_where_a_sweep_noted_it(store):
@@ -85,7 +87,7 @@ def test_a_lost_writer_is_named_after_another_took_over(store):
     assert found(store) == [("lost", "warning", id)]
     finding = kinds(store, stale_seconds=0.0)["lost"]
     assert "segment 0 was lost: its writer vanished" in finding.what
-    assert f"trajstore resume runs/x {id} --model DIR" in finding.what_to_do
+    assert f"`trajstore resume runs/x {id} --model DIR --max-tokens N` goes on" in finding.what_to_do
 
 
 def test_who_was_resumed_after_a_loss_is_told_of_and_no_problem(store):
@@ -116,6 +118,17 @@ def test_aborted_idle_unbegun_and_failed_rollouts_are_told_apart(store):
     assert set(found(store)) == expected
     young = {(kind, "information", id) for kind, _, id in expected if kind in ("aborted", "failed")}
     assert set(found(store, stale_seconds=3600.0)) == young
+
+
+def test_a_rollout_that_ended_by_itself_is_to_be_closed_and_scored_unless_it_was(store):
+    id = record_seed_case(store).id
+    store.flush()
+    advice = f"`trajstore close runs/x {id} completed --reward R`"
+    assert kinds(store, stale_seconds=0.0)["idle"].what_to_do == f"score it and close it: {advice}"
+    store.get(id).reward(1.0)
+    store.flush()
+    advice = f"`trajstore close runs/x {id} completed`"
+    assert kinds(store, stale_seconds=0.0)["idle"].what_to_do == f"close it: {advice}"
 
 
 def test_rewound_tokens_are_told_of(store):
@@ -161,6 +174,41 @@ def test_a_group_that_waits_names_who_is_missing(store):
     assert not [one for one in diagnose(store, stale_seconds=3600.0) if one.kind == "stuck-group"]
 
 
+def test_a_group_of_which_all_that_came_were_deleted_waits_for_nobody(store):
+    for _ in range(2):
+        finish(store, group="given up", group_size=3)
+    materialize(store)
+    assert "stuck-group" in kinds(store, stale_seconds=0.0)
+    assert store.delete(group="given up") == 2
+    materialize(store)
+    assert "stuck-group" not in kinds(store, stale_seconds=0.0)
+
+
+def test_a_group_that_was_published_without_its_late_members_is_no_problem(store):
+    finish(store, group="prompt-17", group_size=2)
+    materialize(store)
+    assert kinds(store, stale_seconds=0.0)["stuck-group"].severity == "warning"
+    materialize(store, group_seconds=0.0)
+    finding = kinds(store, stale_seconds=0.0)["stuck-group"]
+    assert finding.severity == "information"
+    assert finding.what.startswith("group prompt-17 was published with 1 of 2 members")
+
+
+def test_a_consumer_group_that_nobody_uses_is_removed_as_the_advice_says(store):
+    ReadyFollower(store.wire, store.keys, "look", "me")
+    finish(store)
+    materialize(store)
+    told_of = {
+        one.what.split("'")[1]: one.what_to_do for one in diagnose(store, stale_seconds=0.0) if one.kind == "untaken"
+    }
+    assert "XGROUP" not in told_of["trainer"]
+    command, key, name = re.search(r"(XGROUP DESTROY) (\S+) (look)\b", told_of["look"]).groups()
+    assert key == store.keys.ready(0)
+    for partition in range(store.partitions):
+        assert store.wire.call(*command.split(), store.keys.ready(partition), name) == 1
+    assert [one.what for one in diagnose(store, stale_seconds=0.0) if "look" in one.what] == []
+
+
 def test_feeds_that_nobody_follows_are_named_with_the_worker_to_start(store):
     finish(store)
     told_of = [one for one in diagnose(store, stale_seconds=0.0, name="runs/x") if one.kind == "unfollowed"]
@@ -176,7 +224,7 @@ def test_hints_that_a_worker_sits_on_are_named_with_it(store):
     finish(store)
     FeedFollower(store.wire, store.keys, MATERIALIZER, "host-9").poll(range(store.partitions), count=10)
     finding = kinds(store, stale_seconds=0.0)["unfinished"]
-    assert "hints were given to host-9 and not acknowledged" in finding.what
+    assert "host-9 of consumer group 'materializer' took 2 hints" in finding.what
 
 
 def test_what_no_trainer_takes_and_what_one_sits_on_are_named(store):
@@ -188,7 +236,7 @@ def test_what_no_trainer_takes_and_what_one_sits_on_are_named(store):
     assert "0 consumers" in untaken.what
     ReadyFollower(store.wire, store.keys, "trainer", "rank-3").poll(count=10)
     later = kinds(store, stale_seconds=0.0)
-    assert "rank-3 of consumer group 'trainer' took 2 entries" in later["claimed"].what
+    assert "rank-3 of consumer group 'trainer' took 2 published entries" in later["claimed"].what
     assert "untaken" not in later
 
 

@@ -9,7 +9,7 @@ from trajstore.entries import Event
 from trajstore.errors import NotFound, SchemaError
 from trajstore.events import EventId, LateRouting, PayloadInfo, RoutingObserved
 from trajstore_replay import Replay
-from trajstore_replay.steps import row_segments, timeline, token_segments
+from trajstore_replay.steps import plan_at, row_segments, timeline, token_segments
 
 
 def row_changes(step):
@@ -52,6 +52,39 @@ def test_under_as_sampled_the_same_event_wins_only_what_it_decided(embedded):
     assert row_changes(replay.goto("3-2")) == [(7, 9, None, "3-2")]
 
 
+@pytest.mark.parametrize("policy", ["last_segment_wins", "as_sampled"])
+def test_placements_are_kept_only_where_an_event_can_change_none(embedded, policy):
+    """Each against a fold of its own: tokens after their rows, weights that the close names, notes, a lost segment."""
+    writer = embedded.create(routing=SPEC)
+    with writer.segment(context=[1, 2]) as segment:
+        for at in range(3):
+            segment.routing(rows(2, at), start=at)  # its last row has decided nothing yet
+            segment.tokens([at])
+        segment.no_routing("of the rest")
+        segment.close("stop", weight_versions=[("v7", 0, 3)])
+    writer.reward(1.0)
+    open_one = writer.segment(base=4, context=[8], weight_version="v8")
+    open_one.tokens([9])
+    open_one.routing(rows(5, 9), start=0, origin="recomputed")
+    embedded.flush()
+    embedded.get(writer.id).close("aborted", takeover=True)
+    writer.late_routing(segment=0, rows=rows(1, 7), start=1)
+    embedded.flush()
+    again = embedded.get(writer.id).segment(context=[])
+    again.tokens([10])
+    again.close("stop")
+    last = embedded.get(writer.id)
+    last.reward(2.0)
+    last.close("completed")
+    embedded.flush()
+    replay = Replay(embedded, writer.id, policy=policy)
+    for step in replay:
+        alone = plan_at(embedded, writer.id, step.event.id, policy=policy)
+        assert step.plan.placements == alone.placements, step.event.id
+        recordings = [id(one) for segment in step.plan.history.segments for one in segment.recordings]
+        assert all(id(one.recording) in recordings for one in step.plan.placements)
+
+
 def test_forward_back_and_jumps_agree(embedded):
     writer = record_chain(embedded)
     forward = [(s.event.id, row_changes(s), s.plan.history.length) for s in Replay(embedded, writer.id)]
@@ -68,6 +101,18 @@ def test_forward_back_and_jumps_agree(embedded):
     replay.goto("5-0")
     assert replay.next() is None
     assert replay.step.event.id == "5-0"
+
+
+def test_rows_that_a_recomputed_recording_hides_are_missing_again(embedded):
+    writer = embedded.create(routing=SPEC)
+    with writer.segment(context=[1, 2]) as segment:
+        segment.tokens([3, 4])
+        segment.routing(rows(2), start=0)
+        segment.routing(rows(1, 1), start=2)
+        segment.routing(rows(1, 2), start=2, origin="recomputed")
+    embedded.flush()
+    replay = Replay(embedded, writer.id, policy="as_sampled")
+    assert row_changes(replay.goto("2-4")) == [(2, 3, "2-3", None)]
 
 
 def test_a_rewind_is_named_and_its_rows_are_no_change(embedded):

@@ -10,6 +10,7 @@ from tests.engines.vllm_fixtures import rows_of
 from trajstore.archiver import Archiver
 from trajstore.errors import NotFound, SchemaError
 from trajstore_replay import why
+from trajstore_replay.agreement import row_versions
 
 
 def outcomes(found):
@@ -166,6 +167,61 @@ def test_of_an_output_with_several_versions_the_row_has_that_of_its_next_token(e
     assert [why(embedded, writer.id, token).token.weight_version for token in range(6)] == [
         "", "", "v1", "v1", "v2", "v2",
     ]  # fmt: skip
+
+
+def test_the_row_of_the_last_token_has_the_version_that_sampled_it(embedded):
+    """The surplus row of some engines; a rerun splits rows by the same rule."""
+    writer = embedded.create(routing=SPEC)
+    with writer.segment(context=[1, 2], weight_version="v1") as segment:
+        segment.tokens([3, 4])
+        segment.routing(rows(4), start=0)
+        segment.close("stop", weight_versions=[("v2", 1, 2)])
+    embedded.flush()
+    versions = [why(embedded, writer.id, row).winner.weight_version for row in range(4)]
+    assert versions == ["v1", "v1", "v2", "v2"] == row_versions(embedded.load(writer.id)).tolist()
+
+
+def test_as_sampled_the_surplus_row_has_decided_nothing_yet(embedded):
+    writer = embedded.create(routing=SPEC)
+    with writer.segment(context=[1, 2]) as segment:
+        segment.tokens([3])
+        segment.routing(rows(3), start=0)
+    embedded.flush()
+    found = why(embedded, writer.id, -1, policy="as_sampled")
+    assert outcomes(found) == [("2-2", "did not sample the next token")]
+    assert "there is no next token yet" in found.candidates[0].because
+    assert found.missing == (
+        "it is the last token: under as_sampled its row counts once whoever recorded it brings the next one",
+    )
+    assert why(embedded, writer.id, -1).missing == ()
+
+
+def test_as_sampled_a_recording_that_a_recomputed_one_hides_does_not_lose_to_a_row(embedded):
+    writer = embedded.create(routing=SPEC)
+    with writer.segment(context=[1, 2]) as segment:
+        segment.tokens([3, 4])
+        segment.routing(rows(3), start=0)
+        segment.routing(rows(3, 1), start=0, origin="recomputed")
+    embedded.flush()
+    found = why(embedded, writer.id, 1, policy="as_sampled")
+    assert outcomes(found) == [("2-3", "recomputed"), ("2-2", "overridden")]
+    assert found.candidates[1].because.endswith("has the row, and says that it was recomputed")
+    assert why(embedded, writer.id, 1).candidates[1].because == "a later recording of the row wins"
+
+
+def test_until_a_note_is_what_had_happened_when_it_came(embedded, seed):
+    writer = embedded.get(seed)
+    writer.late_routing(segment=1, rows=seed_rows(1, 9)[3:5], start=3)
+    writer.observe(seed_rows(0, 4), start=0, source="trainer")
+    embedded.flush()
+    found = why(embedded, seed, 3, until="note 1-0")
+    assert (found.at, outcomes(found)) == (
+        "note 1-0",
+        [("note 1-0", "wins"), ("3-2", "overridden"), ("2-2", "overridden")],
+    )
+    assert outcomes(why(embedded, seed, 3, until="note 2-0"))[-1] == ("note 2-0", "observed")
+    with pytest.raises(NotFound, match="no event note 9-0"):
+        why(embedded, seed, 3, until="note 9-0")
 
 
 def test_observations_are_shown_and_never_win(embedded, seed):

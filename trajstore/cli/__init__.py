@@ -8,6 +8,7 @@ import click
 
 import trajstore
 from trajstore.cli.group import EXIT_CODES, CommandGroup
+from trajstore.cli.logs import use_format
 from trajstore.cli.terminal import prepare_streams
 
 __all__ = ["main"]
@@ -28,3 +29,4 @@ def main() -> None:
       TRAJSTORE_URL=runs/exp1 trajstore tail --json
     """
     prepare_streams()
+    use_format("text")  # a command with --log-format says otherwise

@@ -7,7 +7,7 @@ import click
 import msgspec
 
 from trajstore.archive.verify.findings import Finding
-from trajstore.cli.terminal import diagnostics, plain, print_text
+from trajstore.cli.terminal import print_text, say
 
 __all__ = ["account", "counted", "json_lines", "text_line"]
 
@@ -60,6 +60,6 @@ def account(done: str, counts: Counter[str]) -> None:
         click.exceptions.Exit: there were errors or warnings.
     """
     text = f"{counts['error']} errors, {counts['warning']} warnings, {counts['information']} information"
-    diagnostics().print(plain(f"{done}: {text}"), soft_wrap=True)
+    say(f"{done}: {text}")
     if counts["error"] or counts["warning"]:
         raise click.exceptions.Exit(1)

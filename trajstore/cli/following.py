@@ -7,7 +7,7 @@ import click
 import msgspec
 
 from trajstore.cli.documents import hint_document, hint_time
-from trajstore.cli.terminal import STATUS_STYLES, diagnostics, local_time, plain, print_text
+from trajstore.cli.terminal import STATUS_STYLES, local_time, print_text, say
 from trajstore.errors import TrajstoreError
 from trajstore.log.feed import FeedTail, Hint
 from trajstore.store import Store
@@ -38,7 +38,7 @@ def follow(
     """Print hints until `count` are printed, `seconds` are over, or `stopped` is set."""
     tail = FeedTail(store.wire, store.keys, from_start=from_start)
     deadline = None if seconds is None else time.monotonic() + seconds
-    diagnostics().print(plain(f"following {store.location}; Ctrl-C ends"), soft_wrap=True)
+    say(f"following {store.location}; Ctrl-C ends")
     lines = _JsonLines() if as_json else _Lines()
     lines.begin()
     try:

@@ -9,7 +9,7 @@ import msgspec
 from trajstore.archive.rebuild.rebuild import Rebuilt, rebuild_archive
 from trajstore.archive.root import ArchiveRoot
 from trajstore.cli.group import Failure
-from trajstore.cli.terminal import diagnostics, plain, print_json
+from trajstore.cli.terminal import print_json, say
 from trajstore.log.wire import describe_url
 from trajstore.recovery import Recovered, recover
 from trajstore.routing import ORDERS, RoutingOrder
@@ -84,8 +84,8 @@ def _account(done: Recovered, *, begun: float, as_json: bool) -> None:
     if done.summaries:
         lines.append(f"{done.summaries} summaries of the hot log written anew")
     for line in lines:
-        diagnostics().print(plain(line), soft_wrap=True)
-    diagnostics().print(f"done after {time.monotonic() - begun:.1f} s", soft_wrap=True)
+        say(line)
+    say(f"done after {time.monotonic() - begun:.1f} s")
     if as_json:
         print_json(msgspec.to_builtins(done))
     if done.archive is not None and (done.archive.unreadable or done.archive.damaged):

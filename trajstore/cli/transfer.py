@@ -12,7 +12,7 @@ from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.transfer.copies import Transferred
 from trajstore.cli.damage import Damage
 from trajstore.cli.place import is_archive, open_run
-from trajstore.cli.terminal import diagnostics, plain, print_json
+from trajstore.cli.terminal import diagnostics, plain, print_json, say
 from trajstore.errors import NotFound
 from trajstore.events import CLOSED_STATUSES
 from trajstore.exchange import Exported, Imported, export, import_archive
@@ -144,6 +144,6 @@ def _volume(done: Transferred) -> str:
 def _account(done: Transferred, text: str, *, begun: float, as_json: bool) -> None:
     """The last line, for people on stderr, and for programs the numbers on stdout."""
     elapsed = time.monotonic() - begun
-    diagnostics().print(f"done after {elapsed:.1f} s: {text}", soft_wrap=True)
+    say(f"done after {elapsed:.1f} s: {text}")
     if as_json:
         print_json({**msgspec.structs.asdict(done), "elapsed": elapsed})

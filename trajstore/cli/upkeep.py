@@ -20,7 +20,7 @@ from trajstore.cli.damage import Damage
 from trajstore.cli.dropping import Choice, Dropped
 from trajstore.cli.place import is_archive, open_run, store_argument
 from trajstore.cli.signals import graceful_stop
-from trajstore.cli.terminal import diagnostics, plain, print_json, print_table
+from trajstore.cli.terminal import print_json, print_table, say
 from trajstore.errors import Corrupt, Fenced, NotFound, SchemaError
 from trajstore.log.feed import worker_name
 from trajstore.opening import read_archive
@@ -94,7 +94,7 @@ def compact(store: str, as_json: bool) -> None:
     before, after = sum(map(_nbytes, old)), sum(map(_nbytes, new))
     if as_json:
         print_json({"compactions": len(new), "packs": len(old), "bytes_before": before, "bytes_after": after})
-    diagnostics().print(f"{len(old)} packs of {decimal(before)} are {len(new)} of {decimal(after)}", soft_wrap=True)
+    say(f"{len(old)} packs of {decimal(before)} are {len(new)} of {decimal(after)}")
     damage.fail("these stay as they are, the others were compacted as far as it is due")
 
 
@@ -237,11 +237,8 @@ def _report(
     would = "would be " if dry_run else ""
     for one in dropped:
         if one.lost:
-            diagnostics().print(plain(_lost_with(one, would)), soft_wrap=True)
-    diagnostics().print(
-        f"{len(dropped)} packs {would}dropped, {decimal(nbytes)} {would}removed, {len(foreign)} foreign files",
-        soft_wrap=True,
-    )
+            say(_lost_with(one, would))
+    say(f"{len(dropped)} packs {would}dropped, {decimal(nbytes)} {would}removed, {len(foreign)} foreign files")
 
 
 def _why(one: Dropped) -> str:

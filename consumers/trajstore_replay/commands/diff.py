@@ -12,16 +12,8 @@ from trajstore.cli.terminal import print_fields, print_json, print_table
 from trajstore.fold import POLICIES, Policy
 from trajstore.ingest import check_id
 from trajstore.reading import Archive
-from trajstore_replay.comparing import (
-    Difference,
-    LogprobDifference,
-    RoutingDifference,
-    Side,
-    TokenDifference,
-    compare,
-    segment_side,
-    trajectory_side,
-)
+from trajstore_replay.comparing import Side, compare, segment_side, trajectory_side
+from trajstore_replay.differences import Difference, LogprobDifference, RoutingDifference, TokenDifference
 
 __all__ = ["diff"]
 
@@ -119,7 +111,7 @@ def _print(found: Difference) -> None:
             ("second", found.second),
             ("tokens", _tokens(found.tokens)),
             ("logprobs", _logprobs(found.logprobs)),
-            ("routing", found.routing_note if routing is None else _routing(routing)),
+            ("routing", _routing(routing) if routing is not None else found.routing_note or "none on either side"),
         ],
     )
     if routing is not None and routing.sets:
@@ -148,21 +140,33 @@ def _tokens(tokens: TokenDifference) -> str:
 
 
 def _logprobs(logprobs: LogprobDifference) -> str:
-    left_out = f"; {logprobs.nonfinite} left out, not finite or not recorded" if logprobs.nonfinite else ""
+    more = ""
+    if logprobs.nonfinite:
+        more += f"; {logprobs.nonfinite} left out, not finite or not recorded"
+    if logprobs.nonfinite_differing:
+        more += f", of which {logprobs.nonfinite_differing} differ all the same"
+    if logprobs.sampled_once:
+        more += f"; {logprobs.sampled_once} equal tokens sampled by one side alone"
     if not logprobs.compared:
-        return f"none to compare: no token that is equal was sampled twice{left_out}"
+        return ("none to compare" if logprobs.nonfinite else "none to compare: no equal token was sampled twice") + more
     text = (
         f"{logprobs.compared} compared, |difference| at most {logprobs.max_abs:.3g} (at {logprobs.max_at}), "
         f"{logprobs.mean_abs:.3g} in the mean"
     )
     if logprobs.first_above is not None:
         text += f"; {logprobs.above} above {logprobs.tolerance:g}, the first at {logprobs.first_above}"
-    return text + left_out
+    return text + more
 
 
 def _routing(routing: RoutingDifference) -> str:
+    alone = ""
+    if routing.only_first or routing.only_second:
+        alone += f"; {routing.only_first} rows only in the first, {routing.only_second} only in the second"
+    for which, layers in (("first", routing.layers_first), ("second", routing.layers_second)):
+        if layers:
+            alone += f"; layers only in the {which}: {_ids(layers)}"
     if not routing.rows:
-        return f"no row to compare: {routing.only_first} only in the first, {routing.only_second} only in the second"
+        return f"no row to compare{alone}"
     shared = f" ({routing.shared} the same recording)" if routing.shared else ""
     order = "" if routing.orders is None else f", {routing.orders} only in order"
     text = (
@@ -174,9 +178,7 @@ def _routing(routing: RoutingDifference) -> str:
             f"; first at row {routing.first_row}, layer {routing.first_layer}: "
             f"{_ids(routing.first_experts)} and {_ids(routing.second_experts)}"
         )
-    if routing.only_first or routing.only_second:
-        text += f"; {routing.only_first} rows only in the first, {routing.only_second} only in the second"
-    return text
+    return text + alone
 
 
 def _ids(experts: tuple[int, ...]) -> str:

@@ -1,7 +1,7 @@
 """The command `replay`: steps through what happened to a trajectory, showing it as it was."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from trajstore.cli.documents import event_document
-from trajstore.cli.page import SEGMENT_COLUMNS, letter_strips, positions, runs, segment_row
+from trajstore.cli.page import SEGMENT_COLUMNS, Strip, letter_strips, positions, runs, segment_row
 from trajstore.cli.place import Place, open_reading, place_argument
 from trajstore.cli.strips import print_strips, strip_width
-from trajstore.cli.terminal import diagnostics, local_time, plain, print_json, print_table, print_text, results
+from trajstore.cli.terminal import local_time, print_json, print_table, print_text, results, say
 from trajstore.entries import Event
 from trajstore.errors import NotFound, SchemaError
 from trajstore.events import (
@@ -48,9 +48,9 @@ def replay(place: Place, policy: Policy, until: str | None, as_json: bool) -> No
     """Step through what happened to a trajectory.
 
     Each event, what it changed, and the trajectory as it was then. In a terminal one step at a time: n (or Enter) goes
-    on, b back, g 3-7 to an event, s shows the segments, q ends. Elsewhere every step is printed once. Notes (late
-    routing, observations) stand where they arrived by the clocks of those who wrote them. With --json: an array of
-    steps.
+    on, b back, g 3-7 to an event, s shows the segments, q ends. Elsewhere every step is printed once, and of the tokens
+    the lines that changed. Notes (late routing, observations) stand where they arrived by the clocks of those who wrote
+    them. With --json: an array of steps.
 
     \b
     Examples:
@@ -68,8 +68,9 @@ def replay(place: Place, policy: Policy, until: str | None, as_json: bool) -> No
     elif by_hand:
         _by_hand(steps)
     else:
+        shown: list[Strip] = []
         for step in steps:
-            _print(step, place.id)
+            shown = _print(step, place.id, shown)
 
 
 def _by_hand(steps: Replay) -> None:
@@ -93,31 +94,41 @@ def _obey(steps: Replay, asked: list[str]) -> bool:
     match asked:
         case [] | ["n" | "next" | "\x1b[C"]:  # the arrow, as a terminal without line editing sends it
             if steps.next() is None:
-                return _say("that was the last event; q ends")
+                return _refuse("that was the last event; q ends")
         case ["b" | "back" | "\x1b[D"]:
             if steps.back() is None:
-                return _say("that was the first event")
+                return _refuse("that was the first event")
         case ["g" | "go", *event] if event:
             try:
                 steps.goto(" ".join(event))
             except (NotFound, SchemaError) as error:
-                return _say(str(error))
+                return _refuse(str(error))
         case ["s" | "segments"]:
             _print_segments(steps.step.plan)
             return False
         case ["q" | "quit"]:
             return False
         case _:
-            return _say(_KEYS)
+            return _refuse(_KEYS)
     return True
 
 
-def _say(text: str) -> bool:
-    diagnostics().print(plain(text), soft_wrap=True)
+def _refuse(text: str) -> bool:
+    """Say why no other step is shown."""
+    say(text)
     return False
 
 
-def _print(step: Step, id: str) -> None:
+def _print(step: Step, id: str, shown: Sequence[Strip] = ()) -> list[Strip]:
+    """Print a step.
+
+    Args:
+        shown: strips of tokens that stand above it already, and are not printed again.
+
+    Returns:
+        Its own, or, without a state, those that stand above it.
+    """
+    strips = list(shown)
     event = step.event
     width = len(str(step.total))
     head = f"{step.index + 1:>{width}}/{step.total}  {event.id}  {event.type}"
@@ -131,13 +142,14 @@ def _print(step: Step, id: str) -> None:
         print_text(f"  {_state(step.plan)}")
         routed = step.plan.history.opened.routing is not None
         strips = letter_strips(token_segments(step.plan), row_segments(step.plan), strip_width())
-        print_strips(strips, routed=routed, legend=step.index == 0)
+        print_strips([one for one in strips if one not in shown], routed=routed, legend=not shown)
     click.echo()
+    return strips
 
 
 def _print_segments(plan: Plan | None) -> None:
     if plan is None or not plan.history.segments:
-        _say("there is no segment yet")
+        say("there is no segment yet")
         return
     print_table(
         SEGMENT_COLUMNS,

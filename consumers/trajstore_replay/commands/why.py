@@ -25,7 +25,7 @@ _SHOWN_LAYERS = 8
 @click.option(
     "--policy", type=click.Choice(POLICIES), default="last_segment_wins", show_default=True, help="Of the fold."
 )
-@click.option("--until", metavar="E", help="As of this event, e.g. 3-7 (see `trajstore events`).")
+@click.option("--until", metavar="E", help="As of this event, e.g. 3-7, or note, e.g. 'note 1-0'.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, for programs.")
 def why(place: Place, token: int, layers: tuple[int, ...], policy: Policy, until: str | None, as_json: bool) -> None:
     """Say why a token and its routing row are what they are.
