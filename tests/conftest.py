@@ -100,7 +100,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which servers the log suite ran on, and what a fake one cannot show."""
     missing = [name for name in REAL if binary_of(name) is None]
     found = ", ".join(name for name in BACKENDS if name not in missing)
-    terminalreporter.write_line(f"log backends: {found}. fakeredis cannot show: {FAKEREDIS_CANNOT_SHOW}")
+    cluster = "" if len(missing) == len(REAL) else f", {Cluster.name}"
+    terminalreporter.write_line(f"log backends: {found}{cluster}. fakeredis cannot show: {FAKEREDIS_CANNOT_SHOW}")
     for name in missing:
         terminalreporter.write_line(f"log backend NOT TESTED: {name}, for there is no such server here", red=True)
     if len(missing) == len(REAL):

@@ -206,13 +206,16 @@ def entry_digest(entry: bytes) -> str:
     return hashlib.blake2b(entry, digest_size=16).hexdigest()
 
 
-def check_payload(data: Buffer, info: PayloadInfo, *, what: str) -> None:
+def check_payload(data: Buffer, info: PayloadInfo, *, what: str, crc: int | None = None) -> None:
     """Compare payload bytes with their header.
+
+    Args:
+        crc: of the bytes, where it is known already.
 
     Raises:
         Corrupt: other length or CRC; `what` says whose.
     """
-    if len(data) != info.nbytes or zlib.crc32(data) != info.crc:
+    if len(data) != info.nbytes or (zlib.crc32(data) if crc is None else crc) != info.crc:
         raise Corrupt(f"{what} does not match its header: {len(data)} bytes of {info.nbytes}, or another CRC-32")
 
 

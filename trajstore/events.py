@@ -88,7 +88,7 @@ class EventId(NamedTuple):
         return cls(int(match[1]), int(match[2]))
 
 
-class PayloadInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class PayloadInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """Where the bytes of an event are and what they must hash to.
 
     Attributes:
@@ -107,7 +107,7 @@ class PayloadInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         return cls(nbytes=len(data), crc=zlib.crc32(data), inline=bytes(data) if len(data) < INLINE_LIMIT else None)
 
 
-class WeightVersionSpan(msgspec.Struct, frozen=True):
+class WeightVersionSpan(msgspec.Struct, frozen=True, gc=False):
     """Output tokens `[start, end)` of a segment, 0-based within its output, sampled under `version`."""
 
     version: Label
@@ -115,7 +115,7 @@ class WeightVersionSpan(msgspec.Struct, frozen=True):
     end: Position
 
 
-class _Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
+class _Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True, gc=False):
     pass
 
 
@@ -206,13 +206,17 @@ class TrajectoryDeleted(_Header, frozen=True):
 
 
 class RoutingObserved(_Header, frozen=True):
-    """Note: another party's routing of the same tokens (a trainer's). Never enters a fold."""
+    """Note: another party's routing of the same tokens (a trainer's). Never enters a fold.
+
+    `epoch` is the newest one that its writer knew: later ones may have rewound what it observed. 0 where none was told.
+    """
 
     source: Label
     start: Position
     rows: Position
     payload: PayloadInfo
     weight_version: Label = ""
+    epoch: Count = 0
 
 
 class LateRouting(_Header, frozen=True):

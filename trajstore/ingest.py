@@ -35,6 +35,8 @@ __all__ = [
 
 _Choice = TypeVar("_Choice", bound=str)
 
+_INT32, _FLOAT32 = np.dtype("<i4"), np.dtype("<f4")
+
 _ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._:@+=~-]{{0,{ID_LENGTH - 1}}}")
 
 
@@ -78,10 +80,14 @@ def check_label(text: str, *, name: str) -> str:
     Raises:
         SchemaError: no string, longer, or with lone surrogates.
     """
-    if not isinstance(text, str) or len(text) > LABEL_LENGTH or any("\ud800" <= letter <= "\udfff" for letter in text):
+    if not isinstance(text, str) or len(text) > LABEL_LENGTH or not (text.isascii() or _is_unicode(text)):
         shown = ascii(text)[:80]
         raise SchemaError(f"{name} must be a string of at most 1000 characters of valid Unicode, not {shown}")
     return str.__str__(text)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def check_choice(value: str, choices: Sequence[_Choice], *, name: str) -> _Choice:
@@ -118,8 +124,10 @@ def check_json(value: Mapping[str, Any] | None, *, name: str, limit: int = JSON_
         SchemaError: not JSON (NaN and infinities are not), beyond msgpack (integers of more than 64 bits), not valid
             Unicode, or above `limit` bytes.
     """
+    if value is None:
+        return {}
     try:
-        text = json.dumps(dict(value or {}), allow_nan=False)
+        text = json.dumps(dict(value), allow_nan=False)
         result: dict[str, Any] = json.loads(text)
         msgspec.msgpack.encode(result)
         if _nested(result) > JSON_NESTING:
@@ -167,10 +175,11 @@ def token_array(token_ids: npt.ArrayLike, *, name: str = "token_ids") -> npt.NDA
         raise SchemaError(f"{name} must be integers of shape [n]: {error}") from error
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise SchemaError(f"{name} must be integers of shape [n], not {given.dtype} of shape {list(given.shape)}")
-    if given.size and (int(given.min()) < 0 or int(given.max()) >= 1 << 31):
+    # Not `given.min()`, which goes through Python.
+    if given.size and (int(np.minimum.reduce(given)) < 0 or int(np.maximum.reduce(given)) >= 1 << 31):
         bad = int(np.argmax((given < 0) | (given >= 1 << 31)))
         raise SchemaError(f"{name}[{bad}] is {given[bad]}, outside [0, 2**31)")
-    return np.array(given, "<i4", copy=True)
+    return np.array(given, _INT32, copy=True)
 
 
 def logprob_array(logprobs: npt.ArrayLike, *, count: int) -> npt.NDArray[np.float32]:
@@ -180,11 +189,14 @@ def logprob_array(logprobs: npt.ArrayLike, *, count: int) -> npt.NDArray[np.floa
         SchemaError: not numbers, or not one per token.
     """
     try:
-        with np.errstate(over="ignore", invalid="ignore"):
-            numbers = np.asarray(logprobs)
-            if numbers.size and numbers.dtype.kind not in "fiuO":
-                raise SchemaError(f"logprobs must be real numbers, not {numbers.dtype}")
-            given = np.array(numbers, "<f4", copy=True)
+        numbers = np.asarray(logprobs)
+        if numbers.dtype == _FLOAT32:
+            given = np.array(numbers, copy=True)
+        elif numbers.size and numbers.dtype.kind not in "fiuO":
+            raise SchemaError(f"logprobs must be real numbers, not {numbers.dtype}")
+        else:
+            with np.errstate(over="ignore", invalid="ignore"):
+                given = np.array(numbers, _FLOAT32, copy=True)
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that requires grad
         if isinstance(error, SchemaError):
             raise

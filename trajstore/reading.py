@@ -162,6 +162,11 @@ class Archive:
         self._settle(id)
         return self._view.tombstone(id)
 
+    def was_dropped(self, id: str) -> bool:
+        """Whether retention has dropped a trajectory from the archive: it is not there any more, and was once."""
+        self._settle(id)
+        return self._view.was_dropped(id)
+
     def _settle(self, id: str) -> None:
         """Before a trajectory is read."""
         require_id(id)

@@ -17,7 +17,7 @@ from trajstore.events import TrajectoryOpened
 from trajstore.ingest import check_id
 from trajstore.log.cluster import connect
 from trajstore.log.keys import Keys
-from trajstore.log.run import RunInfo, begin_run, read_run
+from trajstore.log.run import RunInfo, begin_run, read_run, set_up
 from trajstore.log.wire import Wire, describe_url, split_run
 from trajstore.opening import Location
 from trajstore.opening import open as open_run
@@ -90,8 +90,10 @@ def recover(
             _begin_again(wire, run, reader, home, routing_order or _order_of(reader))
             done.begun = True
             done.unfinished = sum(_unfinished(reader))
-        elif root is not None:
-            root.claim(_about(run, known))
+        else:
+            set_up(wire, Keys(run, known.partitions))  # one server of a cluster may have lost its partitions
+            if root is not None:
+                root.claim(_about(run, known))
     with open_run(location, archive=archive, archive_options=archive_options, create=False, timeout=timeout) as store:
         done.summaries = store.rebuild_summaries()
     return done

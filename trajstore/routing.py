@@ -4,7 +4,7 @@ A *row* is the routing that was used when the token at one position was the mode
 layers by K experts per token. After ingest, rows are trusted: ids in range, distinct within a layer, one dtype.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, NoReturn, TypeAlias, get_args
@@ -33,6 +33,21 @@ the space. A router that is replayed computes the weights again, so the order ra
 
 _BLOCK = 1 << 14
 """(row, layer) cells that are checked or sorted at a time."""
+
+_HANDFUL = 1 << 11
+"""Ids below which sorting them is fastest, for it takes the fewest calls: the rows of a decode step."""
+
+_MANY = 1 << 17
+"""Ids from which on comparing neighbours pays, as long as a cell has few."""
+
+_SPAN = 1 << 19
+"""Ids that are compared at a time."""
+
+_FEW = 16
+"""Experts per token up to which it does: above, fewer comparisons outweigh the transposition that they need."""
+
+_WIDE = 512
+"""Cells that are combined in one step, so that the step outweighs the call."""
 
 _NETWORK_LIMIT = 64
 """Above this many experts a sorting network gets long, and `np.sort` is used."""
@@ -108,12 +123,19 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         """Rows `[rows, L, K]` over little-endian C-order bytes, without a copy."""
         return np.frombuffer(data, self.dtype).reshape(-1, self.num_layers, self.top_k)
 
-    def narrow(self, rows: npt.ArrayLike, *, start: int) -> RoutingArray:
+    def narrow(
+        self,
+        rows: npt.ArrayLike,
+        *,
+        start: int,
+        empty: Callable[[int], npt.NDArray[np.uint8]] | None = None,
+    ) -> RoutingArray:
         """Check rows from an engine and return a copy of its own in the stored form.
 
         Args:
             rows: any integer dtype, `[rows, L, K]`, or `[rows, num_hidden_layers, K]` of which `layer_ids` are taken.
             start: absolute position of the first row, for the error's sake.
+            empty: gives the memory of the copy, uint8 `[nbytes]`; default memory of its own.
 
         Returns:
             `[rows, L, K]`, C order, `self.dtype`; within each layer and row as `order` says.
@@ -147,7 +169,11 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
                 layer=self.layer_ids[layer],
                 row=start + row,
             )
-        narrowed = np.array(given, self.dtype, order="C", copy=True)
+        if empty is None:
+            narrowed = np.array(given, self.dtype, order="C", copy=True)
+        else:
+            narrowed = empty(given.size * self.dtype.itemsize).view(self.dtype).reshape(given.shape)
+            np.copyto(narrowed, given, casting="unsafe")  # every id fits
         if self.order == "sorted":
             self._sort_distinct(narrowed, start)
         else:
@@ -155,6 +181,35 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         return narrowed
 
     def _require_distinct(self, rows: RoutingArray, start: int) -> None:
+        if rows.size < _HANDFUL:
+            ordered = np.sort(rows, axis=-1)
+            if (ordered[..., 1:] == ordered[..., :-1]).any():
+                self._name_repeated(rows, 0, start)
+        elif rows.size < _MANY or self.top_k > _FEW or not self._has_distinct(rows.reshape(-1)):
+            self._find_repeated(rows, start)
+
+    def _has_distinct(self, ids: RoutingArray) -> bool:
+        """Whether no cell repeats an id; for many cells of few ids, of which it is the fastest way.
+
+        Each id is compared with that `shift` places on, across the ends of cells, and then is looked at which places of
+        a cell have had a hit.
+        """
+        width = self.top_k * _WIDE
+        equal = np.empty((min(len(ids), _SPAN) // width + 1, width), np.bool_)
+        flat = equal.reshape(-1)
+        for first in range(0, len(ids), _SPAN // width * width):
+            some = ids[first : first + _SPAN // width * width]
+            used = equal[: -(-len(some) // width)]
+            for shift in range(1, self.top_k):
+                end = len(some) - shift
+                np.equal(some[shift:], some[:-shift], out=flat[:end])
+                flat[end : used.size] = False
+                hits = np.bitwise_or.reduce(used.view(np.uint64), axis=0).view(np.bool_).reshape(-1, self.top_k)
+                if hits[:, : self.top_k - shift].any():
+                    return False
+        return True
+
+    def _find_repeated(self, rows: RoutingArray, start: int) -> None:
         cells = rows.reshape(-1, self.top_k)
         # Comparing contiguous planes vectorizes, sorting an axis of 8 does not; and a block that stays in the cache
         # costs no page faults (benchmarks/append.py).

@@ -3,7 +3,9 @@
 It belongs to its `TrajectoryWriter`, which holds the lane that it writes to and the tokens so far.
 """
 
+import contextlib
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from trajstore.writing import TrajectoryWriter
 
 __all__ = ["SegmentWriter", "check_origin", "with_payload"]
+
+_NO_CARE = contextlib.nullcontext()
 
 
 class SegmentWriter:
@@ -212,19 +216,20 @@ class SegmentWriter:
             self._trajectory._segment_closed()
 
     def _append_tokens(self, ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32] | None) -> None:
-        data = ids.tobytes()
-        nonfinite = 0
+        data = tokens = ids.tobytes()
+        nonfinite, total = 0, math.nan
         if logprobs is not None:
-            data += logprobs.tobytes()
+            data = tokens + logprobs.tobytes()
             nonfinite = len(ids) - int(np.count_nonzero(np.isfinite(logprobs)))
+            with np.errstate(invalid="ignore") if nonfinite else _NO_CARE:  # infinities of both signs
+                total = float(np.add.reduce(logprobs, dtype=np.float64))
         info, payload = with_payload(data)
         header = Tokens(
             start=self.end, count=len(ids), payload=info, logprobs=logprobs is not None, nonfinite=nonfinite
         )
         self._trajectory._append(self._turn, header, payload)
-        self._trajectory._took(ids)
-        with np.errstate(invalid="ignore"):  # infinities of both signs
-            self.logprob_sum += np.nan if logprobs is None else float(logprobs.sum(dtype=np.float64))
+        self._trajectory._took(tokens)
+        self.logprob_sum += total
 
     def _require_open(self) -> None:
         if self._closed:

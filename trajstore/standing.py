@@ -33,6 +33,8 @@ def standing(summary: Summary) -> str:
         return f"segment {summary.segments - 1} is open: its writer is at work, or gone"
     else:
         what = f"segment {summary.segments - 1} {_ENDED.get(summary.finish_reason, summary.finish_reason)}"
+    if summary.status == "aborted" and summary.finish_reason == "stop":
+        return f"{what}; closed as aborted"  # there is nothing to resume: it ended by itself
     if summary.status != "open":
         return f"{what}; {_CLOSED[summary.status]}"
     if summary.finish_reason in ("abort", "error", "lost"):

@@ -15,7 +15,7 @@ import redis
 from trajstore.backlog import Backlog
 from trajstore.errors import TrajstoreError, Unavailable
 from trajstore.log.lease import LEASE_GROUP
-from trajstore.log.wire import Command, info_fields, memory_use, reply_fields, translate
+from trajstore.log.wire import Command, info_fields, memory_use, reply_fields, tightest, translate
 from trajstore.store import Store
 
 __all__ = [
@@ -91,7 +91,7 @@ class LeaseStanding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServerStanding(msgspec.Struct, frozen=True, kw_only=True):
-    """The server, of its own INFO; 0 or "" for what it does not say.
+    """The server, of a cluster the one with the least room, of its own INFO; 0 or "" for what it does not say.
 
     Attributes:
         name: redis or valkey, and the version.
@@ -340,8 +340,8 @@ def _lease(reply: Sequence[Any]) -> LeaseStanding:
 
 
 def _server(store: Store) -> ServerStanding:
-    reply = store.wire.exchange([("INFO",)])[0]
-    if not isinstance(reply, bytes):  # not allowed to this user
+    reply = tightest([one.exchange([("INFO",)])[0] for one in store.wire.servers()])
+    if reply is None:  # not allowed to this user
         return ServerStanding()
     fields = info_fields(reply)
     used, limit = memory_use(reply)

@@ -144,7 +144,7 @@ class Store(Archive):
             check_id(id)
             if self._flusher.knows(id) or self.hot.exists(id) or self._archive.knows(id):
                 raise Conflict(f"there is a trajectory {id!r} already, and ids are never reused; store.get({id!r})")
-        return TrajectoryWriter.create(id or str(ULID()), opened, self._flusher, self._load_tokens)
+        return TrajectoryWriter.create(id or self._fresh_id(), opened, self._flusher, self._load_tokens)
 
     def get(self, id: str) -> TrajectoryWriter:
         """A handle on an existing trajectory as it stands now, to resume, score, close or annotate it.
@@ -324,6 +324,12 @@ class Store(Archive):
 
     def __repr__(self) -> str:
         return f"<Store {self.location} run {self.run!r}>"
+
+    def _fresh_id(self) -> str:
+        """A ULID: the time in milliseconds, and 80 random bits."""
+        chance = self._flusher.chance
+        random = (chance.word() << 16 | chance.word() >> 48).to_bytes(10, "big")
+        return str(ULID.from_bytes(int(time.time() * 1000).to_bytes(6, "big") + random))
 
     def _delete(self, id: str, reason: str) -> bool:
         """Write a tombstone if there is none, and remove what the hot log holds beside it."""

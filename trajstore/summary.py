@@ -22,10 +22,10 @@ from trajstore.events import (
 )
 from trajstore.limits import Group, Id, Label
 
-__all__ = ["Summary", "advance", "decode_summary", "encode_summary", "summarize"]
+__all__ = ["Summary", "advance", "advance_by", "decode_summary", "encode_summary", "summarize"]
 
 
-class Summary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Summary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What `store.list` returns for each trajectory.
 
     Attributes:
@@ -72,47 +72,56 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 def advance(summary: Summary | None, id: str, at: EventId, time: float, header: Header) -> Summary:
     """The summary after one more event. Notes do not change it: their writers do not know the newest one."""
-    now = summary or Summary(id=id, created=time)
-    if isinstance(header, TrajectoryDeleted):
-        return Summary(
-            id=id,
-            group=header.group,
-            group_size=header.group_size,
-            status="deleted",
-            created=now.created,
-            updated=time,
-            last=str(at),
-        )
+    return advance_by(summary, id, at, time, [header])
+
+
+def advance_by(summary: Summary | None, id: str, first: EventId, time: float, headers: Sequence[Header]) -> Summary:
+    """The summary after the events of one entry, `first`, `first + 1`, ...; there is at least one."""
+    now = Summary(id=id, created=time) if summary is None else msgspec.structs.replace(summary)
+    for i, header in enumerate(headers):
+        if isinstance(header, TrajectoryDeleted):
+            now = Summary(
+                id=id, group=header.group, group_size=header.group_size, status="deleted", created=now.created
+            )
+        else:
+            _count(now, header, opens=first.seq + i == 0)
+    _set(now, "updated", time)
+    _set(now, "last", f"{first.epoch}-{first.seq + len(headers) - 1}")
+    return now
+
+
+def _count(now: Summary, header: Header, *, opens: bool) -> None:
+    """Bring a summary, which nobody else has seen yet, up to an event."""
     payload = payload_of(header)
-    nbytes = now.nbytes + (payload.nbytes if payload else 0)
-    changes: dict[str, object] = {"updated": time, "last": str(at), "nbytes": nbytes}
-    if now.has_open_segment and at.seq == 0:
-        changes["finish_reason"] = "lost"
+    if payload is not None:
+        _set(now, "nbytes", now.nbytes + payload.nbytes)
+    if opens and now.has_open_segment:
+        _set(now, "finish_reason", "lost")
     match header:
-        case TrajectoryOpened():
-            changes |= {"group": header.group, "group_size": header.group_size}
-        case SegmentOpened():
-            changes |= {
-                "status": "open",
-                "segments": now.segments + 1,
-                "tokens": header.base + header.context,
-                "finish_reason": "",
-                "weight_version": header.weight_version,
-            }
         case Tokens():
-            changes |= {"tokens": now.tokens + header.count, "nonfinite": now.nonfinite + header.nonfinite}
+            _set(now, "tokens", now.tokens + header.count)
+            _set(now, "nonfinite", now.nonfinite + header.nonfinite)
         case Routing():
-            changes["rows"] = now.rows + header.rows
+            _set(now, "rows", now.rows + header.rows)
+        case TrajectoryOpened():
+            _set(now, "group", header.group)
+            _set(now, "group_size", header.group_size)
+        case SegmentOpened():
+            _set(now, "status", "open")
+            _set(now, "segments", now.segments + 1)
+            _set(now, "tokens", header.base + header.context)
+            _set(now, "finish_reason", "")
+            _set(now, "weight_version", header.weight_version)
         case SegmentClosed():
-            changes["finish_reason"] = header.finish_reason
-            changes["mixed"] = now.mixed + _mixes(now.weight_version, header.weight_versions)
+            _set(now, "finish_reason", header.finish_reason)
+            _set(now, "mixed", now.mixed + _mixes(now.weight_version, header.weight_versions))
             if header.weight_versions and not now.weight_version:  # told with the output only
-                changes["weight_version"] = header.weight_versions[-1].version
+                _set(now, "weight_version", header.weight_versions[-1].version)
         case Rewarded():
-            changes["reward"] = header.reward
+            _set(now, "reward", header.reward)
         case TrajectoryClosed():
-            changes |= {"status": header.status, "version": now.version + 1}
-    return msgspec.structs.replace(now, **changes)
+            _set(now, "status", header.status)
+            _set(now, "version", now.version + 1)
 
 
 def _mixes(label: str, spans: Sequence[WeightVersionSpan]) -> bool:
@@ -146,5 +155,6 @@ def decode_summary(data: bytes) -> Summary:
         ) from error
 
 
+_set = msgspec.structs.force_setattr
 encode_summary = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Summary).decode

@@ -17,7 +17,7 @@ from trajstore.archive.reader import ArchiveReader
 from trajstore.entries import Buffer, Event, check_payload, entry_digest
 from trajstore.errors import Corrupt, NotFound, SchemaError
 from trajstore.events import EventId, TrajectoryOpened
-from trajstore.fold import Plan, Policy, plan
+from trajstore.fold import Plan, Policy, Room, plan
 from trajstore.history import Recording, deleted_error, find_tombstone
 from trajstore.ingest import check_count
 from trajstore.log.reader import HotEntry, HotReader
@@ -96,6 +96,11 @@ class View:
         except NotFound:
             return None
 
+    def was_dropped(self, id: str) -> bool:
+        """Whether retention has dropped a trajectory from the archive, as far as that was read before."""
+        archive = self._archive()
+        return archive is not None and archive.is_dropped(id)
+
     def read_deleted_too(self, id: str) -> TrajectoryLog:
         """As `read`; of a deleted trajectory its tombstone, whatever else is not removed yet."""
         hot, hot_notes = self._hot.read(id) if self._hot is not None else ([], [])
@@ -153,13 +158,13 @@ class View:
         return _settled(id, fold)
 
     def _payloads(self, id: str, events: Sequence[Event]) -> Iterator[Buffer]:
-        """Payload bytes of events, in order, checked against their headers."""
+        """Payload bytes of events, in order, checked against their headers: of hot ones `HotReader` has done it."""
         for event, data in zip(events, self._fetch(id, events), strict=True):
             if data is None:
                 raise _Gone(event.id)
-            if event.payload is not None:
-                where = "in the hot log" if event.stored == "hot" else f"in pack {event.stored}"
-                check_payload(data, event.payload, what=f"{id}: the payload of event {event.id} {where}")
+            if event.payload is not None and event.stored != "hot":
+                what = f"{id}: the payload of event {event.id} in pack {event.stored}"
+                check_payload(data, event.payload, what=what)
             yield data
 
     def rows(self, id: str, recording: Recording, rows: tuple[int, int] | None = None) -> RoutingArray:
@@ -185,7 +190,9 @@ class View:
             first, last = start - recording.start, stop - recording.start
             if first == last:
                 return opened.routing.empty(0)
-            return self._routed(id, opened.routing, slice(None), {}, carrier, first, last).copy()
+            rows = self._routed(id, opened.routing, slice(None), {}, carrier, first, last)
+            assert rows is not None
+            return rows.copy()
 
         return _settled(id, fetch)
 
@@ -259,8 +266,13 @@ class View:
         event: Event,
         first: int,
         stop: int,
-    ) -> RoutingArray:
-        """Rows of a recording; `hot` keeps a few hot payloads, for recordings may lie interleaved."""
+        room: Room | None = None,
+    ) -> RoutingArray | None:
+        """Rows of a recording; `hot` keeps a few hot payloads, for recordings may lie interleaved.
+
+        Args:
+            room: where a whole hot payload is received; then None is returned.
+        """
         archive = self._archive()
         if event.stored != "hot" and archive is not None:
             rows = archive.routed(id, event, [(first, stop)], layers)
@@ -269,6 +281,11 @@ class View:
             return rows
         assert spec is not None
         data = hot.pop(event.id, None)
+        whole = event.payload is not None and event.payload.nbytes == (stop - first) * spec.row_bytes
+        if data is None and whole and room is not None and self._hot is not None and layers == slice(None):
+            if not self._hot.payload_into(id, event, room(spec.num_layers).data.cast("B")):
+                raise _Gone(event.id)
+            return None
         if data is None:
             data = next(iter(self._payloads(id, [event])))
         hot[event.id] = data

@@ -192,7 +192,7 @@ class TrajectoryWriter:
             raise SchemaError(f"{self.id} has {SEGMENTS} segments, which is the limit; create a new trajectory")
         self._require_fits(start + len(ids))
         tokens = self._known_tokens()
-        given = np.concatenate([np.frombuffer(tokens, np.int32)[:start], ids])
+        given = np.concatenate([np.frombuffer(tokens, np.int32)[:start], ids]) if start else ids
         info, payload = with_payload(ids.data.cast("B")) if len(ids) else (None, None)
         header = SegmentOpened(
             base=start,
@@ -259,6 +259,8 @@ class TrajectoryWriter:
     def observe(self, rows: npt.ArrayLike, *, start: int, source: str, weight_version: str = "") -> None:
         """Record another party's routing of rows `[start, start + n)`, for audits; at any time, also after the close.
 
+        They are rows of the tokens that this handle knows: what a later segment rewinds is not compared with them.
+
         Args:
             rows: `[n, L, K]` or `[n, num_hidden_layers, K]`, any integer dtype.
             source: who observed it, e.g. "trainer".
@@ -268,11 +270,14 @@ class TrajectoryWriter:
         """
         label = check_label(source, name="source")
         version = check_label(weight_version, name="weight_version")
+        epoch = self._epoch
         parts = self._split(rows, start, self._length)
         with self._telling:
             for at, part in parts:
                 info, payload = with_payload(part.reshape(-1).view(np.uint8).data)
-                header = RoutingObserved(source=label, start=at, rows=len(part), payload=info, weight_version=version)
+                header = RoutingObserved(
+                    source=label, start=at, rows=len(part), payload=info, weight_version=version, epoch=epoch
+                )
                 self._note(header, payload)
 
     def late_routing(self, rows: npt.ArrayLike, *, segment: int, start: int, origin: Origin = "computed") -> None:
@@ -313,9 +318,10 @@ class TrajectoryWriter:
         if length > TOKENS:
             raise SchemaError(f"{self.id}: {length} tokens in one trajectory, the limit is {TOKENS}; begin a new one")
 
-    def _took(self, ids: npt.NDArray[np.int32]) -> None:
-        self._known_tokens().frombytes(ids.tobytes())
-        self._length += len(ids)
+    def _took(self, tokens: bytes) -> None:
+        """Token ids, int32."""
+        self._known_tokens().frombytes(tokens)
+        self._length += len(tokens) // 4
         self._ends[-1] = self._length
 
     def _took_rows(self, start: int, stop: int) -> None:
@@ -330,7 +336,7 @@ class TrajectoryWriter:
         spec = self._require_spec()
         if isinstance(start, bool) or not isinstance(start, int | np.integer) or start < 0:
             raise RoutingError(f"{self.id}: start must be a position, not {start!r}")
-        checked = spec.narrow(rows, start=int(start))
+        checked = spec.narrow(rows, start=int(start), empty=self._flusher.slabs.cut)
         if start + len(checked) > end:
             raise RoutingError(
                 f"{self.id}: rows {start} to {start + len(checked) - 1} reach past the {end} tokens there are "
@@ -364,7 +370,7 @@ class TrajectoryWriter:
 
     def _claim(self, header: Header, payload: Buffer | None = None, *, creates: bool = False) -> Turn:
         """Open the next epoch with this event."""
-        turn = Turn(self._epoch + 1, creates=creates or self._recreates)
+        turn = Turn(self._epoch + 1, creates=creates or self._recreates, nonce=self._flusher.chance.word())
         self._append(turn, header, payload)
         self._epoch += 1
         self._recreates = self._foreign_open = False
@@ -373,7 +379,7 @@ class TrajectoryWriter:
     def _note(self, header: Header, payload: Buffer | None) -> None:
         if self._notes is None:
             self._notes = self._flusher.lane(self.id, note=True, acked=self._last_note)
-        self._flusher.append(self._notes, Turn(0), header, payload)
+        self._flusher.append(self._notes, Turn(0, nonce=self._flusher.chance.word()), header, payload)
 
     def _known_tokens(self) -> "array[int]":
         if self._tokens is None:

@@ -284,10 +284,11 @@ def test_hints_that_a_request_took_after_it_was_given_up_are_archived_all_the_sa
 
     def take(_):
         if not taken:
-            taken.append(record_seed_case(durable).id)
+            id = record_seed_case(durable).id
             durable.flush()
             feed, reader = durable.keys.feed(0), archiver.name
             assert durable.wire.call("XREADGROUP", "GROUP", "archiver", reader, "STREAMS", feed, ">")
+            taken.append(id)  # last: from here on somebody looks whether it is archived
 
     archiver = Archiver(durable, lease_seconds=0.5, pack_seconds=0.0)
     with archiving(durable, archiver, on_progress=take):

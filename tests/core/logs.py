@@ -103,10 +103,12 @@ class Log:
             LateRouting(segment=segment, start=start, rows=len(rows), payload=_info(data), **fields), data
         )
 
-    def observe(self, rows: np.ndarray, start: int, source: str = "trainer") -> str:
-        """Another party's routing."""
+    def observe(self, rows: np.ndarray, start: int, source: str = "trainer", *, epoch: int | None = None) -> str:
+        """Another party's routing, of the tokens as they are; `epoch=0`: the note does not say which these are."""
         data = rows.tobytes()
-        return self._note(RoutingObserved(source=source, start=start, rows=len(rows), payload=_info(data)), data)
+        seen = self.events[-1].at.epoch if epoch is None else epoch
+        header = RoutingObserved(source=source, start=start, rows=len(rows), payload=_info(data), epoch=seen)
+        return self._note(header, data)
 
     def drop(self, *ids: str) -> None:
         """Lose events."""

@@ -29,6 +29,7 @@ from trajstore.events import (
     PayloadInfo,
     Rewarded,
     Routing,
+    RoutingObserved,
     SegmentClosed,
     SegmentOpened,
     Tokens,
@@ -171,6 +172,19 @@ def test_event_of_unknown_type_is_kept_with_its_fields():
     (event,) = decode_entry(EventId(4, 2), entry({"type": "Compressed", "ratio": 0.5}))
     assert event.header == UnknownEvent(type="Compressed", version=SCHEMA_VERSION, fields={"ratio": 0.5})
     assert (event.id, event.type, event.payload) == ("4-2", "Compressed", None)
+
+
+def test_observation_of_before_notes_named_an_epoch_reads_and_one_that_does_reads_in_an_older_trajstore():
+    """A field with a default that a reader does not know is no reason not to read the rest."""
+    told = RoutingObserved(source="trainer", start=0, rows=1, payload=INFO, epoch=3)
+    body = msgspec.msgpack.encode(told)
+    assert header_from(body, SCHEMA_VERSION, at=EventId(1, 0)) == told
+    fields = msgspec.msgpack.decode(body)
+    del fields["epoch"]
+    untold = header_from(msgspec.msgpack.encode(fields), SCHEMA_VERSION, at=EventId(1, 0))
+    assert (untold.epoch, msgspec.msgpack.decode(msgspec.msgpack.encode(untold))) == (0, fields)
+    later = msgspec.msgpack.encode({**fields, "said_by_a_later_trajstore": 3})
+    assert header_from(later, SCHEMA_VERSION, at=EventId(1, 0)) == untold
 
 
 def test_newer_schema_version_is_unknown_even_where_the_type_is_known():

@@ -48,7 +48,7 @@ def histories(draw):
             log.late(segment, fresh_rows(start, count), start, origin=origin)
         elif log.token_ids:
             start, count = draw(recordings(len(log.token_ids)))
-            log.observe(fresh_rows(start, count), start)
+            log.observe(fresh_rows(start, count), start, epoch=draw(st.sampled_from([None, 0])))
 
     token = iter(range(1000, 10_000))
     for _ in range(draw(st.integers(0, 5))):

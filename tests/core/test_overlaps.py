@@ -1,5 +1,7 @@
 """Pairs of recordings of the same rows of the same tokens."""
 
+from itertools import pairwise
+
 from hypothesis import given, settings
 
 from tests.builders import record_seed_case, rows
@@ -63,23 +65,58 @@ def test_observations_come_last_and_pair_with_what_counts_and_each_other():
     ]
 
 
+def test_observation_pairs_with_recordings_of_the_tokens_that_it_saw():
+    """Rewound rows with those that were rewound, not with what stands there now."""
+    log = three_segments()
+    before = log.observe(rows(6), 0)
+    log.segment(2, [7, 8, 9, 10])
+    again = log.routing(rows(5), 0)
+    log.finish()
+    after = log.observe(rows(6), 0)
+    assert pairs(log)[5:] == [
+        (0, 4, "2-2", before),
+        (2, 5, "3-2", before),
+        (0, 6, "4-1", before),
+        (0, 2, again, before),
+        (0, 2, "2-2", after),
+        (0, 2, "4-1", after),
+        (0, 5, again, after),
+        (0, 2, before, after),
+    ]
+
+
+def test_observation_that_does_not_say_what_it_saw_pairs_below_every_rewind():
+    log = three_segments(third_base=3)
+    untold = log.observe(rows(4), 0, epoch=0)
+    assert pairs(log)[3:] == [(0, 3, "2-2", untold), (2, 3, "3-2", untold), (0, 3, "4-1", untold)]
+    log = three_segments()
+    untold = log.observe(rows(4), 0, epoch=0)
+    assert pairs(log)[3:] == [(0, 4, "2-2", untold), (2, 4, "3-2", untold), (0, 4, "4-1", untold)]
+
+
 @settings(max_examples=200, deadline=None)
 @given(histories())
 def test_overlaps_equal_an_oracle_row_by_row(log):
-    """The same row p: no segment after the older recording's, up to the newer's, began at or below p."""
+    """A token is told by its position and the last segment, of those that had opened, that began at or below it."""
     history = log.plan().history
-    bases = [event.header.base for event in log.events if isinstance(event.header, SegmentOpened)]
+    opened = [(event.at.epoch, event.header.base) for event in log.events if isinstance(event.header, SegmentOpened)]
+    rewinding = [new.base for old, new in pairwise(history.segments) if new.base < old.end]
+
+    def token(recording, p):
+        last = recording.epoch or opened[-1][0]
+        if not recording.epoch and any(p >= base for base in rewinding):
+            return object()  # equal to no other
+        return max(epoch for epoch, base in opened if epoch <= last and base <= p)
+
     recordings = [recording for segment in history.segments for recording in segment.recordings]
-    expected = set()
     everything = [*recordings, *history.observations]
-    for j, second in enumerate(everything):
-        for first in everything[:j]:
-            newer = len(bases) - 1 if second.segment < 0 else second.segment
-            older = len(bases) - 1 if first.segment < 0 else first.segment
-            for p in range(max(first.start, second.start), min(first.stop, second.stop)):
-                below = all(p < base for base in bases[older + 1 : newer + 1])
-                if below and (second.segment >= 0 or p < history.length):
-                    expected.add((p, first.event, second.event))
+    expected = {
+        (p, first.event, second.event)
+        for j, second in enumerate(everything)
+        for first in everything[:j]
+        for p in range(max(first.start, second.start), min(first.stop, second.stop))
+        if token(first, p) == token(second, p)
+    }
     found = {(p, o.first.event, o.second.event) for o in find_overlaps(history) for p in range(o.start, o.stop)}
     assert found == expected
 

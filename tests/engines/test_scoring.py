@@ -1,5 +1,6 @@
 """Teacher forcing: what the engine says of given tokens is what a plain forward says, chunk by chunk."""
 
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import trajstore
 from tests.engines.driving import drain
 from tests.engines.models import CONTEXT, DEEPSEEK_ROUTER_CHOOSES, VOCABULARY, plain_forward, prompt, tiny_model
-from trajstore.engine import Resumer, Scorer, load_resumer, load_scorer
+from trajstore.engine import Resumer, Scorer, load_resumer, load_scorer, sampling_taken
 from trajstore_transformers import SamplingParams, TransformersEngine
 from trajstore_transformers.replay import read_tokens
 
@@ -129,6 +130,30 @@ def test_engine_that_cannot_is_refused_with_the_names_of_those_that_can(tmp_path
     for name, why in [("nix", "there is no engine 'nix'"), ("sglang", "'sglang' records, but serves no replay")]:
         with pytest.raises(trajstore.TrajstoreError, match=rf"{why}.*engines that serve replay: .*transformers"):
             load_scorer(name, tmp_path)
+
+
+def test_broken_engine_of_others_takes_nothing_from_the_rest(tmp_path, monkeypatch):
+    (tmp_path / "broken_engine.py").write_text("raise ValueError('of its own')")
+    monkeypatch.syspath_prepend(tmp_path)
+    points = [
+        EntryPoint("broken", "broken_engine:Engine", "trajstore.engines"),
+        *entry_points(group="trajstore.engines"),
+    ]
+    monkeypatch.setattr("trajstore.engine.entry_points", lambda group: points)
+    with pytest.raises(trajstore.NotFound, match=r"no engine 'nix'; engines that serve replay: transformers"):
+        load_scorer("nix", tmp_path)
+    with pytest.raises(trajstore.SchemaError, match="engine 'broken' cannot be loaded here: ValueError: of its own"):
+        load_scorer("broken", tmp_path)
+
+
+def test_engines_say_by_their_name_what_they_sample_by():
+    assert sampling_taken("transformers") == frozenset()
+    assert sampling_taken("vllm") == {"top_p", "top_k", "min_p", "repetition_penalty", "min_tokens"}
+
+
+def test_parameters_that_this_engine_does_not_take_are_refused(embedded):
+    with TransformersEngine(tiny_model()) as engine, pytest.raises(trajstore.SchemaError, match="sample by top_p"):
+        engine.resume(embedded.create(), max_tokens=2, further={"top_p": 0.5})
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here; tests/live/test_vllm_replay.py")

@@ -84,6 +84,24 @@ def test_aborted_rollout_goes_on_with_the_routing_of_its_prefix(store, llm, weig
     assert_logprobs(t, expected, range(50, 79))
 
 
+def test_rollout_goes_on_by_its_other_parameters_too(store, llm):
+    """Of the likeliest token alone there is one way to go on, whatever the temperature."""
+    trajectory = store.create()
+    with trajectory.segment(
+        context=range(4, 40), sampling={"max_tokens": 8, "temperature": 1.5, "top_k": 1}
+    ) as segment:
+        segment.close("abort")
+    store.flush()
+    asked = {"max_tokens": 8, "temperature": 0.0, "stop_token_ids": [], "ignore_eos": True}
+    resume(store, trajectory.id, LLMReplay(llm), ignore_eos=True)
+    greedy = store.create()
+    greedy.segment(context=range(4, 40), sampling=asked).close("abort")
+    store.flush()
+    resume(store, greedy.id, LLMReplay(llm))
+    np.testing.assert_array_equal(store.load(trajectory.id).token_ids, store.load(greedy.id).token_ids)
+    assert store.load(trajectory.id).segments[1].sampling["top_k"] == 1
+
+
 def test_command_reads_and_goes_on_with_a_model_of_its_own(store, weights, aborted, tmp_path):
     """Its own process, engine and defaults; the results alone on stdout."""
 

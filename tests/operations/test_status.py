@@ -18,7 +18,7 @@ from trajstore.cli.status_screen import screen
 from trajstore.errors import Unavailable
 from trajstore.log.feed import ARCHIVER, MATERIALIZER, FeedFollower
 from trajstore.log.lease import Lease
-from trajstore.ready import ReadyFollower
+from trajstore.ready_follower import ReadyFollower
 from trajstore.status import (
     ArchiveStanding,
     ConsumerStanding,

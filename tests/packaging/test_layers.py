@@ -14,6 +14,7 @@ LAYERS = (
         "abandon",
         "materializer",
         "ready",
+        "ready_follower",
         "blob",
         "exchange",
         "recovery",

@@ -388,7 +388,7 @@ def test_what_was_archived_and_removed_is_deleted_by_a_new_stream(durable, folde
 
 
 def test_tombstone_does_not_expire_with_the_keys_of_the_trajectory_that_it_deletes(durable, folder):
-    """Found by simulation seed 55: archived and about to be removed, deleted, and there again when the keys were gone."""
+    """Found by simulation seed 55: deleted when its keys were about to go, and there again when they were gone."""
     trajectory = finish(durable)
     archive(durable, grace_seconds=1000.0)
     assert durable.wire.call("PTTL", durable.keys.entries(trajectory.id)) > 0

@@ -7,7 +7,9 @@ cannot occupy the winner's place.
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import msgspec
 
 from trajstore.entries import Buffer, Entry, encode_entry
 from trajstore.events import (
@@ -24,13 +26,17 @@ from trajstore.events import (
 )
 from trajstore.log.keys import Keys
 from trajstore.log.wire import Command
-from trajstore.summary import Summary, advance, encode_summary
+from trajstore.summary import Summary, advance_by, encode_summary
 
-__all__ = ["BATCH_BYTES", "Batch", "Item", "Turn", "freeze", "payload_field"]
+__all__ = ["BATCH_BYTES", "BESIDE_BYTES", "Batch", "Item", "Turn", "freeze", "payload_field"]
 
 BATCH_BYTES = 1 << 20
-"""A batch takes no further event beyond this. A server executes one large payload per MULTI as fast as a bare SET, but
-MULTIs of several at half the speed or less: they fall out of its caches (benchmarks/append.py)."""
+"""A batch takes no further event beyond this, but for what is small beside a large one. A server executes one large
+payload per MULTI as fast as a bare SET, but MULTIs of several at half the speed or less: they fall out of its caches
+(benchmarks/append.py)."""
+
+BESIDE_BYTES = 1 << 16
+"""What is small: all of a batch but its largest event."""
 
 LIFECYCLE = (SegmentClosed, Rewarded, TrajectoryClosed, TrajectoryDeleted, RoutingObserved, LateRouting)
 """Events that the feed's followers may have to act upon."""
@@ -39,8 +45,7 @@ ENTRY_FIELD = b"e"
 """The one field of a stream entry."""
 
 
-@dataclass(slots=True)
-class Turn:
+class Turn(msgspec.Struct, gc=False):
     """A writer's turn on a trajectory: an epoch and the nonce drawn at its claim.
 
     Attributes:
@@ -52,12 +57,11 @@ class Turn:
 
     epoch: int
     creates: bool = False
-    nonce: int = field(default_factory=lambda: secrets.randbits(64))
+    nonce: int = msgspec.field(default_factory=lambda: secrets.randbits(64))
     seq: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """An event on its way: header, payload bytes unless they ride in the header, and when it came (monotonic clock)."""
 
     turn: Turn
@@ -69,26 +73,29 @@ class Item:
     def nbytes(self) -> int:
         """Buffer space that it takes: its payload, inline or not, and a flat count for the header."""
         info = payload_of(self.header)
-        return 256 + (info.nbytes if info is not None else 0)
+        return 256 if info is None else 256 + info.nbytes
 
 
-@dataclass(slots=True, eq=False)
-class Batch:
-    """Attributes:
-    id: of the trajectory.
-    note: goes to the notes stream.
-    at: id of the entry; its events are `at`, `at + 1`, ...
-    turn: whose turn it belongs to.
-    entry: the entry's bytes, compared when a write is resolved.
-    fields: payload hash fields and their bytes.
-    items: the events.
-    summary: after these events; None for notes.
-    hint: kind of the newest lifecycle event, "" for none.
-    creates: may create the stream.
-    before, before_nonce: id and nonce of the entry acknowledged before it, once sent; None for the first, the nonce also
-        where it is not known.
-    sent: it went out at least once, so it may be in the log.
-    acked: it was acknowledged once, so nobody waits for it any more.
+class Batch(msgspec.Struct, eq=False, gc=False):
+    """Out of the garbage collector's sight, as are its turn and headers: tens of thousands of batches are kept until
+    they are on disk, and going through them stopped the engine's thread for 0.2 s at a time (benchmarks/hotpath.py).
+
+    Attributes:
+        id: of the trajectory.
+        note: goes to the notes stream.
+        at: id of the entry; its events are `at`, `at + 1`, ...
+        turn: whose turn it belongs to.
+        entry: the entry's bytes, compared when a write is resolved.
+        fields: payload hash fields and their bytes.
+        items: the events; none once it was acknowledged, unless they are notes, which may have to be numbered anew.
+        summary: after these events; None for notes.
+        hint: kind of the newest lifecycle event, "" for none.
+        creates: may create the stream.
+        nbytes: on the wire, nearly.
+        before, before_nonce: id and nonce of the entry acknowledged before it, once sent; None for the first, the nonce
+            also where it is not known.
+        sent: it went out at least once, so it may be in the log.
+        acked: it was acknowledged once, so nobody waits for it any more.
     """
 
     id: str
@@ -96,20 +103,16 @@ class Batch:
     at: EventId
     turn: Turn
     entry: bytes
-    fields: list[tuple[str, Buffer]]
+    fields: tuple[tuple[str, Buffer], ...]
     items: Sequence[Item]
     summary: Summary | None
     hint: str
     creates: bool
+    nbytes: int
     before: EventId | None = None
     before_nonce: int | None = None
     sent: bool = False
     acked: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the wire, nearly."""
-        return len(self.entry) + sum(len(data) for _, data in self.fields)
 
     def commands(self, keys: Keys) -> list[Command]:
         """The batch as one transaction; XADD comes first in it."""
@@ -143,17 +146,14 @@ def freeze(id: str, items: Sequence[Item], *, note: bool, summary: Summary | Non
     turn = items[0].turn
     at = EventId(turn.epoch, turn.seq)
     turn.seq += len(items)
-    entry = encode_entry(Entry(SCHEMA_VERSION, turn.nonce, now, [item.header for item in items]))
-    fields: list[tuple[str, Buffer]] = []
-    hint = ""
-    for i, item in enumerate(items):
-        event_at = EventId(at.epoch, at.seq + i)
-        if item.payload is not None:
-            fields.append((payload_field(event_at, turn.nonce, note=note), item.payload))
-        if isinstance(item.header, LIFECYCLE):
-            hint = type(item.header).__name__
-        if not note:
-            summary = advance(summary, id, event_at, now, item.header)
+    headers = [item.header for item in items]
+    entry = encode_entry(Entry(SCHEMA_VERSION, turn.nonce, now, headers))
+    fields = tuple(
+        (payload_field(EventId(at.epoch, at.seq + i), turn.nonce, note=note), item.payload)
+        for i, item in enumerate(items)
+        if item.payload is not None
+    )
+    hint = next((type(header).__name__ for header in reversed(headers) if isinstance(header, LIFECYCLE)), "")
     return Batch(
         id=id,
         note=note,
@@ -162,7 +162,8 @@ def freeze(id: str, items: Sequence[Item], *, note: bool, summary: Summary | Non
         entry=entry,
         fields=fields,
         items=items,
-        summary=None if note else summary,
+        summary=None if note else advance_by(summary, id, at, now, headers),
         hint=hint,
         creates=turn.creates and at.seq == 0,
+        nbytes=len(entry) + sum(len(data) for _, data in fields),
     )

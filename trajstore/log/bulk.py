@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import redis
 from redis._parsers import BaseParser
 
+from trajstore.log.resp import Command, send
+
 __all__ = ["Value", "fetch", "whole_value"]
 
 T = TypeVar("T")
@@ -66,8 +68,8 @@ def whole_value(data: bytes) -> Value:
     return Value(_Held(data), len(data))
 
 
-def fetch(connection: Any, keys: Sequence[str], read: Callable[[Value], T]) -> list[T | None]:
-    """GET keys over a connection of redis-py on which nothing is pending; None for one that is not there.
+def fetch(connection: Any, commands: Sequence[Command], read: Callable[[Value], T]) -> list[T | None]:
+    """GET or HGET over a connection of redis-py on which nothing is pending; None for a value that is not there.
 
     Args:
         read: called with each value as it arrives. What it raises leaves the connection closed.
@@ -75,11 +77,10 @@ def fetch(connection: Any, keys: Sequence[str], read: Callable[[Value], T]) -> l
     Raises:
         redis.RedisError: the server refused, what came is no reply to GET, or the connection was lost.
     """
-    commands = [("GET", key) for key in keys]
     stream, line_end = _Stream(connection._sock), bytearray(2)
     found: list[T | None] = []
     try:
-        connection.send_packed_command(connection.pack_commands(commands[:_AHEAD]))
+        send(connection, commands[:_AHEAD])
         for number in range(len(commands)):
             nbytes = stream.length()
             if nbytes is None:
@@ -91,9 +92,9 @@ def fetch(connection: Any, keys: Sequence[str], read: Callable[[Value], T]) -> l
                 stream.fill(memoryview(line_end))
                 if line_end != b"\r\n":
                     raise redis.InvalidResponse(f"a value of {nbytes} bytes goes on with {bytes(line_end)!r}")
-            if number + _AHEAD < len(commands):
-                following = connection.pack_command(*commands[number + _AHEAD])
-                connection.send_packed_command(following, check_health=False)  # a PING's reply would come behind values
+            following = commands[number + _AHEAD : number + _AHEAD + 1]
+            if following:
+                send(connection, following, check_health=False)  # a PING's reply would come behind values
     except BaseException:
         connection.disconnect()
         raise

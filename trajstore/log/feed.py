@@ -16,7 +16,17 @@ from trajstore.log.keys import Keys
 from trajstore.log.stream import stream_last_id
 from trajstore.log.wire import Command, Wire, reply_fields
 
-__all__ = ["ARCHIVER", "FEED_GROUPS", "MATERIALIZER", "FeedFollower", "FeedTail", "Hint", "parse_stream", "worker_name"]
+__all__ = [
+    "ARCHIVER",
+    "FEED_GROUPS",
+    "MATERIALIZER",
+    "FeedFollower",
+    "FeedTail",
+    "Hint",
+    "parse_stream",
+    "sign_off",
+    "worker_name",
+]
 
 ARCHIVER = "archiver"
 MATERIALIZER = "materializer"
@@ -108,17 +118,7 @@ class FeedFollower:
 
     def leave(self, partitions: Iterable[int]) -> None:
         """Remove this consumer where nothing is pending for it, so that names do not pile up."""
-        partitions = list(partitions)
-        pending = self._wire.call_all(
-            [("XPENDING", self._keys.feed(p), self._group, "-", "+", 1, self._consumer) for p in partitions]
-        )
-        self._wire.call_all(
-            [
-                ("XGROUP", "DELCONSUMER", self._keys.feed(partition), self._group, self._consumer)
-                for partition, entries in zip(partitions, pending, strict=True)
-                if not entries
-            ]
-        )
+        sign_off(self._wire, [self._keys.feed(partition) for partition in partitions], self._group, self._consumer)
 
 
 class FeedTail:
@@ -157,6 +157,18 @@ def parse_stream(entries: Any) -> list[tuple[str, dict[bytes, bytes]]]:
         if entry is not None and entry[1] is not None:
             parsed.append((entry[0].decode(), reply_fields(entry[1])))
     return parsed
+
+
+def sign_off(wire: Wire, streams: Sequence[str], group: str, consumer: str) -> None:
+    """Remove a consumer from its group of each stream where nothing is pending for it. It must not read meanwhile."""
+    pending = wire.call_all([("XPENDING", stream, group, "-", "+", 1, consumer) for stream in streams])
+    wire.call_all(
+        [
+            ("XGROUP", "DELCONSUMER", stream, group, consumer)
+            for stream, entries in zip(streams, pending, strict=True)
+            if not entries
+        ]
+    )
 
 
 def lowest_needed(groups: Any, pending: Sequence[Any]) -> EventId | None:

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import redis
 
+from trajstore.chance import Chance
 from trajstore.entries import Buffer
 from trajstore.errors import Conflict, StoreFull, TrajstoreError, Unavailable
 from trajstore.events import EventId, Header
@@ -35,8 +36,17 @@ from trajstore.log.resolve import (
     judge,
     judge_note,
 )
-from trajstore.log.stream import nonce_of, parse_entries, stream_last_event, stream_last_id, stream_last_nonce
+from trajstore.log.stream import (
+    ends_in_tombstone,
+    nonce_of,
+    parse_entries,
+    stream_last_event,
+    stream_last_id,
+    stream_last_nonce,
+)
+from trajstore.log.wide import WideSession
 from trajstore.log.wire import FULL_AT, Command, Wire, first_refusal, fullest
+from trajstore.slabs import Slabs
 
 __all__ = ["FSYNC_HORIZON", "KEPT_BYTES", "Flusher"]
 
@@ -49,10 +59,12 @@ KEPT_BYTES = 64 << 20
 """Acknowledged batches that are kept until they are certainly on disk, at most. More would cover a faster producer, but
 costs it: memory that is not used again has to be faulted in anew (benchmarks/append.py)."""
 
+_LINES = 8  # connections over which a flush goes out, to a server that fsyncs before it replies
 _ROUND_BYTES = 32 << 20
 _ROUND_BATCHES = 512
 _BACKOFF = (0.02, 0.5)
 _ENDED = "the store's writer thread has ended, by a bug (its traceback went to stderr); open the store again"
+_ASKED_EVERY = 0.5
 _PATIENCE = 1 / 3  # share of the deadline that one reply may take: a lost one must leave time to read back
 
 
@@ -68,6 +80,9 @@ class Flusher:
         archive: knows what was archived and trimmed.
         on_connect: checks the server at each connection (fsync level); may raise, then nothing is written.
         on_refused: called with a trajectory id after its writer lost, to put its summary right again.
+
+    Attributes:
+        chance, slabs: where its writers' nonces come from, and memory for their payloads.
     """
 
     def __init__(
@@ -83,6 +98,7 @@ class Flusher:
         on_connect: Callable[[], None],
         on_refused: Callable[[str], None],
     ) -> None:
+        self.chance, self.slabs = Chance(), Slabs()
         self._wire = wire
         self._keys = keys
         self._timeout = timeout
@@ -98,9 +114,11 @@ class Flusher:
         self._room = threading.Condition(self._lock)  # callers wait for buffer space
         self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
         self._ready: deque[Lane] = deque()  # lanes with work, none of it in flight
-        self._taken: list[tuple[Lane, Batch]] = []  # in flight
+        self._taken: list[Lane] = []  # in flight
         self._kept: deque[tuple[float, int, Lane]] = deque()
         self._kept_now = 0
+        self._heard = float("-inf")  # when the server was last asked and has answered since, over one connection
+        self._unsafe: float | None = None  # when the newest entry landed that a server crash might lose, kept or not
         self._buffered = 0
         self._progress = 0
         self._failed: dict[tuple[str, bool], TrajstoreError] = {}  # by lane: trajectory id, notes or not
@@ -114,7 +132,9 @@ class Flusher:
         self._counts = WriterCounts(buffer_bytes=buffer_bytes)
 
         feeds = [keys.feed(partition) for partition in range(keys.partitions)]
-        self._session = wire.session(timeout=timeout * _PATIENCE, keys=feeds)
+        lines = 1 if horizon or not wire.one_server else _LINES
+        sessions = [wire.session(timeout=timeout * _PATIENCE, keys=feeds) for _ in range(lines)]
+        self._session = WideSession(sessions) if lines > 1 else sessions[0]
         self._next_memory_check = 0.0
         self._thread = threading.Thread(target=self._run, name="trajstore-flusher", daemon=True)
         self._thread.start()
@@ -151,11 +171,12 @@ class Flusher:
         self._require_parent()
         with self._lock:
             self._require_open(lane)
-            if self._buffered + item.nbytes > self._buffer_bytes and self._buffered:
-                self._wait_for_room(lane, item.nbytes)
+            nbytes = item.nbytes
+            if self._buffered + nbytes > self._buffer_bytes and self._buffered:
+                self._wait_for_room(lane, nbytes)
             lane.queue.append(item)
             lane.queued += 1
-            self._buffered += item.nbytes
+            self._buffered += nbytes
             if lane.since is None:
                 lane.since = item.since
             self._schedule(lane)
@@ -173,7 +194,7 @@ class Flusher:
         """A waiter for everything queued so far."""
         self._require_parent()
         with self._lock:
-            lanes = [*self._ready, *(lane for lane, _ in self._taken)]
+            lanes = [*self._ready, *self._taken]
             lanes = [lane for lane in lanes if lane.busy and (id is None or lane.id == id)]
             waiter = Waiter(len(lanes))
             for lane in lanes:
@@ -278,14 +299,14 @@ class Flusher:
             while True:
                 with self._lock:
                     if not self._ready and not self._stopping:
-                        self._wake.wait(1.0 if self._kept else None)
-                    self._drop_kept(time.monotonic())
+                        self._wake.wait(None if self._unsafe is None else 1.0)
+                    self._drop_kept()
                     while self._ready and not self._ready[0].busy:  # failed while it waited
                         self._ready.popleft().scheduled = False
                     if self._stopping and not self._ready:
                         return
                     idle = not self._ready
-                if not idle or self._kept:
+                if not idle or self._unsafe is not None:
                     self._round()
         finally:  # closed, or a bug ended the thread: nobody may wait for it any more
             with self._lock:
@@ -298,10 +319,10 @@ class Flusher:
     def _round(self) -> None:
         try:
             self._connect()
+            self._hear()
             self._require_memory()
             taken = self._take()
-            if not taken:  # a crash of the server must not go unseen while batches are kept against it
-                self._session.ask_each("PING")
+            if not taken:
                 self._trouble, self._pause = None, _BACKOFF[0]
                 return
             taken = self._number_first_notes(taken)
@@ -330,7 +351,7 @@ class Flusher:
             self._set_back()
         finally:
             with self._lock:
-                for lane, _ in self._taken:
+                for lane in self._taken:
                     lane.scheduled = False
                     if lane.busy:
                         self._schedule(lane)
@@ -344,6 +365,13 @@ class Flusher:
         self._on_connect()
         self._recover()
 
+    def _hear(self) -> None:
+        """A crash of the server must not go unseen while it may lose what was acknowledged: ask now and then."""
+        now = time.monotonic()
+        if self._unsafe is not None and now - self._heard >= _ASKED_EVERY:
+            self._session.ask_each("PING")
+            self._heard = now
+
     def _recover(self) -> None:
         """At each connection, before anything is sent: is what was acknowledged, or read by a handle, still there?"""
         with self._lock:
@@ -356,18 +384,20 @@ class Flusher:
         self._settle_doubts([lane for lane in lanes if lane.acked is not None or (lane.frozen and lane.frozen[0].sent)])
 
     def _take(self) -> list[tuple[Lane, Batch]]:
-        taken = self._taken
+        taken: list[tuple[Lane, Batch]] = []
         nbytes = 0
-        with self._lock:
-            while self._ready and len(taken) < _ROUND_BATCHES and nbytes < _ROUND_BYTES:
+        while len(taken) < _ROUND_BATCHES and nbytes < _ROUND_BYTES:
+            with self._lock:  # not while batches are frozen: hundreds of them would hold callers up
+                if not self._ready:
+                    break
                 lane = self._ready.popleft()
-                batch = lane.next_batch(time.time())
-                if batch is None:  # it failed while it waited
-                    lane.scheduled = False
-                    continue
+                self._taken.append(lane)
+                items = lane.take()
+            batch = lane.next_batch(items, time.time())
+            if batch is not None:  # else it failed while it waited
                 nbytes += batch.nbytes
                 taken.append((lane, batch))
-        return list(taken)
+        return taken
 
     def _number_first_notes(self, taken: list[tuple[Lane, Batch]]) -> list[tuple[Lane, Batch]]:
         """Look before a handle's first note: only where there are none, archived ones neither, may it make the stream.
@@ -390,18 +420,24 @@ class Flusher:
                 batch.acked = True
                 self._buffered -= sum(item.nbytes for item in batch.items)
                 self._counts.landed(events, batch.nbytes, now - batch.items[0].since)
+            if not lane.note:
+                batch.items = ()
             lane.settle(events, now)
             self._progress += 1
             if self._horizon:
                 lane.kept.append(Kept(now, batch))
                 self._kept.append((now, batch.nbytes, lane))
                 self._kept_now += batch.nbytes
-            self._drop_kept(now)
+                self._unsafe = now
+            self._drop_kept()
             self._room.notify_all()
 
-    def _drop_kept(self, now: float) -> None:
-        # A server that is away gets no further with its fsync, so what was young when it went stays until it is back.
-        horizon = now - self._horizon if self._session.connected else float("-inf")
+    def _drop_kept(self) -> None:
+        # On disk is what a server that was heard of since has had time for. One that is away gets no further with its
+        # fsync; and while this process stood still, it may have crashed and come back.
+        horizon = self._heard - self._horizon
+        if self._unsafe is not None and self._unsafe < horizon:
+            self._unsafe = None
         while self._kept and (self._kept[0][0] < horizon or self._kept_now > self._kept_bytes):
             since, nbytes, lane = self._kept.popleft()
             self._kept_now -= nbytes
@@ -482,7 +518,8 @@ class Flusher:
         for lane in lanes:
             stream = self._keys.notes(lane.id) if lane.note else self._keys.entries(lane.id)
             first = str(EventId(lane.acked.epoch, 0)) if lane.acked is not None else "0-1"
-            head = str(lane.frozen[0].at) if lane.frozen else "0-1"
+            looked = lane.frozen[0] if lane.frozen else lane.kept[-1].batch if lane.kept else None
+            head = str(looked.at) if looked is not None else "0-1"
             commands.append(("XINFO", "STREAM", stream))
             commands.append(("XRANGE", stream, first, first))
             commands.append(("XRANGE", stream, head, head))
@@ -498,6 +535,7 @@ class Flusher:
                     first_nonce=nonce_of(first_entries[0][1]) if first_entries else None,
                     at_head=head_entries[0][1] if head_entries else None,
                     last_nonce=stream_last_nonce(info),
+                    is_deleted=ends_in_tombstone(info),
                 )
             except TrajstoreError as error:  # not a stream, or not ours
                 result.append(error)

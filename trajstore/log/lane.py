@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from trajstore.errors import TrajstoreError
 from trajstore.events import EventId
-from trajstore.log.batch import BATCH_BYTES, Batch, Item, Turn, freeze
+from trajstore.log.batch import BATCH_BYTES, BESIDE_BYTES, Batch, Item, Turn, freeze
 from trajstore.summary import Summary
 
 __all__ = ["Kept", "Lane", "Waiter"]
@@ -85,19 +85,28 @@ class Lane:
         """True while something waits to be acknowledged, or, after a loss of the server's, to be written again."""
         return self.settled < self.queued or bool(self.frozen)
 
-    def next_batch(self, now: float) -> Batch | None:
-        """The batch to send now: events of one turn, up to `BATCH_BYTES` or one event."""
-        if not self.frozen and self.queue:
-            items: list[Item] = []
-            nbytes = 0
-            while self.queue and (not items or self.queue[0].turn is items[0].turn):
-                nbytes += self.queue[0].nbytes
-                if items and nbytes > BATCH_BYTES:
-                    break
-                items.append(self.queue.popleft())
-                if self.note:  # one number each
-                    items[0].turn.epoch = self.acked.epoch + 1 if self.acked is not None else 1
-                    break
+    def take(self) -> list[Item]:
+        """Events for the next batch, off the queue: of one turn, up to `BATCH_BYTES`, or a large one and what is small.
+
+        None while a batch is frozen: that one is next.
+        """
+        items: list[Item] = []
+        nbytes = largest = 0
+        while not self.frozen and self.queue and (not items or self.queue[0].turn is items[0].turn):
+            size = self.queue[0].nbytes
+            nbytes, largest = nbytes + size, max(largest, size)
+            if items and nbytes > BATCH_BYTES and nbytes - largest > BESIDE_BYTES:
+                break
+            items.append(self.queue.popleft())
+            if self.note:  # one number each
+                break
+        return items
+
+    def next_batch(self, items: Sequence[Item], now: float) -> Batch | None:
+        """The batch to send now, made of what was taken; None if the lane failed meanwhile."""
+        if items:
+            if self.note:
+                items[0].turn.epoch = self.acked.epoch + 1 if self.acked is not None else 1
             batch = freeze(self.id, items, note=self.note, summary=self.summary, now=now)
             self.summary = batch.summary or self.summary
             self.frozen.append(batch)

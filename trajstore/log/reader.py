@@ -1,11 +1,17 @@
 """Reading the hot log: entries, notes, payloads and summaries of one run."""
 
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from trajstore.entries import Entry, Event, decode_entry, decode_known
+import numpy as np
+
+from trajstore.entries import Buffer, Entry, Event, check_payload, decode_entry, decode_known
+from trajstore.errors import Corrupt
 from trajstore.events import EventId
+from trajstore.limits import EVENT_BYTES
 from trajstore.log.batch import payload_field
+from trajstore.log.bulk import Value, whole_value
 from trajstore.log.keys import Keys
 from trajstore.log.stream import parse_entries
 from trajstore.log.wire import Wire
@@ -15,6 +21,9 @@ __all__ = ["HotEntry", "HotReader"]
 
 _PAGE = 1000
 _FETCH_BYTES = 16 << 20
+
+_LARGE = 1 << 16
+"""Bytes of a payload that is read as it arrives, in pieces of as many, which are still in the cache when summed."""
 
 
 class HotEntry(NamedTuple):
@@ -59,8 +68,12 @@ class HotReader:
         """True while the trajectory's stream exists, trimmed or not."""
         return bool(self._wire.call("EXISTS", self._keys.entries(id)))
 
-    def payloads(self, id: str, events: Sequence[Event]) -> Iterator[bytes | None]:
-        """Payload bytes of hot events, in order; None for one that is gone. Reads a bounded number of bytes ahead."""
+    def payloads(self, id: str, events: Sequence[Event]) -> Iterator[Buffer | None]:
+        """Payload bytes of hot events, in order; None for one that is gone. Reads a bounded number of bytes ahead.
+
+        Raises:
+            Corrupt: bytes that are not what the header says.
+        """
         page: list[Event] = []
         nbytes = 0
         for event in events:
@@ -71,16 +84,48 @@ class HotReader:
                 page, nbytes = [], 0
         yield from self._fetch(id, page)
 
-    def _fetch(self, id: str, events: Sequence[Event]) -> Iterator[bytes | None]:
-        fields = [
-            payload_field(event.at, event.nonce, note=event.note)
-            for event in events
-            if event.payload is not None and event.payload.inline is None
-        ]
-        found = iter(self._wire.call("HMGET", self._keys.payloads(id), *fields) if fields else [])
+    def payload_into(self, id: str, event: Event, into: memoryview) -> bool:
+        """Receive the payload of a hot event, checked, where it is wanted; False if it is gone.
+
+        Args:
+            into: as many bytes as the header says that it has.
+
+        Raises:
+            Corrupt: bytes that are not what the header says.
+        """
+        info = event.payload
+        assert info is not None
+        if info.inline is not None:
+            found: tuple[memoryview, int] | None = _summed(whole_value(info.inline), into)
+        else:
+            command = ("HGET", self._keys.payloads(id), _field(event))
+            (found,) = self._wire.fetch_each([command], lambda value: _summed(value, into))
+        if found is not None:
+            check_payload(found[0], info, crc=found[1], what=_whose(id, event))
+        return found is not None
+
+    def _fetch(self, id: str, events: Sequence[Event]) -> Iterator[Buffer | None]:
+        """Small ones in one reply; large ones as they arrive, each part summed while the next is on its way."""
+        key = self._keys.payloads(id)
+        beside = {_field(event): event.payload for event in events if event.payload and event.payload.inline is None}
+        small = [field for field, info in beside.items() if info.nbytes < _LARGE]
+        large = [field for field, info in beside.items() if info.nbytes >= _LARGE]
+        found: dict[str, tuple[Buffer, int] | None] = {}
+        if small:
+            values = self._wire.call("HMGET", key, *small)
+            found.update((field, data and (data, zlib.crc32(data))) for field, data in zip(small, values, strict=True))
+        if large:
+            commands = [("HGET", key, field) for field in large]
+            found.update(zip(large, self._wire.fetch_each(commands, _summed), strict=True))
         for event in events:
-            inline = event.payload.inline if event.payload is not None else b""
-            yield inline if inline is not None else next(found)
+            if event.payload is None:
+                yield b""
+                continue
+            inline = event.payload.inline
+            one = (inline, zlib.crc32(inline)) if inline is not None else found[_field(event)]
+            if one is not None:
+                check_payload(one[0], event.payload, crc=one[1], what=_whose(id, event))
+            yield one and one[0]
 
     def summary(self, id: str) -> Summary | None:
         """The summary of one trajectory, None if there is none."""
@@ -104,3 +149,25 @@ class HotReader:
             while cursor != b"0":
                 cursor, found = server.call("SCAN", cursor or 0, "MATCH", prefix + "*", "COUNT", _PAGE)
                 yield from (key.decode(errors="replace")[len(prefix) :] for key in found)
+
+
+def _field(event: Event) -> str:
+    return payload_field(event.at, event.nonce, note=event.note)
+
+
+def _whose(id: str, event: Event) -> str:
+    return f"{id}: the payload of event {event.id} in the hot log"
+
+
+def _summed(value: Value, into: memoryview | None = None) -> tuple[memoryview, int]:
+    """A value and its CRC-32, in memory of its own or where it is wanted."""
+    if value.nbytes > EVENT_BYTES:
+        raise Corrupt(f"a payload in the hot log has {value.nbytes} bytes, the limit is {EVENT_BYTES}")
+    if into is None or len(into) != value.nbytes:
+        into = np.empty(value.nbytes, np.uint8).data  # not zeroed first, as a bytearray is
+    crc = 0
+    for at in range(0, value.nbytes, _LARGE):
+        piece = into[at : at + _LARGE]
+        value.readinto(piece)
+        crc = zlib.crc32(piece, crc)
+    return into, crc

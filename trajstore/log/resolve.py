@@ -52,8 +52,9 @@ class Seen:
         last: newest id that it ever took; None if the stream does not exist.
         last_event: id of the last event of the newest entry that it still holds; None if it holds none.
         first_nonce: of the entry `e-0` of the newest acknowledged epoch; None if it is not there.
-        at_head: bytes at the id of the batch in question; None if there are none.
+        at_head: bytes at the id of the batch in question, where none is of the newest kept one; None if there are none.
         last_nonce: of the newest entry that it still holds; None if it holds none.
+        is_deleted: that entry is a tombstone, with which all before it went.
     """
 
     last: EventId | None
@@ -61,6 +62,7 @@ class Seen:
     first_nonce: int | None
     at_head: bytes | None
     last_nonce: int | None = None
+    is_deleted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +135,16 @@ def judge(
     held = head.at if head is not None else acked
     if held is None:
         return Nothing()
+    told_so = holds_open or head is not None  # is fenced below
+    if not told_so and kept and acked is not None and seen.last > acked and _is_gone(kept[-1], seen, archive):
+        return _lost(id, seen, acked, "and another writer has gone on without them")
     if seen.last > held or (head is not None and seen.last == head.at):
         return _fenced(id, held, seen.last) if head is not None or holds_open else Nothing()
     if acked is not None and None not in (seen.first_nonce, acked_nonce) and seen.first_nonce != acked_nonce:
         return _fenced(id, held, seen.last)
     if acked is not None and seen.last < acked:
+        if archive.entry(id, acked) is not None:  # a replica took over that lacks what was archived: nothing is lost
+            return Resend([head], acked) if head is not None else Nothing()
         return _after_loss(id, seen, head, acked, kept)
     if acked is not None and seen.last > acked:
         return _fenced(id, held, seen.last)
@@ -196,11 +203,20 @@ def _after_loss(id: str, seen: Seen, head: Batch | None, acked: EventId, kept: S
         if None not in (seen.last_nonce, lost[0].before_nonce) and seen.last_nonce != lost[0].before_nonce:
             return _fenced(id, lost[0].at, last)  # another has written anew what this writer's turn followed
         return Resend([*lost, *([head] if head is not None else [])], last)
-    good = "" if last is None else str(seen.last_event or last)
+    return _lost(id, seen, acked, "and they are no longer at hand; nothing was written above the gap")
+
+
+def _is_gone(newest: Batch, seen: Seen, archive: ArchiveIndex) -> bool:
+    """The newest batch that a server crash might have lost is not in the log, was not archived, and is not deleted."""
+    return seen.at_head != newest.entry and not seen.is_deleted and not _was_archived(newest.id, newest.at, archive)
+
+
+def _lost(id: str, seen: Seen, acked: EventId, what: str) -> Refused:
+    good = "" if seen.last is None else str(seen.last_event or seen.last)
+    since = "" if seen.last is not None and seen.last > acked else f", from after {good or 'the start'}"
     return Refused(
         SequenceGap(
-            f"{id}: the server came back without acknowledged entries, from after {good or 'the start'} up to {acked}, "
-            "and they are no longer at hand; nothing was written above the gap. "
+            f"{id}: the server came back without acknowledged entries{since} up to {acked}, {what}. "
             f"store.get({id!r}) resumes from what is left",
             last_good=good,
         )

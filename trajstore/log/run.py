@@ -14,7 +14,7 @@ from trajstore.log.lease import lease_setup
 from trajstore.log.wire import Command, Wire, translate
 from trajstore.routing import RoutingOrder
 
-__all__ = ["DEFAULT_PARTITIONS", "TRAINER_GROUP", "RunInfo", "begin_run", "open_run", "require_fsync"]
+__all__ = ["DEFAULT_PARTITIONS", "TRAINER_GROUP", "RunInfo", "begin_run", "open_run", "require_fsync", "set_up"]
 
 DEFAULT_PARTITIONS = 16
 TRAINER_GROUP = "trainer"
@@ -99,7 +99,7 @@ def open_run(
 def begin_run(wire: Wire, run: str, *, incarnation: str, partitions: int, routing_order: RoutingOrder) -> RunInfo:
     """Write a run's record, unless somebody else is first; returns what it says then."""
     # Groups first: a run whose record exists has them, and a full server would refuse to make them later.
-    _set_up(wire, Keys(run, partitions))
+    set_up(wire, Keys(run, partitions))
     fresh = RunInfo(
         format=_FORMAT,
         incarnation=incarnation,
@@ -114,7 +114,12 @@ def begin_run(wire: Wire, run: str, *, incarnation: str, partitions: int, routin
     return info
 
 
-def _set_up(wire: Wire, keys: Keys) -> None:
+def set_up(wire: Wire, keys: Keys) -> None:
+    """Make the leases and consumer groups of a run, where they are not there.
+
+    Raises:
+        StoreFull, Unavailable: refused.
+    """
     commands: list[Command] = []
     for partition in range(keys.partitions):
         commands += lease_setup(keys, partition)

@@ -5,12 +5,13 @@ from typing import Any
 import msgspec
 import redis
 
+from trajstore.entries import decode_entry
 from trajstore.errors import UNREADABLE, Corrupt
-from trajstore.events import EventId
+from trajstore.events import EventId, TrajectoryDeleted
 from trajstore.log.batch import ENTRY_FIELD
 from trajstore.log.wire import reply_fields, translate
 
-__all__ = ["nonce_of", "parse_entries", "stream_last_event", "stream_last_id", "stream_last_nonce"]
+__all__ = ["ends_in_tombstone", "nonce_of", "parse_entries", "stream_last_event", "stream_last_id", "stream_last_nonce"]
 
 
 class _Outline(msgspec.Struct):
@@ -52,6 +53,14 @@ def stream_last_nonce(reply: Any) -> int | None:
     """Nonce of the newest entry that a stream still holds, from XINFO STREAM; None if it holds none."""
     newest = None if isinstance(reply, redis.ResponseError) else reply_fields(reply).get(b"last-entry")
     return nonce_of(parse_entries([newest])[0][1]) if newest else None
+
+
+def ends_in_tombstone(reply: Any) -> bool:
+    """The newest entry that a stream still holds, from XINFO STREAM, says that the trajectory was deleted."""
+    newest = None if isinstance(reply, redis.ResponseError) else reply_fields(reply).get(b"last-entry")
+    if not newest:
+        return False
+    return any(isinstance(event.header, TrajectoryDeleted) for event in decode_entry(*parse_entries([newest])[0]))
 
 
 def _outline(entry: bytes) -> _Outline:

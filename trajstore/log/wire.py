@@ -2,7 +2,7 @@
 
 redis-py gives sockets, TLS, authentication and RESP; what it adds on top is left off: its retries send an XADD twice
 when a reply is lost (redis-py 8 retries ten times by default), so every retry is the log protocol's own. RESP2 is
-pinned. Large arguments go out by the Python packer, which sends them without a copy (hiredis' packer copies).
+pinned. How commands and replies look on the wire is in `resp.py`.
 """
 
 import logging
@@ -11,17 +11,17 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, urlencode
 
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import PythonRespSerializer
 from redis.exceptions import AskError, NoPermissionError
 from redis.retry import Retry
 
 from trajstore.errors import Corrupt, SchemaError, StoreFull, TrajstoreError, Unavailable
 from trajstore.log.bulk import Value, fetch
+from trajstore.log.resp import Argument, Command, ReplyParser, receive, send
 
 __all__ = [
     "FULL_AT",
@@ -41,16 +41,12 @@ __all__ = [
     "send",
     "server_info",
     "split_run",
+    "tightest",
 ]
-
-Argument: TypeAlias = str | bytes | bytearray | memoryview | int
-Command: TypeAlias = Sequence[Argument]
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-_READ_SIZE = 1 << 20
 
 _STARTING = 2.0
 """Seconds that a server between its start and its first `listen` gets; a wrong port is told apart by nothing else."""
@@ -74,7 +70,12 @@ class Wire:
     Args:
         pool: made by `Wire.to_url`, or by the embedded server for its socket.
         timeout: seconds that connecting, sending and each reply may take.
+
+    Attributes:
+        one_server: all keys lie on the same.
     """
+
+    one_server = True
 
     def __init__(self, pool: redis.ConnectionPool, *, timeout: float) -> None:
         self._pool = pool
@@ -169,10 +170,14 @@ class Wire:
             Unavailable: the server refused, or the connection was lost.
             Exception: what `read` raises.
         """
-        if not keys:
+        return self.fetch_each([("GET", key) for key in keys], read)
+
+    def fetch_each(self, commands: Sequence[Command], read: Callable[[Value], T]) -> list[T | None]:
+        """As `fetch`: the values that commands of the form `GET key` or `HGET key field` ask for."""
+        if not commands:
             return []
-        with translated("GET"), self.connection() as connection:
-            return fetch(connection, keys, read)
+        with translated(str(commands[0][0])), self.connection() as connection:
+            return fetch(connection, commands, read)
 
     def transaction(self, commands: Sequence[Command], *, watch: "Watch | None" = None) -> list[Any] | None:
         """Run commands in one MULTI; None if a watched key changed.
@@ -334,36 +339,13 @@ def pool_options(timeout: float) -> dict[str, Any]:
         "retry": Retry(NoBackoff(), 0),
         "socket_timeout": timeout,
         "socket_connect_timeout": min(timeout, 10.0),
-        "socket_read_size": _READ_SIZE,
-        "command_packer": PythonRespSerializer(6000, _as_bytes),
+        "parser_class": ReplyParser,
     }
-
-
-def _as_bytes(argument: Argument) -> bytes | bytearray | memoryview:
-    if isinstance(argument, str):
-        return argument.encode()
-    return b"%d" % argument if isinstance(argument, int) else argument
 
 
 def _exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:
     send(connection, commands)
     return receive(connection, len(commands))
-
-
-def send(connection: Any, commands: Sequence[Command]) -> None:
-    """Send commands over a connection of redis-py; its errors are redis-py's."""
-    connection.send_packed_command(connection.pack_commands(commands))
-
-
-def receive(connection: Any, count: int) -> list[Any]:
-    """The next `count` replies; an error reply is a value. Errors of the connection are redis-py's."""
-    replies: list[Any] = []
-    for _ in range(count):
-        try:
-            replies.append(connection.read_response())
-        except redis.ResponseError as error:
-            replies.append(error.with_traceback(None))  # with it, a reply would keep its caller's variables alive
-    return replies
 
 
 @contextmanager
@@ -383,6 +365,8 @@ def first_refusal(replies: Sequence[Any], commands: Sequence[Command]) -> Trajst
         commands: those between the two.
     """
     begun, *queued, result = replies
+    if isinstance(result, list) and not any(isinstance(reply, redis.RedisError) for reply in result):
+        return None  # EXEC has run them, so none was refused before
     heard = [begun, *queued, *(result if isinstance(result, list) else [result])]
     names = ["MULTI", *(str(command[0]) for command in commands)]
     names += names[1:] if isinstance(result, list) else ["EXEC"]
@@ -407,8 +391,11 @@ def translate(error: redis.RedisError, what: str) -> TrajstoreError:
     if isinstance(error, redis.AuthenticationError):
         return Unavailable(f"the server refused {what}: {error}; check the user and password of the URL")
     if isinstance(error, AskError):
+        return Unavailable(f"the server refused {what}: the key's slot of the cluster is on its way to another server")
+    if str(error).startswith("NOGROUP"):
         return Unavailable(
-            f"the server refused {what}, for the key's slot of the cluster is on its way to another server"
+            f"the server refused {what}: {error}. It has lost a partition of the run; stop what works on it, and make "
+            "it whole: `trajstore rebuild STORE`"
         )
     if str(error).startswith("WRONGTYPE"):
         return Corrupt(f"the server refused {what}: a key of trajstore's holds something else ({error})")
@@ -462,14 +449,24 @@ def info_fields(info: bytes) -> dict[str, str]:
     return {name: value for name, colon, value in lines if colon}
 
 
-def fullest(infos: Sequence[Any]) -> tuple[int, int]:
-    """`used_memory` and `maxmemory` of the server with the least room, in bytes; 0 for no limit, or where none tells.
+def tightest(infos: Sequence[Any]) -> bytes | None:
+    """The INFO reply of the server with the least room; None if none tells.
 
     Args:
-        infos: INFO replies of several servers; errors count for nothing.
+        infos: replies of several servers; errors count for nothing.
     """
-    told = [memory_use(info) for info in infos if isinstance(info, bytes)]
-    return max(told, key=lambda use: use[0] / use[1] if use[1] else 0.0, default=(0, 0))
+
+    def full(info: bytes) -> float:
+        used, limit = memory_use(info)
+        return used / limit if limit else 0.0
+
+    return max((info for info in infos if isinstance(info, bytes)), key=full, default=None)
+
+
+def fullest(infos: Sequence[Any]) -> tuple[int, int]:
+    """`used_memory` and `maxmemory` in bytes of the server with the least room; 0 for no limit, or where none tells."""
+    info = tightest(infos)
+    return (0, 0) if info is None else memory_use(info)
 
 
 def memory_use(info: bytes) -> tuple[int, int]:

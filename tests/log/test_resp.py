@@ -1,0 +1,138 @@
+"""Commands as frames and bytes as replies: what a server reads is what was meant, however its answer is cut."""
+
+import socket
+import threading
+from types import SimpleNamespace
+
+import pytest
+import redis
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from redis.connection import PythonRespSerializer
+
+from trajstore.log.resp import ReplyParser, pack, receive, send
+
+LARGE = bytes(range(256)) * 1024
+WIRE = b"+OK\r\n$5\r\nhe\r\no\r\n$-1\r\n*-1\r\n:-12\r\n*3\r\n$0\r\n\r\n*1\r\n+QUEUED\r\n-ERR no\r\n$%d\r\n%b\r\n" % (
+    len(LARGE),
+    LARGE,
+)
+REPLIES = [b"OK", b"he\r\no", None, None, -12, [b"", [b"QUEUED"], "no"], LARGE]
+
+ARGUMENTS = st.one_of(st.text(max_size=6), st.binary(max_size=6), st.integers(), st.sampled_from(["MULTI", "XADD"]))
+
+
+def plain(reply):
+    """Errors by their words."""
+    if isinstance(reply, list):
+        return [plain(one) for one in reply]
+    return str(reply) if isinstance(reply, redis.ResponseError) else reply
+
+
+@pytest.fixture
+def ends():
+    """A connection as redis-py has it, and the socket of its server."""
+    client, server = socket.socketpair()
+    client.settimeout(20)
+    connection = SimpleNamespace(_sock=client, socket_timeout=20, disconnect=client.close, _parser=ReplyParser(0))
+    connection._parser.on_connect(connection)
+    with client, server:
+        yield connection, server
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(ARGUMENTS, min_size=1, max_size=5), min_size=1, max_size=5))
+def test_frames_are_what_redis_py_makes_of_the_commands(commands):
+    plainly = PythonRespSerializer(6000, lambda one: one if isinstance(one, bytes) else str(one).encode())
+    named = [["SET", *arguments] for arguments in commands]  # redis-py splits the first argument at spaces
+    assert b"".join(pack(named)) == b"".join(b"".join(plainly.pack(*command)) for command in named)
+
+
+def test_large_arguments_go_out_without_a_copy():
+    data = memoryview(bytearray(LARGE))
+    pieces = pack([("SET", "a", data), ("SET", "b", b"small"), ("SET", "c", data)])
+    assert [piece is data for piece in pieces] == [False, True, False, True, False]
+    assert b"".join(pieces).count(b"$%d\r\n%b\r\n" % (len(LARGE), LARGE)) == 2
+
+
+def test_small_commands_go_out_together_up_to_a_limit():
+    pieces = pack([("SET", "a", b"x" * 1000)] * 1000)
+    assert 1 < len(pieces) < 10
+    assert all(pieces)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 65_536, 1 << 20])
+def test_replies_arrive_whole_however_their_bytes_are_cut(ends, piece):
+    connection, server = ends
+
+    def answer():
+        for at in range(0, 2 * len(WIRE), piece):
+            server.sendall((WIRE * 2)[at : at + piece])
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    first, second = receive(connection, len(REPLIES)), receive(connection, len(REPLIES))
+    thread.join(20)
+    assert plain(first) == plain(second) == REPLIES
+    assert not connection._parser.can_read()
+
+
+def test_what_nobody_asked_for_is_seen(ends):
+    connection, server = ends
+    assert not connection._parser.can_read()
+    server.sendall(b"+late\r\n")
+    assert connection._parser.can_read()
+    server.close()
+    receive(connection, 1)
+    with pytest.raises(redis.ConnectionError, match="closed"):
+        connection._parser.can_read()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"?\r\n",
+        b"\r\n",
+        b"$x\r\n",
+        b":1.5\r\n",
+        b"*y\r\n",
+        b"$9999999999\r\n",
+        b"*1\r\n" * 100_000,
+        b"-LOADING soon\r\n",
+    ],
+)
+def test_no_reply_closes_the_connection(ends, reply):
+    connection, server = ends
+    server.sendall(reply)
+    with pytest.raises(redis.ConnectionError):
+        receive(connection, 1)
+    assert connection._sock.fileno() == -1, "nobody reads on in the middle of a reply"
+
+
+def test_server_that_ends_or_says_nothing_is_told_by_redis_py_s_errors(ends):
+    connection, server = ends
+    server.sendall(b"+OK\r\n$100000\r\nabc")
+    server.close()
+    with pytest.raises(redis.ConnectionError, match="closed"):
+        receive(connection, 2)
+
+
+def test_silent_server_is_a_timeout(ends):
+    connection, _ = ends
+    connection._sock.settimeout(0.01)
+    with pytest.raises(redis.TimeoutError, match="in time"):
+        receive(connection, 1)
+    assert connection._sock.fileno() == -1
+
+
+def test_server_stores_what_was_sent(own_client, own_server):
+    connection = redis.Connection(port=own_server.port, protocol=2, parser_class=ReplyParser)
+    connection.connect()
+    send(
+        connection, [("MULTI",), ("SET", "a", LARGE), ("HSET", "h", "f", 5), ("EXEC",), ("GET", "a"), ("LPUSH", "a", 1)]
+    )
+    *replies, refused = receive(connection, 6)
+    connection.disconnect()
+    assert replies == [b"OK", b"QUEUED", b"QUEUED", [b"OK", 1], LARGE]
+    assert isinstance(refused, redis.ResponseError)
+    assert own_client.get("a") == LARGE

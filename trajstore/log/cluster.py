@@ -1,0 +1,584 @@
+"""Commands to a Redis Cluster: each goes to the server that has its slot, and replies come back in the order sent.
+
+A partition's keys share a slot, so what belongs together (a `MULTI`, a `WATCH`) lies on one server. redis-py's cluster
+client is not used, for it sends commands again whose reply was lost. Here a command, or a `MULTI` as a whole, is sent
+again only where a server has said that it did not run it: MOVED (the slot is another's) and ASK (the key is on its way
+there). All else is an error, and the log protocol reads back what became of a write.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, NamedTuple, TypeVar
+
+import redis
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+from redis.exceptions import AskError, ClusterError, MovedError, TryAgainError
+
+from trajstore.errors import SchemaError, Unavailable
+from trajstore.log.bulk import Value, whole_value
+from trajstore.log.resp import Argument, Command, receive, send
+from trajstore.log.wire import Session, Watch, Wire, describe_url, info_fields, translate
+
+__all__ = ["ClusterSession", "ClusterWire", "connect"]
+
+T = TypeVar("T")
+
+_REDIRECTS = 5
+"""How often a command follows a slot that moves; then its caller tries later."""
+
+_PAUSE = 0.05
+"""Seconds between two looks at several slots. A server blocks on keys of one slot only."""
+
+_QUIET = 1.0
+"""Seconds of silence after which a session looks whether its servers are what they were: two failovers take longer."""
+
+_KEYLESS = ("PING", "INFO", "CONFIG", "TIME", "SCAN", "EXEC")
+_UNSETTLED = (AskError, ClusterError, TryAgainError)  # MOVED is an ASK, CLUSTERDOWN and MASTERDOWN are ClusterErrors
+
+
+class Address(NamedTuple):
+    """Where a server listens."""
+
+    host: str
+    port: int
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """What one server gets as a whole: a command, or all from `MULTI` to `EXEC`.
+
+    Attributes:
+        slot: of its keys, None for a command without.
+        asked: server that the slot's owner has sent it to, for this once.
+        replies: one for each command.
+        lost: why there are none; it may have run or not.
+    """
+
+    commands: list[Command]
+    slot: int | None
+    asked: Address | None = None
+    replies: list[Any] = field(default_factory=list)
+    lost: redis.RedisError | None = None
+
+    @property
+    def sent(self) -> list[Command]:
+        """What goes out."""
+        return self.commands if self.asked is None else [("ASKING",), *self.commands]
+
+    def redirect(self) -> AskError | None:
+        """The reply that sends it to another server: then none of it has run."""
+        refused = [reply for reply in self.replies if isinstance(reply, AskError)]
+        if not refused or isinstance(self.replies[-1], list):
+            return None
+        return next((reply for reply in refused if isinstance(reply, MovedError)), refused[0])
+
+    def hear(self, line: Any) -> None:
+        """Read the replies."""
+        replies = receive(line, len(self.sent))
+        self.replies = replies[-len(self.commands) :]
+        if self.asked is not None and isinstance(replies[0], redis.RedisError):  # a user may lack the right
+            self.replies = [replies[0]] * len(self.commands)
+
+
+class _NoLine(redis.ConnectionError):
+    """A session has no connection to a server yet."""
+
+
+_At = tuple[Unit, Address]
+
+Lines = Callable[[Address], AbstractContextManager[Any]]
+"""Gives a connection of redis-py to a server for the length of a block; raises redis-py's errors."""
+
+
+def connect(url: str, *, timeout: float) -> Wire:
+    """Connections to the server of a URL, or to all of its cluster if it is part of one.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`. Of a cluster it names one server or several,
+            `redis://HOST:PORT,HOST:PORT`: one that answers tells of the others.
+
+    Raises:
+        SchemaError: no such URL.
+        Unavailable: no server answers; one that loads its log is waited for.
+    """
+    seeds = [Wire.to_url(one, timeout=timeout) for one in _each_server(url)]
+    trouble: Unavailable | None = None
+    for patient, seed in product((False, True) if len(seeds) > 1 else (True,), seeds):
+        try:
+            if patient:
+                seed.wait_while_loading()
+            told = seed.exchange([("INFO", "cluster")])[0]
+        except Unavailable as error:
+            trouble = error
+            continue
+        if isinstance(told, bytes) and info_fields(told).get("cluster_enabled") == "1":
+            if url.startswith("unix:"):
+                raise SchemaError(f"{describe_url(url)} belongs to a cluster, which is reached by redis://HOST:PORT")
+            return ClusterWire(seeds, timeout=timeout)
+        if len(seeds) > 1:
+            raise SchemaError(f"{describe_url(url)} names several servers that are no cluster; name the one to use")
+        return seed
+    assert trouble is not None
+    raise trouble
+
+
+class ClusterWire(Wire):
+    """Pools of connections to the servers of a cluster. Thread-safe.
+
+    Args:
+        seeds: servers to ask for the others first.
+        timeout: seconds that connecting, sending and each reply may take.
+    """
+
+    one_server = False
+
+    def __init__(self, seeds: Sequence[Wire], *, timeout: float) -> None:
+        self.timeout = timeout
+        self._seeds = list(seeds)
+        self._lock = threading.Lock()
+        self._nodes: dict[Address, Wire] = {}
+        self._owners: list[Address | None] = []  # by slot
+        self._suspect: Address | None = None
+        self._stale = True
+
+    # Who has what
+
+    def owner(self, slot: int) -> Address:
+        """The server that has a slot, as far as is known.
+
+        Raises:
+            Unavailable: none has it, or no server tells.
+        """
+        with self._lock:
+            if self._stale:
+                self._refresh()
+            owner = self._owners[slot]
+        if owner is None:
+            raise Unavailable(f"no server of the cluster has slot {slot}; assign it, or bring its server back")
+        return owner
+
+    def node(self, address: Address) -> Wire:
+        """Connections to one server."""
+        with self._lock:
+            return self._node(address)
+
+    def at(self, key: str) -> Wire:
+        """The server that has a key."""
+        return self.node(self.owner(_slot(key)))
+
+    def servers(self) -> list[Wire]:
+        """Every server that has slots, by a fresh look.
+
+        Raises:
+            Unavailable: no server tells.
+        """
+        with self._lock:
+            self._refresh()
+            return [self._node(address) for address in sorted({one for one in self._owners if one is not None})]
+
+    def suspect(self, address: Address) -> None:
+        """A server does not answer: before the next command, another one is asked who has its slots now."""
+        with self._lock:
+            self._suspect, self._stale = address, True
+
+    def _follow(self, moved: MovedError, said_by: Address) -> None:
+        """The slot is another's. Whoever says so knows better than what was learned before."""
+        with self._lock:
+            self._owners[moved.slot_id] = Address(moved.host or said_by.host, moved.port)
+
+    def _node(self, address: Address) -> Wire:
+        if address not in self._nodes:
+            self._nodes[address] = self._seeds[0].beside(*address)
+        return self._nodes[address]
+
+    def _refresh(self) -> None:
+        known = sorted(self._nodes, key=lambda address: address == self._suspect)
+        trouble = Unavailable("no server of the cluster answers")
+        for node in (*(self._nodes[address] for address in known), *self._seeds):
+            try:
+                told = node.call("CLUSTER", "SLOTS")
+            except Unavailable as error:
+                trouble = error
+                continue
+            self._owners = _owners_told(told, node.host)
+            self._stale, self._suspect = False, None
+            return
+        raise trouble
+
+    # Sending
+
+    def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """As `Wire.exchange`. Those of one slot run in their order, but for a slot on its way to another server."""
+        units = _units(commands)
+        self.converse(units, self._pooled)
+        _raise_lost(units)
+        return [reply for unit in units for reply in unit.replies]
+
+    def converse(self, units: Sequence[Unit], lines: Lines) -> None:
+        """Send units to their servers, follow redirections, and fill in what they said or why they are lost."""
+        left = list(units)
+        for hop in range(1 + _REDIRECTS):
+            heard, unsent = self._once(left, lines)
+            if hop == _REDIRECTS:
+                return
+            left = []
+            for unit, address in unsent:
+                missed = not isinstance(unit.lost, _NoLine)
+                if missed and unit.slot is not None and self.owner(unit.slot) != address:  # a replica has taken over
+                    unit.lost = unit.asked = None
+                    left.append(unit)
+            for unit, address in heard:
+                redirect = unit.redirect()
+                if isinstance(redirect, MovedError):
+                    unit.asked = None
+                    self._follow(redirect, address)
+                elif redirect is not None:
+                    unit.asked = Address(redirect.host or address.host, redirect.port)
+                if redirect is not None:
+                    left.append(unit)
+            if not left:
+                return
+
+    def _once(self, units: Sequence[Unit], lines: Lines) -> tuple[list[_At], list[_At]]:
+        """All servers at the same time; returns the units that were answered, and those that never left, with where."""
+        by_address: dict[Address, list[Unit]] = {}
+        keyed = next((unit.slot for unit in units if unit.slot is not None), 0)
+        for unit in units:
+            address = unit.asked or self.owner(keyed if unit.slot is None else unit.slot)
+            by_address.setdefault(address, []).append(unit)
+        heard: list[_At] = []
+        unsent: list[_At] = []
+        with ExitStack() as held:
+            sent: dict[Address, Any] = {}
+            for address, some in by_address.items():
+                try:
+                    sent[address] = held.enter_context(lines(address))
+                except redis.RedisError as error:
+                    self._lose(address, some, error)
+                    unsent += [(unit, address) for unit in some]
+            held.push(_hang_up_unless_done(sent.values()))
+            for address, line in sent.items():
+                try:
+                    send(line, [command for unit in by_address[address] for command in unit.sent])
+                except redis.RedisError as error:
+                    self._lose(address, by_address[address], error)
+            for address, line in sent.items():
+                waiting = deque(unit for unit in by_address[address] if unit.lost is None)
+                try:
+                    while waiting:
+                        waiting[0].hear(line)
+                        heard.append((waiting.popleft(), address))
+                except redis.RedisError as error:
+                    line.disconnect()
+                    self._lose(address, waiting, error)
+        return heard, unsent
+
+    def _lose(self, address: Address, units: Iterable[Unit], error: redis.RedisError) -> None:
+        if not isinstance(error, _NoLine):
+            self.suspect(address)
+        for unit in units:
+            unit.lost = error
+
+    @contextmanager
+    def _pooled(self, address: Address) -> Iterator[Any]:
+        with self.node(address).connection() as connection:
+            yield connection
+
+    def call(self, *command: Argument) -> Any:
+        """As `Wire.call`. XREAD and XREADGROUP may name streams of several slots."""
+        parts = _by_slot(command) if command[0] in ("XREAD", "XREADGROUP") else ()
+        if len(parts) > 1:
+            return self._read_streams(command, parts)
+        return super().call(*command)
+
+    def _read_streams(self, command: Command, parts: Sequence[Command]) -> list[Any] | None:
+        """One command for each slot, again and again until one of them brings something or the time is up.
+
+        What is new is taken from the servers that answer, whatever becomes of the others; they are heard of once there
+        is nothing else. A consumer's own claims (XREADGROUP with ids) are all told, or none.
+        """
+        whole = command[0] == "XREADGROUP" and any(part[-1] != ">" for part in parts)
+        block = _block_at(command)
+        deadline = time.monotonic() + (int(command[block + 1]) / 1000 if block else 0.0)
+        while True:
+            units = _units(parts)
+            self.converse(units, self._pooled)
+            found: list[Any] = []
+            away: redis.RedisError | None = None
+            for unit in units:
+                reply = unit.lost or unit.replies[0]
+                if unit.lost is not None or isinstance(reply, _UNSETTLED):
+                    away = reply
+                elif isinstance(reply, redis.RedisError):
+                    raise translate(reply, str(command[0]))
+                else:
+                    found += reply or []
+            if away is not None and (whole or not found):
+                raise translate(away, str(command[0])) from away
+            left = deadline - time.monotonic()
+            if found or left <= 0:
+                return found or None
+            time.sleep(min(_PAUSE, left))
+
+    def fetch_each(self, commands: Sequence[Command], read: Callable[[Value], T]) -> list[T | None]:
+        """As `Wire.fetch_each`; `read` may be called twice for a value whose slot is on its way to another server."""
+        by_address: dict[Address, list[int]] = {}
+        for number, command in enumerate(commands):
+            by_address.setdefault(self.owner(_slot(command[1])), []).append(number)
+        found: dict[int, T | None] = {}
+        for address, numbers in by_address.items():
+            some = [commands[number] for number in numbers]
+            try:
+                values = self.node(address).fetch_each(some, read)
+            except Unavailable as error:
+                if not isinstance(error.__cause__, AskError):
+                    self.suspect(address)
+                    raise
+                held = self.call_all(some)
+                values = [None if data is None else read(whole_value(data)) for data in held]
+            found.update(zip(numbers, values, strict=True))
+        return [found[number] for number in range(len(commands))]
+
+    @contextmanager
+    def watching(self, *keys: str) -> Iterator[Watch]:
+        """As `Wire.watching`; the keys share a slot.
+
+        Raises:
+            Unavailable: also while the slot is on its way to another server.
+        """
+        slot = _slot(keys[0])
+        with ExitStack() as stack:
+            watch: Watch | None = None
+            for _ in range(1 + _REDIRECTS):
+                address = self.owner(slot)
+                try:
+                    watch = stack.enter_context(self.node(address).watching(*keys))
+                    break
+                except Unavailable as error:
+                    if isinstance(error.__cause__, MovedError):
+                        self._follow(error.__cause__, address)
+                        continue
+                    if not isinstance(error.__cause__, redis.ResponseError):
+                        self.suspect(address)
+                    raise
+            if watch is None:
+                raise Unavailable(f"slot {slot} of the cluster moves on and on; try again")
+            yield watch
+
+    def wait_while_loading(self) -> None:
+        """As `Wire.wait_while_loading`, for every server that has slots."""
+        for one in self.servers():
+            one.wait_while_loading()
+
+    def session(self, *, timeout: float | None = None, keys: Sequence[str] = ()) -> "ClusterSession":
+        """A connection to each server that has some of the keys."""
+        return ClusterSession(self, sorted(set(map(_slot, keys))), timeout=timeout)
+
+    def close(self) -> None:
+        """Close idle connections."""
+        with self._lock:
+            for node in (*self._seeds, *self._nodes.values()):
+                node.close()
+
+
+class ClusterSession(Session):
+    """One connection to each server that has some of the slots, and to servers that a slot on its way has sent it to.
+
+    It is connected while all of them are, and nothing goes to a server that it was not connected to before. So whoever
+    looks at each connect what has become of its writes (a failover may have lost some) does so in time.
+
+    Args:
+        slots: whose servers it connects to.
+    """
+
+    def __init__(self, wire: ClusterWire, slots: Sequence[int], *, timeout: float | None) -> None:
+        self._wire = wire
+        self._slots = slots
+        self._timeout = timeout
+        self._lines: dict[Address, Session] = {}
+        self._asked: set[Address] = set()  # slots were on their way to these: they stay, for more may follow
+        self._histories: dict[Address, str] = {}
+        self._heard = 0.0
+
+    @property
+    def connected(self) -> bool:
+        """False before `connect` and after any failure."""
+        lines = list(self._lines.values())
+        return bool(lines) and all(line.connected for line in lines)
+
+    def connect(self) -> None:
+        """Connect to every server that is needed now, and to no other."""
+        wanted = {self._wire.owner(slot) for slot in self._slots} | self._asked
+        for address in [one for one in self._lines if one not in wanted]:
+            self._lines.pop(address).disconnect()
+        for address in wanted:
+            line = self._lines.get(address) or self._wire.node(address).session(timeout=self._timeout)
+            self._lines[address] = line
+            if not line.connected:
+                try:
+                    line.connect()
+                except Unavailable:
+                    self._wire.suspect(address)
+                    self._asked.discard(address)
+                    self.disconnect()
+                    raise
+        self._histories = self._look()
+        self._heard = time.monotonic()
+
+    def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """As `ClusterWire.exchange`, over these connections only.
+
+        Raises:
+            Unavailable: also where a slot has gone to a server that it is not connected to, or a server cannot tell yet
+                who has one: connect anew.
+        """
+        self._require_connected()
+        units = _units(commands)
+        self._wire.converse(units, self._own)
+        _raise_lost(units)
+        for unit in units:
+            if len(unit.commands) == 1 and isinstance(unit.replies[0], _UNSETTLED):
+                raise translate(unit.replies[0], str(unit.commands[0][0])) from unit.replies[0]
+        self._heard = time.monotonic()
+        return [reply for unit in units for reply in unit.replies]
+
+    def ask_each(self, *command: Argument) -> list[Any]:
+        """The reply of each server; an error reply is a value."""
+        self._require_connected()
+        return [reply for line in list(self._lines.values()) for reply in line.exchange([command])]
+
+    def disconnect(self) -> None:
+        """Close the sockets; safe at any time."""
+        for line in list(self._lines.values()):
+            line.disconnect()
+
+    def _require_connected(self) -> None:
+        if not self.connected:
+            raise Unavailable("not connected")
+        if time.monotonic() - self._heard > _QUIET:
+            if self._look() != self._histories:
+                self.disconnect()
+                raise Unavailable("a server of the cluster was replaced and has come back meanwhile")
+            self._heard = time.monotonic()
+
+    def _look(self) -> dict[Address, str]:
+        """The replication history that each server follows. A server that was replaced for a while has another one."""
+        told = {}
+        for address, line in list(self._lines.items()):
+            info = line.exchange([("INFO", "replication")])[0]
+            told[address] = info_fields(info).get("master_replid", "") if isinstance(info, bytes) else ""
+        return told
+
+    @contextmanager
+    def _own(self, address: Address) -> Iterator[Any]:
+        line = self._lines.get(address)
+        if line is None or not line.connected:
+            self._asked.add(address)
+            raise _NoLine(f"not connected to {address.host}:{address.port} yet")
+        yield line.line
+
+
+def _hang_up_unless_done(lines: Collection[Any]) -> Callable[..., None]:
+    """For an `ExitStack`: after an exception, replies are on their way that nobody will read."""
+
+    def leave(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for line in lines:
+                line.disconnect()
+
+    return leave
+
+
+def _units(commands: Sequence[Command]) -> list[Unit]:
+    units: list[Unit] = []
+    whole: list[Command] = []
+    for command in commands:
+        if command[0] == "MULTI" or whole:
+            whole.append(command)
+            if command[0] == "EXEC":
+                units.append(Unit(whole, _slot_of(whole[1])))
+                whole = []
+        else:
+            units.append(Unit([command], _slot_of(command)))
+    return units
+
+
+def _slot_of(command: Command) -> int | None:
+    """The slot of a command's first key; a server refuses a command whose keys have several."""
+    name = str(command[0])
+    if name in _KEYLESS:
+        return None
+    if name in ("XREAD", "XREADGROUP"):
+        return _slot(command[_streams_at(command)])
+    return _slot(command[2 if name in ("XINFO", "XGROUP") else 1])
+
+
+def _slot(key: Argument) -> int:
+    return key_slot(key.encode() if isinstance(key, str) else bytes(key))
+
+
+def _streams_at(command: Command) -> int:
+    """Where the names of the streams begin; a consumer group may be called STREAMS, too."""
+    return list(command).index("STREAMS", 4 if command[0] == "XREADGROUP" else 1) + 1
+
+
+def _by_slot(command: Command) -> list[Command]:
+    """An XREAD or XREADGROUP as one command for each slot; without BLOCK if that makes several."""
+    at = _streams_at(command)
+    names = command[at : at + (len(command) - at) // 2]
+    slots: dict[int, list[int]] = {}
+    for number, name in enumerate(names):
+        slots.setdefault(_slot(name), []).append(number)
+    if len(slots) == 1:
+        return [command]
+    options = command[: at - 1]
+    if block := _block_at(command):
+        options = (*command[:block], *command[block + 2 : at - 1])
+    return [
+        (*options, "STREAMS", *(command[at + n] for n in some), *(command[at + len(names) + n] for n in some))
+        for some in slots.values()
+    ]
+
+
+def _block_at(command: Command) -> int:
+    """Where BLOCK stands; 0 for nowhere."""
+    first = 4 if command[0] == "XREADGROUP" else 1
+    options = list(command[first : _streams_at(command)])
+    return first + options.index("BLOCK") if "BLOCK" in options else 0
+
+
+def _owners_told(slots: Any, host: str) -> list[Address | None]:
+    """Owners by slot, of a CLUSTER SLOTS reply.
+
+    Args:
+        host: of the server that said so, which stands for one that it has no name for.
+    """
+    owners: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+    for first, last, master, *_ in slots:
+        name = (master[0] or b"").decode()
+        owner = Address(name if name not in ("", "?") else host, int(master[1]))
+        owners[first : last + 1] = [owner] * (last + 1 - first)
+    return owners
+
+
+def _raise_lost(units: Sequence[Unit]) -> None:
+    for unit in units:
+        if unit.lost is not None:
+            raise translate(unit.lost, str(unit.commands[0][0])) from unit.lost
+
+
+def _each_server(url: str) -> list[str]:
+    """A URL for each server that a URL names."""
+    scheme, mark, rest = url.partition("://")
+    if not mark or scheme == "unix":
+        return [url]
+    place, options = rest.partition("?")[::2]
+    user, at, address = place.rpartition("@")
+    names, slash, path = address.partition("/")
+    tail = slash + path + ("?" + options if options else "")
+    return [f"{scheme}://{user}{at}{name}{tail}" for name in names.split(",")]

@@ -1,0 +1,213 @@
+"""RESP2 for redis-py's connections: commands → frames, bytes → replies.
+
+redis-py has both, for requests one at a time. A flush sends thousands of small commands and hears thousands of small
+replies, and redis-py's packer and parser took as much time for them as all else together (benchmarks/hotpath.py).
+Errors are redis-py's own.
+"""
+
+import ssl
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import redis
+from redis._parsers import BaseParser
+
+from trajstore.entries import Buffer
+
+__all__ = ["Argument", "Command", "ReplyParser", "pack", "receive", "send"]
+
+Argument: TypeAlias = str | bytes | bytearray | memoryview | int
+Command: TypeAlias = Sequence[Argument]
+
+_APART = 1 << 16
+"""Bytes of an argument that goes out by itself, without a copy. What is smaller goes out together: each `send` lets
+another thread have the interpreter, which comes back only after a while."""
+
+_TOGETHER = 1 << 18
+
+_WORDS = {
+    word: b"$%d\r\n%b\r\n" % (len(word), word.encode()) for word in ("MULTI", "EXEC", "XADD", "HSET", "NOMKSTREAM")
+}
+"""What every flush says again and again."""
+
+_READ = 1 << 16
+
+_MOST = 1 << 29
+"""Bytes that a value can have; a server stores none larger unless it is told to (proto-max-bulk-len)."""
+
+_CLOSED = "the server closed the connection"
+
+
+def send(connection: Any, commands: Sequence[Command], *, check_health: bool = True) -> None:
+    """Send commands over a connection of redis-py; its errors are redis-py's."""
+    connection.send_packed_command(pack(commands), check_health=check_health)
+
+
+def receive(connection: Any, count: int) -> list[Any]:
+    """The next `count` replies on a connection of redis-py; an error reply is a value.
+
+    Raises:
+        redis.RedisError: the connection was lost, or the server refused it as a whole, or what came is no RESP2; it is
+            closed then.
+    """
+    try:
+        replies: list[Any] = connection._parser.replies(count)
+    except BaseException as error:  # what is still to come would be taken for the reply to something else
+        connection.disconnect()
+        if isinstance(error, TimeoutError):
+            raise redis.TimeoutError("no answer in time") from error
+        if isinstance(error, OSError):
+            raise redis.ConnectionError(f"the connection was lost: {error}") from error
+        raise
+    return replies
+
+
+def pack(commands: Iterable[Command]) -> list[Buffer]:
+    """Frames of commands, in pieces to send one after the other."""
+    pieces: list[Buffer] = []
+    small: list[Buffer] = []
+    size = 0
+    for command in commands:
+        small.append(b"*%d\r\n" % len(command))
+        for argument in command:
+            if isinstance(argument, str):
+                word = _WORDS.get(argument)
+                if word is not None:
+                    small.append(word)
+                    continue
+                argument = argument.encode()
+            elif isinstance(argument, int):
+                argument = b"%d" % argument
+            length = len(argument)
+            if length < _APART:
+                small += (b"$%d\r\n" % length, argument, b"\r\n")
+                size += length
+            else:
+                small.append(b"$%d\r\n" % length)
+                pieces += (b"".join(small), argument)
+                small, size = [b"\r\n"], 0
+        if size > _TOGETHER:
+            pieces.append(b"".join(small))
+            small, size = [], 0
+    pieces.append(b"".join(small))
+    return pieces
+
+
+class ReplyParser(BaseParser):
+    """The replies of one connection, in the place of redis-py's own parser; values are bytes."""
+
+    def __init__(self, socket_read_size: int) -> None:
+        self._sock: Any = None
+        self._timeout: float | None = None
+        self._data = b""
+        self._at = 0
+
+    def on_connect(self, connection: Any) -> None:
+        """A new socket; nothing of an old one is left."""
+        self._sock = connection._sock
+        self._timeout = connection.socket_timeout
+        self._data, self._at = b"", 0
+
+    def on_disconnect(self) -> None:
+        """The socket is closed."""
+        self._sock = None
+        self._data, self._at = b"", 0
+
+    def can_read(self, timeout: float = 0) -> bool:
+        """Something has come that nobody asked for.
+
+        Raises:
+            redis.ConnectionError: the server has closed the connection.
+        """
+        if self._at < len(self._data):
+            return True
+        if self._sock is None:
+            return False
+        self._sock.settimeout(timeout)
+        try:
+            self._more()
+        except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
+            return False
+        finally:
+            self._sock.settimeout(self._timeout)
+        return True
+
+    def read_response(self, disable_decoding: bool = False, timeout: object = None) -> Any:
+        """The next reply, for redis-py itself; an error reply is a value."""
+        return self.replies(1)[0]
+
+    def replies(self, count: int) -> list[Any]:
+        """The next replies; an error reply is a value. Waits for each read as long as the socket does.
+
+        Raises:
+            redis.RedisError: the connection was lost, the server refused it as a whole, or what came is no RESP2.
+            OSError: of the socket.
+        """
+        try:
+            return [self._reply() for _ in range(count)]
+        except (ValueError, RecursionError) as error:
+            raise redis.InvalidResponse(f"what the server answered is no RESP2: {error}") from error
+
+    def _reply(self) -> Any:
+        line = self._line()
+        match line[:1]:
+            case b"+":
+                return line[1:]
+            case b"$":
+                return self._value(int(line[1:]))
+            case b":":
+                return int(line[1:])
+            case b"*":
+                count = int(line[1:])
+                return None if count < 0 else [self._reply() for _ in range(count)]
+            case b"-":
+                error = self.parse_error(line[1:].decode(errors="replace"))  # type: ignore[no-untyped-call]
+                if isinstance(error, redis.ConnectionError):
+                    raise error
+                return error
+        raise redis.InvalidResponse(f"a reply begins with {line[:100]!r}")
+
+    def _line(self) -> bytes:
+        while (end := self._data.find(b"\r\n", self._at)) < 0:
+            self._more()
+        line = self._data[self._at : end]
+        self._at = end + 2
+        return line
+
+    def _value(self, size: int) -> bytes | None:
+        if size < 0:
+            return None
+        if size > _MOST:
+            raise redis.InvalidResponse(f"a value of {size} bytes")
+        left = size + 2 - (len(self._data) - self._at)
+        if left > _READ:
+            return self._large(size)
+        while left > 0:
+            left -= self._more()
+        value = self._data[self._at : self._at + size]
+        self._at += size + 2
+        return value
+
+    def _large(self, size: int) -> bytes:
+        """A value that comes from the socket into the memory where it stays, not through the buffer."""
+        value = bytearray(size + 2)
+        view = memoryview(value)
+        at = len(self._data) - self._at
+        view[:at] = self._data[self._at :]
+        self._data, self._at = b"", 0
+        while at < len(view):
+            received = self._sock.recv_into(view[at:])
+            if not received:
+                raise redis.ConnectionError(_CLOSED)
+            at += received
+        return bytes(view[:size])
+
+    def _more(self) -> int:
+        if self._sock is None:
+            raise redis.ConnectionError(_CLOSED)
+        chunk = self._sock.recv(_READ)
+        if not chunk:
+            raise redis.ConnectionError(_CLOSED)
+        self._data = self._data[self._at :] + chunk if self._at < len(self._data) else chunk
+        self._at = 0
+        return len(chunk)
