@@ -1,7 +1,9 @@
 """`audit`: drift and faults of a whole store or archive, in one call."""
 
+import operator
 import os
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -10,7 +12,7 @@ import numpy.typing as npt
 
 import trajstore
 from trajstore.errors import SchemaError
-from trajstore.ingest import check_choice, check_count
+from trajstore.ingest import check_choice, check_count, require_id
 from trajstore.reading import Archive, wanted_statuses
 from trajstore.store import Store
 from trajstore_audit.finish import finish
@@ -52,12 +54,12 @@ def audit(
 
     Args:
         place: folder or URL of a store or an archive; or one that is open.
-        ids: only these trajectories.
+        ids: only these trajectories, several.
         group, status: only these; default any but deleted ones.
         against: "segments", "observations" or "all".
         sample: share of trajectories to audit, drawn by a hash of id and `seed`; `Audit.interval` says how sure the
             shares then are.
-        seed: of the sample, and of the rows in which experts are counted.
+        seed: of the sample, and of the rows in which experts are counted; an integer of 64 bits.
         load_rows: rows of each trajectory in which experts are counted, a block in one of its pairs; None for all rows
             that are compared, which are then all read.
         top: how many worst trajectories, and findings, are kept.
@@ -84,6 +86,8 @@ def audit(
     if load_rows is not None:
         check_count(load_rows, name="load_rows")
     check_count(top, name="top")
+    seed = _check_seed(seed)
+    wanted = None if ids is None else _check_ids(ids)
     if check_count(workers, name="workers") < 1:
         raise SchemaError(f"workers must be at least 1, not {workers}")
     remote = workers > 1 or scheduler is not None
@@ -98,7 +102,7 @@ def audit(
                 stack.enter_context(archive)
         parameters = Parameters(
             place=archive.location,
-            ids=None if ids is None else tuple(sorted(set(ids))),
+            ids=wanted,
             group=group,
             status=None if status is None else tuple(sorted(wanted_statuses(status))),
             against=against,  # type: ignore[arg-type]  # checked above
@@ -112,7 +116,15 @@ def audit(
         kept = Work(work, parameters) if work is not None else None
         selected = Selected(archive, parameters)
         totals = selected.count() if progress is not None else None
-        units = plan_units(selected, parameters, place=location, options=options, logprobs=logprobs)
+        units = plan_units(
+            selected,
+            parameters,
+            place=location,
+            options=options,
+            logprobs=logprobs,
+            keyed=kept is not None,
+            audit=uuid.uuid4().hex,
+        )
         if scheduler is not None:
             parts = run_on_dask(units, kept, scheduler=scheduler)
         elif workers > 1:
@@ -128,6 +140,25 @@ def audit(
             merge(whole, _unlisted(what), top=top)
         find_sources(archive, whole, top=top)
         return finish(whole, parameters, population=selected.population, seconds=time.monotonic() - begun)
+
+
+def _check_seed(seed: int) -> int:
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = 1 << 63
+    if not -(1 << 63) <= number < 1 << 63:
+        raise SchemaError(f"seed must be an integer of 64 bits, not {seed!r:.80}")
+    return number
+
+
+def _check_ids(ids: Collection[str]) -> tuple[str, ...]:
+    """In order, each once."""
+    if isinstance(ids, str | bytes):
+        raise SchemaError(f"ids are several: give [{ids!r:.80}]")
+    for id in ids:
+        require_id(id)
+    return tuple(sorted(set(ids)))
 
 
 def _unlisted(what: str) -> Part:

@@ -18,7 +18,7 @@ from trajstore.reading import ALL_STATUSES
 from trajstore_audit.audit import audit as run_audit
 from trajstore_audit.document import audit_document
 from trajstore_audit.given import GivenLogprobs
-from trajstore_audit.parquet import PairParts, prepare_folder, write_tables
+from trajstore_audit.parquet import PairParts, write_tables
 from trajstore_audit.progress import showing_progress
 from trajstore_audit.result import Against, Audit
 from trajstore_audit.summary import Fields, Lines, Part, summary
@@ -27,6 +27,8 @@ from trajstore_audit.thresholds import Outcome, Threshold, check_thresholds, par
 __all__ = ["audit"]
 
 _NEEDS = {"--html": ("jinja2",), "--parquet": ("pyarrow",), "--scheduler": ("distributed",)}
+
+_SEED = click.IntRange(-(1 << 63), (1 << 63) - 1)
 
 
 def _thresholds(ctx: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> list[Threshold]:
@@ -79,7 +81,7 @@ def _new_file(ctx: click.Context, parameter: click.Parameter, path: Path | None)
     metavar="SHARE",
     help="Audit this share of the trajectories only, with confidence intervals.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="What the sample is drawn with.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="What the sample is drawn with.")
 @click.option(
     "--load-rows",
     callback=_rows_or_all,
@@ -172,7 +174,6 @@ def audit(
     with contextlib.ExitStack() as stack:
         pairs = None
         if folder is not None:
-            prepare_folder(folder)
             pairs = stack.enter_context(PairParts(folder))
         found = run_audit(
             store,

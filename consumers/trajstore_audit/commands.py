@@ -11,8 +11,14 @@ __all__ = ["look_at", "look_into"]
 def look_at(place: str, one: WorstTrajectory) -> list[str]:
     """What shows how a trajectory drifted, and why the first row that differs is what it is."""
     where = _words(place, one.id)
-    commands = [] if one.second_segment < 0 else [f"trajstore diff {where} {one.first_segment} {one.second_segment}"]
-    return [*commands, f"trajstore why {where} --token {one.row} --layer {one.layer}"]
+    token = f"trajstore why {where} --token {one.row} --layer {one.layer}"
+    if one.second_segment < 0:
+        return [token]  # an observation is compared with rows that are there still
+    if one.first_segment == one.second_segment:  # one of both came late: `diff` takes a segment as a whole
+        first = f"trajstore events {where} --notes"
+    else:
+        first = f"trajstore diff {where} {one.first_segment} {one.second_segment}"
+    return [first, token + _until(one.second_event)]
 
 
 def look_into(place: str, finding: Finding) -> str:
@@ -23,7 +29,12 @@ def look_into(place: str, finding: Finding) -> str:
     if finding.row is None:
         return f"trajstore events {where} --notes"
     layer = "" if finding.layer is None else f" --layer {finding.layer}"
-    return f"trajstore why {where} --token {finding.row}{layer}"
+    return f"trajstore why {where} --token {finding.row}{layer}{_until(finding.event)}"
+
+
+def _until(event: str) -> str:
+    """As of then: a later segment may have made the row one of another token, or have ended before it."""
+    return f" --until {shlex.quote(event)}" if event else ""
 
 
 def _words(place: str, id: str) -> str:

@@ -36,8 +36,10 @@ class Cells(NamedTuple):
 def compare(first: RoutingArray, second: RoutingArray) -> Cells:
     """Compare two routings of the same rows.
 
+    A broken cell, which names an expert twice, is the set of those that it names.
+
     Args:
-        first, second: `[rows, L, K]`, distinct experts within a cell.
+        first, second: `[rows, L, K]`.
 
     Raises:
         ValueError: the shapes or dtypes differ.
@@ -58,7 +60,12 @@ def compare(first: RoutingArray, second: RoutingArray) -> Cells:
         index += at
         found.append(index)
     index = np.concatenate(found) if found else np.empty(0, np.int64)
-    return Cells(index, shared_experts(one, other, index))
+    shared = shared_experts(one, other, index)
+    within = np.flatnonzero(shared == top_k)  # all experts of the first one are in the second one
+    within = within[have_repeats(one[index[within]])]
+    if len(within):  # and yet there may be more in the second one
+        shared[within] = shared_experts(other, one, index[within])
+    return Cells(index, shared)
 
 
 def differing_sets(first: RoutingArray, second: RoutingArray) -> npt.NDArray[np.bool_]:
@@ -84,10 +91,10 @@ def as_words(cells: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def shared_experts(
     one: npt.NDArray[Any], other: npt.NDArray[Any], index: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """How many experts both sides have in common, in some cells.
+    """How many experts both sides have in common, in some cells: of one side, those that are in the other.
 
     Args:
-        one, other: cells `[cells, K]`, distinct experts within a cell.
+        one, other: cells `[cells, K]`.
         index: which cells, `[n]`.
 
     Returns:

@@ -6,6 +6,7 @@ import msgspec
 
 __all__ = [
     "LATER",
+    "OTHERS",
     "Counts",
     "EnginePair",
     "LayerDrift",
@@ -19,6 +20,9 @@ __all__ = [
 
 LATER = 16
 """Segment indices are told apart up to here; 16 stands for the 17th segment and all later ones."""
+
+OTHERS = "(others)"
+"""Stands for the engines, or sources, that a table has no row of their own for; see `trajstore_audit.finish`."""
 
 
 class Spread(msgspec.Struct, kw_only=True):
@@ -120,7 +124,7 @@ class VersionGap(msgspec.Struct, kw_only=True):
 
 
 class EnginePair(msgspec.Struct, kw_only=True):
-    """Drift by the engines that made both recordings; "" where none is recorded."""
+    """Drift by the engines that made both recordings; "" where none is recorded. `OTHERS`: all but the commonest."""
 
     first: str
     second: str
@@ -136,7 +140,7 @@ class OriginPair(msgspec.Struct, kw_only=True):
 
 
 class SourceDrift(msgspec.Struct, kw_only=True):
-    """Drift by who made the second recording: "" a segment, "late", or the source of an observation."""
+    """Drift by who made the second recording: "" a segment, "late", or the source of an observation; or `OTHERS`."""
 
     source: str
     counts: Counts

@@ -16,7 +16,18 @@ import numpy.typing as npt
 from trajstore.routing import RoutingArray, RoutingSpec
 from trajstore_audit.compare import as_words, shared_experts
 
-__all__ = ["OFFSETS", "Agreement", "Screened", "agreement", "enough_rows", "longest_run", "matches", "screen"]
+__all__ = [
+    "OFFSETS",
+    "Agreement",
+    "Screened",
+    "agreement",
+    "common_share",
+    "enough_rows",
+    "longest_run",
+    "matches",
+    "runs_of",
+    "screen",
+]
 
 OFFSETS = (-4, -3, -2, -1, 1, 2, 3, 4)
 """How far rows are looked for from where they should be."""
@@ -41,6 +52,8 @@ class Screened(NamedTuple):
     Attributes:
         zero: rows with a layer of zeros only.
         zero_row, zero_layer: the first, -1 for none; the layer as an index.
+        beyond: rows with an expert that the model does not have.
+        beyond_row, beyond_layer: the first, -1 for none; the layer as an index.
         repeated: rows equal to the one before.
         doubtful: runs `[first, stop)` of rows that are worth a closer look, as indices.
     """
@@ -48,16 +61,20 @@ class Screened(NamedTuple):
     zero: int
     zero_row: int
     zero_layer: int
+    beyond: int
+    beyond_row: int
+    beyond_layer: int
     repeated: int
     doubtful: list[tuple[int, int]]
 
 
-def screen(rows: RoutingArray, starts: Sequence[int]) -> Screened:
-    """Look for layers of zeros, for repeated rows, and for layers that never change.
+def screen(rows: RoutingArray, starts: Sequence[int], *, num_experts: int) -> Screened:
+    """Look for layers of zeros, experts that cannot be, repeated rows, and layers that never change.
 
     Args:
         rows: `[rows, L, K]`, one run of neighbouring positions after the other.
         starts: indices at which runs begin, 0 first.
+        num_experts: ids lie in `[0, num_experts)`.
     """
     count, layers, top_k = rows.shape
     words = as_words(np.ascontiguousarray(rows).reshape(count * layers, top_k)).reshape(count, layers, -1)
@@ -68,6 +85,12 @@ def screen(rows: RoutingArray, starts: Sequence[int]) -> Screened:
             hit = dead.any(axis=1)
             zero, zero_row = int(np.count_nonzero(hit)), int(hit.argmax())
             zero_layer = int(dead[zero_row].argmax())
+    beyond, beyond_row, beyond_layer = 0, -1, -1
+    if count and rows.max() >= num_experts:
+        cells = rows.max(axis=2) >= num_experts
+        wrong = cells.any(axis=1)
+        beyond, beyond_row = int(np.count_nonzero(wrong)), int(wrong.argmax())
+        beyond_layer = int(cells[beyond_row].argmax())
     same = words[1:] == words[:-1]
     unchanged = same.all(axis=2) if words.shape[2] > 1 else same[:, :, 0]
     edges = [*starts, count]
@@ -82,7 +105,7 @@ def screen(rows: RoutingArray, starts: Sequence[int]) -> Screened:
         constant = stop - first > _STALE and unchanged[first : stop - 1].all(axis=0).any()
         if constant or (number >= _STALE - 1 and _longest(steps) >= _STALE - 1):
             doubtful.append((first, stop))
-    return Screened(zero, zero_row, zero_layer, repeated, doubtful)
+    return Screened(zero, zero_row, zero_layer, beyond, beyond_row, beyond_layer, repeated, doubtful)
 
 
 def enough_rows(spec: RoutingSpec, rows: int) -> bool:
@@ -154,19 +177,27 @@ def agreement(first: RoutingArray, second: RoutingArray, *, ahead: int) -> Agree
         second: `[rows, L, K]`, at least 2 rows.
     """
     count = min(len(second), _ROWS, len(first) - ahead)
-    own = _common(first[ahead : ahead + count], second[:count])
+    own = common_share(first[ahead : ahead + count], second[:count])
     half = count // 2
     turned = np.concatenate([first[ahead + half : ahead + count], first[ahead : ahead + half]])
-    chance = _common(turned, second[:count])
+    chance = common_share(turned, second[:count])
     offset, best = 0, 0.0
     for step in OFFSETS:
         low, high = max(0, -ahead - step), min(count, len(first) - ahead - step)
         if high - low < count // 2 or high <= low:
             continue
-        common = _common(first[ahead + step + low : ahead + step + high], second[low:high])
+        common = common_share(first[ahead + step + low : ahead + step + high], second[low:high])
         if common > best:
             offset, best = step, common
     return Agreement(own, chance, offset, best)
+
+
+def runs_of(positions: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Ascending positions, at least one, as runs `[start, stop)` of neighbouring ones."""
+    breaks = np.flatnonzero(np.diff(positions) != 1)
+    firsts = positions[np.concatenate([[0], breaks + 1])]
+    lasts = positions[np.concatenate([breaks, [len(positions) - 1]])]
+    return list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))
 
 
 def longest_run(positions: npt.NDArray[np.int64], *, gap: int = 2) -> tuple[int, int]:
@@ -178,7 +209,8 @@ def longest_run(positions: npt.NDArray[np.int64], *, gap: int = 2) -> tuple[int,
     return int(positions[begins[longest]]), int(positions[ends[longest]]) + 1
 
 
-def _common(first: RoutingArray, second: RoutingArray) -> float:
+def common_share(first: RoutingArray, second: RoutingArray) -> float:
+    """Mean share of experts that both have in common in a cell, of rows `[rows, L, K]`; 0.0 for no rows."""
     top_k = first.shape[2]
     one, other = (np.ascontiguousarray(side).reshape(-1, top_k) for side in (first, second))
     if not len(one):

@@ -1,10 +1,12 @@
 """From counts to tables: the merged part of an audit put in order. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from trajstore_audit.result import (
+    OTHERS,
     Audit,
     Counts,
     Drift,
@@ -23,6 +25,11 @@ from trajstore_audit.result import (
 from trajstore_audit.tally import REACH, DriftTally, Grid, Part, add_counts
 
 __all__ = ["finish", "layer_table"]
+
+_LABELS = 32
+"""Rows of a table whose key is a text that anybody may give; the rest is one row, so that no report is mostly those."""
+
+_Key = TypeVar("_Key", str, tuple[str, str])
 
 
 def finish(part: Part, parameters: Parameters, *, population: int, seconds: float) -> Audit:
@@ -86,13 +93,27 @@ def _drift(tally: DriftTally) -> Drift:
             SegmentPair(first=a, second=b, counts=one) for (a, b), one in sorted(tally.segment_pairs.items())
         ],
         version_gaps=[VersionGap(gap=gap, counts=one) for gap, one in gaps],
-        engines=[EnginePair(first=a, second=b, counts=one) for (a, b), one in sorted(tally.engines.items())],
+        engines=[
+            EnginePair(first=a, second=b, counts=one) for (a, b), one in _largest(tally.engines, (OTHERS, OTHERS))
+        ],
         origins=[OriginPair(first=a, second=b, counts=one) for (a, b), one in sorted(tally.origins.items())],
-        sources=[SourceDrift(source=source, counts=one) for source, one in sorted(tally.sources.items())],
+        sources=[SourceDrift(source=source, counts=one) for source, one in _largest(tally.sources, OTHERS)],
         positions=_positions(tally.grids),
         load=_load(tally.grids, tally.total.tokens),
         worst=tally.worst,
     )
+
+
+def _largest(table: Mapping[_Key, Counts], others: _Key) -> Iterator[tuple[_Key, Counts]]:
+    """The rows with most cells, by key, and the rest as one: without spread, for a trajectory may be in several."""
+    keys = sorted(table, key=lambda key: (-table[key].cells, key))
+    yield from ((key, table[key]) for key in sorted(keys[:_LABELS]))
+    if len(keys) > _LABELS:
+        rest = Counts()
+        for key in keys[_LABELS:]:
+            add_counts(rest, table[key])
+        rest.spread = None
+        yield others, rest
 
 
 def _positions(grids: Sequence[Grid]) -> PositionDrift:

@@ -12,17 +12,24 @@ import numpy.typing as npt
 from trajstore.recorded import RecordedRows
 from trajstore.routing import RoutingArray
 from trajstore_audit.compare import compare, have_repeats
+from trajstore_audit.faults import runs_of
 from trajstore_audit.pairs import Pair
 from trajstore_audit.result import bucket_bounds
 from trajstore_audit.tally import REACH
 
-__all__ = ["BLOCK_BYTES", "Block", "Change", "PairOutcome", "buckets_of", "compare_pair", "rows_in_buckets"]
+__all__ = [
+    "BLOCK_BYTES",
+    "Block",
+    "Change",
+    "PairOutcome",
+    "buckets_of",
+    "changes_outside",
+    "compare_pair",
+    "rows_in_buckets",
+]
 
 BLOCK_BYTES = 8 << 20
 """Rows of each recording that are held at a time."""
-
-_CHANGES = 32
-"""Differing cells that are kept as examples."""
 
 _SUSPICIOUS = 1 << 16
 
@@ -32,16 +39,15 @@ class Block(NamedTuple):
 
     Attributes:
         positions: int64 `[rows]`, ascending.
-        starts: indices at which runs of neighbouring positions begin.
         first, second: `[rows, L, K]`.
-        repeats: rows of the second one with a layer that names an expert twice, as far as they differ.
+        first_repeats, second_repeats: cells that name an expert twice, as far as they differ: row * L + layer, int64.
     """
 
     positions: npt.NDArray[np.int64]
-    starts: list[int]
     first: RoutingArray
     second: RoutingArray
-    repeats: int
+    first_repeats: npt.NDArray[np.int64]
+    second_repeats: npt.NDArray[np.int64]
 
 
 class Change(NamedTuple):
@@ -62,10 +68,8 @@ class PairOutcome(NamedTuple):
         by_bucket: differing cells, int64 `[L, 2 * REACH + 1]`.
         reordered: int64 `[L]`.
         shared: differing cells by common experts, int64 `[L, K]`.
-        row, layer: the first differing cell, -1 for none; the layer as an index.
-        changes: the first differing cells.
+        change: the first differing cell, None where there is none.
         suspicious: positions that differ in more than half of the layers, int64, the first `_SUSPICIOUS`.
-        suspicious_cells: differing cells of each.
         drift: positions that differ and in how many layers each; empty unless asked for.
     """
 
@@ -79,11 +83,8 @@ class PairOutcome(NamedTuple):
     by_bucket: npt.NDArray[np.int64]
     reordered: npt.NDArray[np.int64]
     shared: npt.NDArray[np.int64]
-    row: int
-    layer: int
-    changes: list[Change]
+    change: Change | None
     suspicious: npt.NDArray[np.int64]
-    suspicious_cells: npt.NDArray[np.int64]
     drift: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
 
 
@@ -105,19 +106,14 @@ def compare_pair(
     by_bucket = np.zeros((layers, buckets), np.int64)
     reordered = np.zeros(layers, np.int64)
     shared = np.zeros((layers, top_k), np.int64)
-    tokens_differing, row, layer = 0, -1, -1
-    changes: list[Change] = []
+    tokens_differing = 0
+    change: Change | None = None
     suspicious: list[npt.NDArray[np.int64]] = []
-    suspicious_cells: list[npt.NDArray[np.int64]] = []
     drift: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
     held = 0
-    for runs in _blocks(equal, pair.start, pair.stop, max(1, BLOCK_BYTES // spec.row_bytes)):
-        first, second = recorded.rows(pair.first, runs), recorded.rows(pair.second, runs)
+    for positions, first, second in _read(recorded, pair, equal):
         cells = compare(first, second)
-        positions = np.concatenate([np.arange(low, high) for low, high in runs])
-        starts = np.cumsum([0, *(high - low for low, high in runs[:-1])]).tolist()
-        repeats = _repeats(second, cells.at)
-        look(Block(positions, starts, first, second, repeats))
+        look(Block(positions, first, second, _repeats(first, cells.at), _repeats(second, cells.at)))
         differs = cells.shared < top_k
         index, common = cells.at[differs], cells.shared[differs]
         if len(index) < len(cells.at):
@@ -132,15 +128,11 @@ def compare_pair(
         shared += np.bincount(columns * top_k + common, minlength=layers * top_k).reshape(layers, top_k)
         places, number = _by_row(at)
         tokens_differing += len(places)
-        if row < 0:
-            row, layer = int(at[0]), int(columns[0])
-        for one in range(min(len(index), _CHANGES - len(changes))):
-            r, c = int(rows[one]), int(columns[one])
-            changes.append(Change(int(at[one]), c, tuple(first[r, c].tolist()), tuple(second[r, c].tolist())))
+        if change is None:
+            change = _change(positions, first, second, int(index[0]))
         most = number * 2 > layers
         if held < _SUSPICIOUS and most.any():
             suspicious.append(places[most])
-            suspicious_cells.append(number[most])
             held += len(suspicious[-1])
         if keep_drift:
             drift.append((places, number))
@@ -156,13 +148,38 @@ def compare_pair(
         by_bucket=by_bucket,
         reordered=reordered,
         shared=shared,
-        row=row,
-        layer=layer,
-        changes=changes,
+        change=change,
         suspicious=np.concatenate([np.empty(0, np.int64), *suspicious]),
-        suspicious_cells=np.concatenate([np.empty(0, np.int64), *suspicious_cells]),
         drift=drift,
     )
+
+
+def changes_outside(
+    recorded: RecordedRows, pair: Pair, explained: npt.NDArray[np.int64], *, offsets: Sequence[int], unseen: int
+) -> tuple[int, Change | None]:
+    """How many cells differ in rows that nothing explains, and the first of them. Reads the pair again.
+
+    Args:
+        explained: positions.
+        offsets: by which rows are shifted: those that equal the first recording's there are explained, too.
+        unseen: from this position on, rows that differ in more than half of the layers are taken to be explained, too.
+    """
+    spec = recorded.spec
+    count, found = 0, None
+    equal = recorded.shared(pair.first, pair.second, pair.start, pair.stop)
+    for positions, first, second in _read(recorded, pair, equal):
+        cells = compare(first, second)
+        index = cells.at[cells.shared < spec.top_k]
+        rows = index // spec.num_layers
+        number = np.bincount(rows, minlength=len(positions))
+        out = np.isin(positions, explained) | ((positions >= unseen) & (number * 2 > spec.num_layers))
+        for offset in offsets:
+            out |= _equal_at(recorded, pair, positions, second, np.unique(rows[~out[rows]]), offset)
+        left = index[~out[rows]]
+        count += len(left)
+        if found is None and len(left):
+            found = _change(positions, first, second, int(left[0]))
+    return count, found
 
 
 def buckets_of(distances: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -188,6 +205,39 @@ def _bounds() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
 _LOW, _HIGH = _bounds()
 
 
+def _read(
+    recorded: RecordedRows, pair: Pair, equal: Sequence[tuple[int, int]]
+) -> Iterator[tuple[npt.NDArray[np.int64], RoutingArray, RoutingArray]]:
+    """Positions `[rows]` and both recordings' rows `[rows, L, K]`, block by block, but for equal runs."""
+    for runs in _blocks(equal, pair.start, pair.stop, max(1, BLOCK_BYTES // recorded.spec.row_bytes)):
+        positions = np.concatenate([np.arange(low, high) for low, high in runs])
+        yield positions, recorded.rows(pair.first, runs), recorded.rows(pair.second, runs)
+
+
+def _equal_at(
+    recorded: RecordedRows,
+    pair: Pair,
+    positions: npt.NDArray[np.int64],
+    second: RoutingArray,
+    wanted: npt.NDArray[np.int64],
+    offset: int,
+) -> npt.NDArray[np.bool_]:
+    """Which of the wanted rows of the second recording equal the first one's at an offset in all layers."""
+    found = np.zeros(len(positions), np.bool_)
+    there = positions[wanted] + offset
+    inside = (there >= pair.first.start) & (there < pair.first.stop)
+    if inside.any():
+        rows = wanted[inside]
+        first = recorded.rows(pair.first, runs_of(there[inside]))
+        found[rows] = (second[rows] == first).all(axis=(1, 2))
+    return found
+
+
+def _change(positions: npt.NDArray[np.int64], first: RoutingArray, second: RoutingArray, cell: int) -> Change:
+    row, layer = divmod(cell, first.shape[1])
+    return Change(int(positions[row]), layer, tuple(first[row, layer].tolist()), tuple(second[row, layer].tolist()))
+
+
 def _blocks(equal: Sequence[tuple[int, int]], start: int, stop: int, rows: int) -> Iterator[list[tuple[int, int]]]:
     """What lies between equal runs, in lists of runs that span no more than so many rows: gaps may be read over."""
     block: list[tuple[int, int]] = []
@@ -211,7 +261,6 @@ def _by_row(at: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArr
     return at[begins], np.diff(np.concatenate([begins, [len(at)]]))
 
 
-def _repeats(rows: RoutingArray, index: npt.NDArray[np.int64]) -> int:
-    layers, top_k = rows.shape[1:]
-    bad = have_repeats(rows.reshape(-1, top_k)[index])
-    return len(np.unique(index[bad] // layers)) if bad.any() else 0
+def _repeats(rows: RoutingArray, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Of some cells, those that name an expert twice."""
+    return index[have_repeats(rows.reshape(-1, rows.shape[2])[index])]

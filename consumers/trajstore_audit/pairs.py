@@ -8,11 +8,12 @@ import msgspec
 
 from trajstore.fold import Plan
 from trajstore.history import History, Recording
-from trajstore.overlaps import Overlap
+from trajstore.overlaps import Overlap, SameTokens
 
-__all__ = ["Pair", "observation_pairs", "same_conditions", "segment_pairs", "successive", "version_gap"]
+__all__ = ["Pair", "left_out", "observation_pairs", "same_conditions", "segment_pairs", "successive", "version_gap"]
 
-_TRAILING = re.compile(r"[0-9]{1,18}\Z")
+_TRAILING = re.compile(r"(?<![0-9])[0-9]{1,18}\Z")
+"""All digits at the end: of a longer number, a hash say, the last ones would tell nothing."""
 
 
 class Pair(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,14 +54,35 @@ def segment_pairs(history: History) -> Iterator[Pair]:
 
 
 def observation_pairs(plan: Plan) -> Iterator[Pair]:
-    """Each observation with the recordings that win its rows under the plan's policy."""
+    """Each observation with the recordings that win its rows under the plan's policy.
+
+    Rows of tokens that the trajectory no longer has, or may have lost since, are left out: see `left_out`.
+    """
+    same = SameTokens(plan.history)
     bases = [segment.base for segment in plan.history.segments]
     for observation in plan.history.observations:
+        limit = min(observation.stop, same.now_below(observation))
         for start, stop, winner in plan.placements:
-            low, high = max(start, observation.start), min(stop, observation.stop)
+            low, high = max(start, observation.start), min(stop, limit)
             if low < high:
                 base = bases[winner.segment]
                 yield Pair(against="observations", start=low, stop=high, first=winner, second=observation, base=base)
+
+
+def left_out(history: History) -> dict[str, int]:
+    """Rows of observations that are compared with nothing, by reason.
+
+    "rewound": a segment that opened since brought other tokens there. "unknown tokens": one may have, for the
+    observation does not say which tokens it saw.
+    """
+    same = SameTokens(history)
+    found: dict[str, int] = {}
+    for one in history.observations:
+        count = one.stop - max(one.start, same.now_below(one))
+        if count > 0:
+            reason = "rewound" if one.epoch else "unknown tokens"
+            found[reason] = found.get(reason, 0) + count
+    return found
 
 
 def successive(overlaps: Sequence[Overlap]) -> Iterator[Overlap]:
@@ -90,7 +112,10 @@ def successive(overlaps: Sequence[Overlap]) -> Iterator[Overlap]:
 
 
 def version_gap(first: str, second: str) -> int | None:
-    """By how much the integers at the end of two weight versions' labels differ; None where one has none."""
+    """By how much the integers at the end of two weight versions' labels differ; None where one has none.
+
+    Nor where it has more than 18 digits.
+    """
     numbers = [_TRAILING.search(label) for label in (first, second)]
     return int(numbers[1][0]) - int(numbers[0][0]) if numbers[0] and numbers[1] else None
 

@@ -16,33 +16,65 @@ from trajstore_audit.tables import COLUMNS, PAIR_COLUMNS, Column, Value, pair_ro
 if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]
 
-__all__ = ["PairParts", "prepare_folder", "write_tables"]
+__all__ = ["PairParts", "check_folder", "prepare_folder", "write_tables"]
 
 _PAIRS = "pairs"
 _UNFINISHED = ".unfinished"
+
+_MARK = b"trajstore.audit"
+"""Key in the metadata of our files, by which they are told from others of the same name."""
 
 _PART_ROWS = 100_000
 """Pairs of a part, which are held in memory until it is written: some 40 MB."""
 
 
-def prepare_folder(folder: Path) -> None:
-    """A folder for the tables: a new one, an empty one, or one with an earlier audit's, whose files go.
+def check_folder(folder: Path) -> list[Path]:
+    """Whether a folder may hold the tables: a new one, an empty one, or one with an earlier audit's. Changes nothing.
+
+    Returns:
+        The files of the earlier audit.
 
     Raises:
         Conflict: there is something else in it.
     """
+    if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise Conflict(f"{folder} is no folder; give --parquet a folder of its own")
+        return []
+    found: list[tuple[Path, bool]] = []
+    for path in sorted(folder.iterdir()):
+        if path.name == _PAIRS and path.is_dir() and not path.is_symlink():
+            found += [(part, part.name.startswith("part-")) for part in sorted(path.iterdir())]
+        else:
+            found.append((path, path.stem in COLUMNS))
+    for path, named in found:
+        if not named or not _is_ours(path):
+            raise Conflict(f"{path} is no table of an audit; give --parquet a folder of its own")
+    return [path for path, _ in found]
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder for the tables. An earlier audit's files go.
+
+    Raises:
+        Conflict: as `check_folder`; then nothing was changed.
+    """
+    earlier = check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    ours = {f"{name}{suffix}" for name in COLUMNS for suffix in (".parquet", _UNFINISHED)}
-    there = sorted(folder.iterdir())
-    parts = sorted((folder / _PAIRS).iterdir()) if (folder / _PAIRS).is_dir() else []
-    others = [path for path in there if path.name not in ours and path != folder / _PAIRS]
-    others += [
-        path for path in parts if not (path.name.startswith("part-") and path.suffix in (".parquet", _UNFINISHED))
-    ]
-    if others:
-        raise Conflict(f"{others[0]} is no table of an audit; give --parquet a folder of its own")
-    for path in (*parts, *(path for path in there if path != folder / _PAIRS)):
+    for path in earlier:
         path.unlink()
+
+
+def _is_ours(path: Path) -> bool:
+    """A file that an audit wrote, or one that it did not finish."""
+    from pyarrow import ArrowException, parquet
+
+    if path.suffix != ".parquet" or not path.is_file():
+        return path.suffix == _UNFINISHED and path.is_file()
+    try:
+        return _MARK in (parquet.read_schema(path).metadata or {})
+    except (ArrowException, OSError):
+        return False
 
 
 def write_tables(audit: Audit, folder: Path) -> list[Path]:
@@ -61,7 +93,7 @@ def write_tables(audit: Audit, folder: Path) -> list[Path]:
     written = []
     for name, table in tables(audit).items():
         path = folder / f"{name}.parquet"
-        _write(path, _schema(COLUMNS[name], {b"trajstore.audit": parameters}), table)
+        _write(path, _schema(COLUMNS[name], {_MARK: parameters}), table)
         written.append(path)
     return written
 
@@ -69,19 +101,25 @@ def write_tables(audit: Audit, folder: Path) -> list[Path]:
 class PairParts:
     """A sink for pairs: `pairs/part-00000.parquet` and so on, each once it is full. At the end there is one at least.
 
+    An earlier audit's tables go with the first pair, or at the end: an audit that cannot begin leaves them.
+
     Args:
-        folder: there already, see `prepare_folder`.
+        folder: see `prepare_folder`, with its errors.
     """
 
     def __init__(self, folder: Path) -> None:
+        check_folder(folder)
+        self._whole = folder
         self._folder = folder / _PAIRS
-        self._folder.mkdir(exist_ok=True)
+        self._begun = False
         self._rows: list[tuple[Value, ...]] = []
         self._parts = 0
 
     def __call__(self, pairs: Iterable[PairDrift]) -> None:
         """Take some more."""
         for pair in pairs:
+            if not self._begun:
+                self._begin()
             self._rows.append(pair_row(pair))
             if len(self._rows) >= _PART_ROWS:
                 self._flush()
@@ -95,10 +133,17 @@ class PairParts:
         if kind is None and (self._rows or not self._parts):
             self._flush()
 
+    def _begin(self) -> None:
+        prepare_folder(self._whole)
+        self._folder.mkdir(exist_ok=True)
+        self._begun = True
+
     def _flush(self) -> None:
+        if not self._begun:
+            self._begin()
         columns: Sequence[Sequence[Value]] = list(zip(*self._rows, strict=True)) or [[] for _ in PAIR_COLUMNS]
         table = {column.name: values for column, values in zip(PAIR_COLUMNS, columns, strict=True)}
-        _write(self._folder / f"part-{self._parts:05}.parquet", _schema(PAIR_COLUMNS, {}), table)
+        _write(self._folder / f"part-{self._parts:05}.parquet", _schema(PAIR_COLUMNS, {_MARK: b"{}"}), table)
         self._parts += 1
         self._rows = []
 

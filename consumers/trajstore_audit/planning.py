@@ -23,7 +23,7 @@ _IDS = 256
 
 
 class _Candidate(NamedTuple):
-    """A trajectory, and what tells one state of it from another."""
+    """A trajectory, and what tells one state of its events from another. Of its notes see `Selected.note`."""
 
     id: str
     state: str
@@ -72,6 +72,14 @@ class Selected:
             nbytes += sum(one.nbytes for one in candidates)
         return number, nbytes
 
+    def note(self, id: str) -> str:
+        """Id of a trajectory's newest note, "" where there is none: a listing does not tell it."""
+        try:
+            notes = self._archive.notes(id)
+        except (Corrupt, NotFound, RoutingError, SchemaError, SequenceGap):
+            return ""
+        return notes[-1].id if notes else ""
+
     def _sampled(self, candidates: list[_Candidate]) -> list[_Candidate]:
         self.population += len(candidates)
         share, seed = self._parameters.sample, self._parameters.seed
@@ -106,24 +114,32 @@ def plan_units(
     place: str,
     options: Mapping[str, str] | None,
     logprobs: Mapping[str, npt.NDArray[np.float32]] | None,
+    keyed: bool = True,
+    audit: str = "",
 ) -> Iterator[Unit]:
     """Units of work in order; as they are asked for.
 
     Args:
         place: to be opened where a unit is audited.
+        keyed: parts are kept by the units' keys, which takes a look at each trajectory's notes; else keys are empty.
+        audit: see `Unit.audit`.
+
+    Raises:
+        SchemaError: logprobs that are no array of floats `[T]`.
     """
     parameters = msgspec.structs.replace(parameters, ids=None)  # they may be many, and a unit has its own
     for candidates in selected.partitions():
         for batch in _batches(candidates):
             ids = tuple(one.id for one in batch)
-            given = {} if logprobs is None else {id: _bytes(logprobs[id]) for id in ids if id in logprobs}
+            given = {} if logprobs is None else {id: _bytes(id, logprobs[id]) for id in ids if id in logprobs}
             yield Unit(
                 place=place,
                 options=None if options is None else dict(options),
                 parameters=parameters,
                 ids=ids,
                 logprobs=given,
-                key=_key(batch, given),
+                key=_key(selected, batch, given) if keyed else "",
+                audit=audit,
             )
 
 
@@ -140,14 +156,20 @@ def _batches(candidates: Sequence[_Candidate]) -> Iterator[list[_Candidate]]:
         yield batch
 
 
-def _key(batch: Iterable[_Candidate], given: Mapping[str, bytes]) -> str:
+def _key(selected: Selected, batch: Iterable[_Candidate], given: Mapping[str, bytes]) -> str:
     digest = hashlib.blake2b(f"{FORMAT}\n".encode(), digest_size=16)
     for one in batch:
-        digest.update(f"{one.id} {one.state}\n".encode())
+        digest.update(f"{one.id} {one.state} {selected.note(one.id)}\n".encode())
         if one.id in given:
             digest.update(hashlib.blake2b(given[one.id], digest_size=16).digest())
     return digest.hexdigest()
 
 
-def _bytes(logprobs: npt.NDArray[np.float32]) -> bytes:
-    return np.asarray(logprobs).astype("<f4").tobytes()
+def _bytes(id: str, logprobs: npt.NDArray[np.float32]) -> bytes:
+    given = np.asarray(logprobs)
+    if given.ndim != 1 or not np.issubdtype(given.dtype, np.floating):
+        raise SchemaError(
+            f"the logprobs given for {id} are {given.dtype} {list(given.shape)}; give one float for each token, [T]"
+        )
+    with np.errstate(over="ignore"):  # a double below float32's range becomes -inf, and is left out as such
+        return given.astype("<f4").tobytes()

@@ -11,6 +11,7 @@ import msgspec
 
 from trajstore_audit.counts import (
     LATER,
+    OTHERS,
     Counts,
     EnginePair,
     LayerDrift,
@@ -26,6 +27,7 @@ from trajstore_audit.sampling import Interval, ratio_interval
 
 __all__ = [
     "LATER",
+    "OTHERS",
     "TAUS",
     "Against",
     "Audit",
@@ -134,7 +136,7 @@ class Finding(msgspec.Struct, kw_only=True, frozen=True):
     Attributes:
         kind: `zero-layer`, `constant-layer`, `repeated-rows`, `experts` (one recording cannot be right); `shifted`,
             `swapped`, `other-sequence` (rows of another position or sequence); `unexpected-change` (drift although
-            weights and engine are the same); `unreadable` (damaged or incomplete).
+            weights and engine are the same); `unreadable` (damaged, incomplete or gone).
         id, group: of the trajectory.
         event: of the recording that is wrong; "" where it is about the whole trajectory.
         row, layer: the first that is concerned, None where it is about all; `layer` is a global id.
@@ -162,6 +164,8 @@ class Rows(msgspec.Struct, kw_only=True):
         zero: of them, rows with a layer of which every expert id is 0.
         duplicates: of them, rows with a layer that names an expert twice.
         repeated: of them, rows equal to the row before in every layer.
+        left_out: reason → rows of observations that were compared with nothing: "rewound", they are of tokens that the
+            trajectory no longer has; "unknown tokens", they may be, for the note does not say.
     """
 
     total: int = 0
@@ -170,6 +174,7 @@ class Rows(msgspec.Struct, kw_only=True):
     zero: int = 0
     duplicates: int = 0
     repeated: int = 0
+    left_out: dict[str, int] = {}
 
 
 class Drift(msgspec.Struct, kw_only=True):
@@ -202,7 +207,7 @@ class Totals(msgspec.Struct, kw_only=True):
         population: trajectories that match ids, group and status.
         trajectories: of them, those that were audited: all, or the sample.
         with_routing: of these, those with a routing spec.
-        skipped: reason → trajectories that were not audited: "deleted", "damaged", "events missing", ...
+        skipped: reason → trajectories that were not audited: "deleted", "damaged", "events missing", "not found", ...
         recordings: of the audited ones, observations too.
         bytes_read: of routing, uncompressed.
         seconds: by the clock, of this call; what an earlier, killed one did does not count.
@@ -276,7 +281,8 @@ class Audit(msgspec.Struct, kw_only=True):
     def interval(self, counts: Counts, of: Literal["cells", "tokens"] = "cells") -> Interval | None:
         """95 % confidence interval of `counts.share` (or of `counts.token_share`) over all trajectories.
 
-        None unless trajectories were sampled, or where fewer than two of them have any such cell.
+        None unless trajectories were sampled, or where fewer than two of them were, or none has any such cell. Where no
+        cell differs it reaches from 0 to 3 / trajectories, see `trajstore_audit.sampling.ratio_interval`.
         """
         spread = counts.spread
         if spread is None:
@@ -285,4 +291,7 @@ class Audit(msgspec.Struct, kw_only=True):
             sums = (counts.cells, counts.differing, spread.cc, spread.cd, spread.dd)
         else:
             sums = (counts.tokens, counts.tokens_differing, spread.tt, spread.tu, spread.uu)
-        return ratio_interval(*sums, sampled=self.totals.trajectories, population=self.totals.population)
+        totals = self.totals
+        return ratio_interval(
+            *sums, sampled=totals.trajectories, population=totals.population, clusters=counts.trajectories
+        )

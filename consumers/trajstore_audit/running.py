@@ -4,15 +4,19 @@ All take units as they come, keep a bounded number in flight, and give the parts
 """
 
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 from trajstore.errors import SchemaError, Unavailable
 from trajstore.reading import Archive
 from trajstore_audit.tally import Part, decode_part, encode_part
-from trajstore_audit.unit import Unit, audit_unit, encode_unit, run_unit
+from trajstore_audit.unit import Unit, audit_unit, close_places, encode_unit, run_unit
 from trajstore_audit.work import Work
 
 __all__ = ["Progress", "run_here", "run_in_processes", "run_on_dask"]
@@ -22,6 +26,15 @@ _AHEAD = 2
 
 _CONNECT = 10.0
 """Seconds that a Dask scheduler may take to answer."""
+
+_LOOK = 5.0
+"""Seconds between two looks whether a Dask cluster has workers, while nothing comes back from it."""
+
+_WITHOUT_WORKERS = 60.0
+"""Seconds that it may have none: a worker that died is started again in fewer."""
+
+_CLOSING = 10.0
+"""Seconds that a worker may take to close what it reads, once nobody waits for it."""
 
 
 class Progress(NamedTuple):
@@ -54,13 +67,13 @@ def run_here(units: Iterator[Unit], work: Work | None, archive: Archive) -> Iter
 
 
 def run_in_processes(units: Iterator[Unit], work: Work | None, *, workers: int) -> Iterator[tuple[Part, bool]]:
-    """Audit units in so many processes, which are started anew; otherwise as `run_here`.
+    """Audit units in so many processes, which are started anew, and end with this one; otherwise as `run_here`.
 
     Raises:
         Unavailable: one of them died.
     """
     context = multiprocessing.get_context("spawn")  # a fork would share locks and connections
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
         try:
             yield from _in_flight(units, work, lambda data: pool.submit(run_unit, data), limit=_AHEAD * workers)
         except BrokenProcessPool as error:
@@ -71,9 +84,31 @@ def run_in_processes(units: Iterator[Unit], work: Work | None, *, workers: int) 
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _follow_parent() -> None:
+    """In a worker: end when the process that started it has, even one that was killed and could not say so."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        # An embedded store's server ends with the last process that closes the store, not with one that just ends.
+        closing = threading.Thread(target=close_places, daemon=True)
+        closing.start()
+        closing.join(_CLOSING)
+        os._exit(1)
+
+    threading.Thread(target=follow, args=(parent.sentinel,), daemon=True).start()
+
+
 def _in_flight(
-    units: Iterator[Unit], work: Work | None, submit: Callable[[bytes], "Future[bytes]"], *, limit: int
+    units: Iterator[Unit],
+    work: Work | None,
+    submit: Callable[[bytes], "Future[bytes]"],
+    *,
+    limit: int,
+    has_workers: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[Part, bool]]:
+    """Parts as they are done. `has_workers` is asked now and then, where those who audit may vanish without a word."""
     running: dict[Future[bytes], str] = {}
     for unit in units:
         kept = work.get(unit.key) if work is not None else None
@@ -81,15 +116,30 @@ def _in_flight(
             yield kept, True
             continue
         while len(running) >= limit:
-            yield from _done(running, work)
+            yield from _done(running, work, has_workers)
         running[submit(encode_unit(unit))] = unit.key
     while running:
-        yield from _done(running, work)
+        yield from _done(running, work, has_workers)
 
 
-def _done(running: dict["Future[bytes]", str], work: Work | None) -> Iterator[tuple[Part, bool]]:
-    """Parts that are done; waits for one."""
-    for future in wait(running, return_when=FIRST_COMPLETED).done:
+def _done(
+    running: dict["Future[bytes]", str], work: Work | None, has_workers: Callable[[], bool] | None
+) -> Iterator[tuple[Part, bool]]:
+    """Parts that are done; waits for one.
+
+    Raises:
+        Unavailable: nobody is there to audit them.
+    """
+    seen = time.monotonic()
+    while not (done := wait(running, None if has_workers is None else _LOOK, FIRST_COMPLETED).done):
+        if has_workers is None or has_workers():
+            seen = time.monotonic()
+        elif time.monotonic() - seen > _WITHOUT_WORKERS:
+            raise Unavailable(
+                f"the Dask cluster has had no workers for {_WITHOUT_WORKERS:g} s; start some, and the audit again: "
+                "with work= it goes on where it was"
+            )
+    for future in done:
         data, key = future.result(), running.pop(future)
         if work is not None:
             work.put(key, data)
@@ -104,11 +154,12 @@ def run_on_dask(units: Iterator[Unit], work: Work | None, *, scheduler: str) -> 
 
     Raises:
         SchemaError: `distributed` is not installed, or that is no address.
-        Unavailable: the scheduler does not answer, or has no workers.
+        Unavailable: the scheduler does not answer, has no workers for a minute, or loses those that audit a unit.
     """
     try:
-        from distributed import Client
+        from distributed import Client, KilledWorker
         from distributed.comm.addressing import get_address_host_port
+        from distributed.comm.core import CommClosedError
     except ImportError as error:
         raise SchemaError("a Dask scheduler needs the extra: pip install 'trajstore[dask]'") from error
     try:
@@ -119,9 +170,36 @@ def run_on_dask(units: Iterator[Unit], work: Work | None, *, scheduler: str) -> 
         client: Any = Client(scheduler, timeout=_CONNECT, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, TimeoutError) as error:
         raise Unavailable(f"the Dask scheduler at {scheduler} does not answer: {error}") from error
+    again = "with work= the audit goes on where it was"
     with client:
-        threads = sum(client.nthreads().values())
+        threads = _threads(client, scheduler)
         if not threads:
             raise Unavailable(f"the Dask scheduler at {scheduler} has no workers")
         executor = client.get_executor(pure=False)
-        yield from _in_flight(units, work, lambda data: executor.submit(run_unit, data), limit=_AHEAD * threads)
+        try:
+            yield from _in_flight(
+                units,
+                work,
+                lambda data: executor.submit(run_unit, data),
+                limit=_AHEAD * threads,
+                has_workers=lambda: _threads(client, scheduler) > 0,
+            )
+        except KilledWorker as error:
+            raise Unavailable(
+                f"workers of the Dask cluster at {scheduler} died again and again (killed, or out of memory): {error}; "
+                f"{again}"
+            ) from error
+        except (CommClosedError, CancelledError) as error:
+            raise Unavailable(f"the Dask scheduler at {scheduler} was lost; {again}") from error
+
+
+def _threads(client: Any, scheduler: str) -> int:
+    """How many threads all workers have.
+
+    Raises:
+        Unavailable: the scheduler does not answer.
+    """
+    try:
+        return sum(client.nthreads(callback_timeout=_CONNECT).values())
+    except (OSError, TimeoutError) as error:
+        raise Unavailable(f"the Dask scheduler at {scheduler} does not answer: {error}") from error

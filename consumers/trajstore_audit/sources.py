@@ -14,7 +14,7 @@ from trajstore.errors import Corrupt, NotFound, RoutingError, SchemaError, Seque
 from trajstore.history import Recording
 from trajstore.reading import Archive
 from trajstore.recorded import RecordedRows
-from trajstore.routing import RoutingArray
+from trajstore.routing import RoutingArray, RoutingSpec
 from trajstore_audit.faults import enough_rows
 from trajstore_audit.result import Finding
 from trajstore_audit.tally import Part, Suspect, add_to, merge
@@ -43,16 +43,25 @@ class _Claim(NamedTuple):
     stop: int
 
 
+class _Probe(NamedTuple):
+    """Rows of a recording that are looked for: hashes, and all tokens up to them, of the suspect with this number."""
+
+    suspect: int
+    event: str
+    spec: RoutingSpec
+    hashes: npt.NDArray[np.uint64]
+    tokens: npt.NDArray[np.int32]
+
+
 def find_sources(archive: Archive, part: Part, *, top: int) -> None:
-    """Turn a part's suspects into findings."""
+    """Turn a part's suspects into findings. Each recording that may hold their rows is read once."""
     suspects, part.suspects = part.suspects, []
     if not suspects:
         return
-    members = _members(archive, {one.group for one in suspects if one.group is not None})
-    claims = {id(one): list(_claims(archive, one, members.get(one.group or "", ()))) for one in suspects}
-    every = [claim for some in claims.values() for claim in some]
-    for suspect in suspects:
-        finding = _finding(suspect, claims[id(suspect)], every)
+    claims = _claims(archive, suspects)
+    every = [claim for some in claims for claim in some]
+    for suspect, own in zip(suspects, claims, strict=True):
+        finding = _finding(suspect, own, every)
         if finding.kind != "other-sequence":
             add_to(part.findings_by_kind, {"other-sequence": -1})
             if not part.findings_by_kind["other-sequence"]:
@@ -72,63 +81,101 @@ def _members(archive: Archive, groups: set[str]) -> dict[str, list[str]]:
     return {group: sorted(ids)[:_MEMBERS] for group, ids in found.items()}
 
 
-def _claims(archive: Archive, suspect: Suspect, members: Sequence[str]) -> Iterator[_Claim]:
-    """Where the rows of either recording are found, the second one's first."""
+def _claims(archive: Archive, suspects: Sequence[Suspect]) -> list[list[_Claim]]:
+    """For each suspect, where the rows of either recording are found, the second one's first.
+
+    Of several places the first counts: in its own trajectory, then in its group by id.
+    """
+    probes: list[_Probe] = []
+    for number, suspect in enumerate(suspects):
+        probes += _probes_of(archive, suspect, number)
+    members = _members(archive, {one.group for one in suspects if one.group is not None})
+    wanted: dict[str, list[int]] = {}
+    for i, probe in enumerate(probes):
+        suspect = suspects[probe.suspect]
+        for id in dict.fromkeys([suspect.id, *members.get(suspect.group or "", ())]):
+            wanted.setdefault(id, []).append(i)
+    found: dict[int, tuple[bool, str, int, _Claim]] = {}
+    for id in sorted(wanted):
+        for i, order, claim in _places(archive, id, [(i, probes[i]) for i in wanted[id]], suspects):
+            place = (id != claim.suspect.id, id, order, claim)
+            if i not in found or place[:3] < found[i][:3]:
+                found[i] = place
+    claims: list[list[_Claim]] = [[] for _ in suspects]
+    for i in sorted(found):
+        claims[probes[i].suspect].append(found[i][3])
+    return claims
+
+
+def _probes_of(archive: Archive, suspect: Suspect, number: int) -> Iterator[_Probe]:
     try:
         recorded = archive.recordings(suspect.id)
         known = {one.event: one for one in _recordings(recorded)}
         for event in (suspect.second_event, suspect.first_event):
-            rows = recorded.rows(known[event], [(suspect.start, min(suspect.stop, suspect.start + _PROBES))])
-            for other in dict.fromkeys([suspect.id, *members]):
-                place = _search(archive, recorded, other, rows, (suspect.id, event))
-                if place is not None:
-                    found, start = place
-                    stop = start + suspect.stop - suspect.start
-                    yield _Claim(suspect, event, other, found, start, stop)
-                    break
+            stop = min(suspect.stop, suspect.start + _PROBES)
+            rows = recorded.rows(known[event], [(suspect.start, stop)])
+            yield _Probe(number, event, recorded.spec, _hashes(rows), recorded.token_ids(known[event])[:stop])
     except _DAMAGED:  # has been told where it was compared
         return
 
 
-def _search(
-    archive: Archive, recorded: RecordedRows, id: str, rows: RoutingArray, own: tuple[str, str]
-) -> tuple[str, int] | None:
-    """The recording of a trajectory that holds rows, and the position of the first of them there."""
+def _places(
+    archive: Archive, id: str, wanted: Sequence[tuple[int, _Probe]], suspects: Sequence[Suspect]
+) -> Iterator[tuple[int, int, _Claim]]:
+    """Which of the wanted probes a trajectory holds: their number, that of the recording, and the claim."""
     try:
-        other = recorded if id == recorded.id else archive.recordings(id)
-        if other.history.opened.routing != recorded.spec:
-            return None
-        probes = _hashes(rows)
-        for recording in _recordings(other):
-            if (id, recording.event) == own:
+        recorded = archive.recordings(id)
+        if recorded.history.opened.routing is None:
+            return
+        for order, recording in enumerate(_recordings(recorded)):
+            asked = [
+                (i, probe, suspects[probe.suspect])
+                for i, probe in wanted
+                if probe.spec == recorded.spec and (suspects[probe.suspect].id, probe.event) != (id, recording.event)
+            ]
+            if not asked:
                 continue
-            start = _find(other, recording, probes)
-            if start is not None:
-                return recording.event, start
+            hashes = _hashes_of(recorded, recording)
+            ascending = np.argsort(hashes, kind="stable")
+            for i, probe, suspect in asked:
+                at = _find(hashes, ascending, probe)
+                if at is None:
+                    continue
+                start = recording.start + at
+                if start == suspect.start and _is_of(recorded, recording, probe.tokens):
+                    continue  # they are where they should be: of a prompt that was sent again, say, or of a group's
+                stop = start + suspect.stop - suspect.start
+                yield i, order, _Claim(suspect, probe.event, id, recording.event, start, stop)
     except _DAMAGED:
-        pass
-    return None
+        return
 
 
-def _find(other: RecordedRows, recording: Recording, probes: npt.NDArray[np.uint64]) -> int | None:
-    """Where a recording has these rows in order, enough of them."""
-    step = max(1, _BLOCK_BYTES // other.spec.row_bytes)
-    hashes = np.concatenate(
-        [
-            _hashes(other.rows(recording, [(at, min(at + step, recording.stop))]))
-            for at in range(recording.start, recording.stop, step)
-        ]
-    )
-    order = np.argsort(hashes, kind="stable")
-    places = np.searchsorted(hashes[order], probes)
-    hit = (places < len(hashes)) & (hashes[order[np.minimum(places, len(hashes) - 1)]] == probes)
+def _is_of(recorded: RecordedRows, recording: Recording, tokens: npt.NDArray[np.int32]) -> bool:
+    """Whether a recording is of a sequence that begins so."""
+    return np.array_equal(recorded.token_ids(recording)[: len(tokens)], tokens)
+
+
+def _hashes_of(recorded: RecordedRows, recording: Recording) -> npt.NDArray[np.uint64]:
+    step = max(1, _BLOCK_BYTES // recorded.spec.row_bytes)
+    blocks = range(recording.start, recording.stop, step)
+    hashes = [_hashes(recorded.rows(recording, [(at, min(at + step, recording.stop))])) for at in blocks]
+    return np.concatenate([np.empty(0, np.uint64), *hashes])
+
+
+def _find(hashes: npt.NDArray[np.uint64], ascending: npt.NDArray[np.int64], probe: _Probe) -> int | None:
+    """Where a recording has these rows in order, enough of them; as an index of its rows."""
+    if not len(hashes):
+        return None
+    places = np.searchsorted(hashes, probe.hashes, sorter=ascending)
+    there = ascending[np.minimum(places, len(hashes) - 1)]
+    hit = (places < len(hashes)) & (hashes[there] == probe.hashes)
     if not hit.any():
         return None
-    offsets, counts = np.unique_counts(order[places[hit]] - np.flatnonzero(hit))
+    offsets, counts = np.unique_counts(there[hit] - np.flatnonzero(hit))
     best = int(counts.argmax())
-    if not enough_rows(other.spec, int(counts[best])):
+    if not enough_rows(probe.spec, int(counts[best])):
         return None
-    return recording.start + max(0, int(offsets[best]))
+    return max(0, int(offsets[best]))
 
 
 def _hashes(rows: RoutingArray) -> npt.NDArray[np.uint64]:
@@ -169,8 +216,11 @@ def _finding(suspect: Suspect, own: Sequence[_Claim], every: Sequence[_Claim]) -
                     f"other's routing, as events {claim.other_event} and {other.other_event} show",
                     what_to_do="train on neither; their recorder mixed up two requests",
                 )
-    what, event = suspect.what, suspect.second_event
+    what, event = suspect.what, suspect.event or suspect.second_event
     what_to_do = "compare both with `trajstore diff`; unless new weights explain it, do not train on them"
+    if suspect.event:
+        own = [claim for claim in own if claim.event == suspect.event]
+        what_to_do = "do not train on this recording; see its recorder"
     if own:
         claim = own[0]
         event, what_to_do = claim.event, "do not train on this recording; its recorder mixed up two requests"

@@ -87,6 +87,7 @@ def _coverage(audit: Audit) -> list[tuple[str, str]]:
             if missing
             else "",
         ),
+        ("observed, left out", ", ".join(f"{whole(number)} {reason}" for reason, number in rows.left_out.items())),
         ("rows in doubt", ", ".join(f"{whole(number)} {what}" for number, what in doubtful if number)),
     ]
     return [(name, value) for name, value in fields if value]
@@ -211,7 +212,7 @@ def _findings(audit: Audit) -> Iterator[Part]:
         where = [finding.id, f"event {finding.event}" if finding.event else ""]
         where += [f"row {finding.row}"] if finding.row is not None else []
         where += [f"layer {finding.layer}"] if finding.layer is not None else []
-        lines.append(f"{finding.kind}: {', '.join(filter(None, where))}: {finding.what}")
+        lines.append(": ".join(filter(None, [finding.kind, ", ".join(filter(None, where)), finding.what])))
         look = look_into(audit.parameters.place, finding)
         lines += [f"  {line}" for line in (finding.what_to_do, look) if line]
     total = sum(audit.findings_by_kind.values())

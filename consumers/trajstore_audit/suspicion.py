@@ -1,15 +1,27 @@
 """Rows that differ in most layers, looked at again: are they those of a neighbouring position, or of no such token?"""
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from trajstore.history import Recording
+from trajstore.overlaps import SameTokens
 from trajstore.recorded import RecordedRows
-from trajstore_audit.faults import OFFSETS, agreement, enough_rows, longest_run, matches
+from trajstore_audit.faults import (
+    OFFSETS,
+    Agreement,
+    agreement,
+    common_share,
+    enough_rows,
+    longest_run,
+    matches,
+    runs_of,
+)
 from trajstore_audit.pairs import Pair
 
-__all__ = ["Explanation", "explain"]
+__all__ = ["Explained", "Explanation", "explain", "find_culprit"]
 
 _WINDOW = 2048
 _WINDOWS = 8
@@ -17,32 +29,60 @@ _WINDOWS = 8
 
 _RUN = 16
 
+_WITNESS_ROWS = 256
+"""Rows at which a third recording is asked."""
+
+_CLEARLY = 0.3
+"""By so much more of its experts it must agree with one side."""
+
 
 class Explanation(NamedTuple):
     """What suspicious rows are.
 
     Attributes:
         kind: "shifted" or "other-sequence".
-        start, stop: positions that are concerned, in one run or several.
-        rows: the positions that are explained, int64.
+        offset: by how much they are shifted; 0 for another sequence.
+        rows: the positions that are explained, int64, ascending.
         what: the evidence.
+        which: what is wrong with one of both recordings, as "is shifted by 1".
+        unless: what explains the same, "" where nothing does.
     """
 
     kind: str
-    start: int
-    stop: int
+    offset: int
     rows: npt.NDArray[np.int64]
     what: str
+    which: str
+    unless: str = ""
 
 
-def explain(recorded: RecordedRows, pair: Pair, suspicious: npt.NDArray[np.int64]) -> list[Explanation]:
+class Explained(NamedTuple):
+    """All explanations of a pair, one for each kind and offset.
+
+    Attributes:
+        unseen: rows from this position on were not looked at.
+    """
+
+    explanations: list[Explanation]
+    unseen: int
+
+
+class _Judged(NamedTuple):
+    """Rows `[start, stop)`, and how they agree."""
+
+    start: int
+    stop: int
+    agreed: Agreement
+
+
+def explain(recorded: RecordedRows, pair: Pair, suspicious: npt.NDArray[np.int64]) -> Explained:
     """Explanations that cannot be chance; usually none, for weights that changed much make suspicious rows, too.
 
     Args:
         suspicious: positions of the pair that differ in most layers, int64, ascending.
     """
     exact: dict[int, list[npt.NDArray[np.int64]]] = {}
-    found: list[Explanation] = []
+    judged: dict[int, list[_Judged]] = {}  # by offset; 0 is another sequence
     at = 0
     for _ in range(_WINDOWS):
         if at >= len(suspicious):
@@ -60,52 +100,114 @@ def explain(recorded: RecordedRows, pair: Pair, suspicious: npt.NDArray[np.int64
         start, stop = longest_run(wanted)
         inside = wanted[(wanted >= start) & (wanted < stop)]
         if stop - start >= _RUN and 5 * len(inside) >= 4 * (stop - start):
-            found += _judge(pair, first[: stop - begin + OFFSETS[-1]], second[start - low : stop - low], begin, start)
+            agreed = agreement(
+                first[: stop - begin + OFFSETS[-1]], second[start - low : stop - low], ahead=start - begin
+            )
+            if agreed.is_shifted or agreed.is_other:
+                offset = agreed.offset if agreed.is_shifted else 0
+                judged.setdefault(offset, []).append(_Judged(start, stop, agreed))
         at = upto
-    return [*_exact(recorded, pair, exact), *found] if exact else found
+    copies = _copies(recorded, exact)
+    found = [_shifted(pair, offset, rows, judged.pop(offset, [])) for offset, rows in copies]
+    for offset, some in sorted(judged.items()):
+        found.append(_shifted(pair, offset, np.empty(0, np.int64), some) if offset else _other(pair, some))
+    if at == len(suspicious):
+        return Explained(found, pair.stop)
+    unseen = int(suspicious[at])
+    what = f" (rows from {unseen} on were not looked at)"
+    return Explained([one._replace(what=one.what + what) for one in found], unseen)
 
 
-def _judge(
-    pair: Pair, first: npt.NDArray[np.unsignedinteger], second: npt.NDArray[np.unsignedinteger], begin: int, start: int
-) -> list[Explanation]:
-    stop = start + len(second)
-    agreed = agreement(first, second, ahead=start - begin)
-    rows = np.arange(start, stop)
-    if agreed.is_shifted:
-        what = (
-            f"rows {start} to {stop - 1} of event {pair.second.event} agree with rows {start + agreed.offset} to "
-            f"{stop - 1 + agreed.offset} of event {pair.first.event} ({agreed.best:.0%} of experts in common), not "
-            f"with their own ({agreed.own:.0%}): one of both is shifted by {abs(agreed.offset)}"
+def _copies(
+    recorded: RecordedRows, exact: dict[int, list[npt.NDArray[np.int64]]]
+) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """Offsets at which rows equal others in all layers, where they are too many for chance; each row but once."""
+    left = {offset: np.concatenate(parts) for offset, parts in exact.items()}
+    while left:
+        offset = max(left, key=lambda one: (len(left[one]), -abs(one)))
+        rows = left.pop(offset)
+        if not enough_rows(recorded.spec, len(rows)):
+            return
+        yield offset, rows
+        left = {other: np.setdiff1d(some, rows, assume_unique=True) for other, some in left.items()}
+
+
+def _shifted(pair: Pair, offset: int, rows: npt.NDArray[np.int64], judged: Sequence[_Judged]) -> Explanation:
+    """Rows that equal others, rows that agree with others, or both."""
+    by = f"those {abs(offset)} {'later' if offset > 0 else 'earlier'} of event {pair.first.event}"
+    said = []
+    if len(rows) == 1:
+        said.append(
+            f"row {rows[0]} of event {pair.second.event} is row {rows[0] + offset} of event {pair.first.event} in all "
+            "layers"
         )
-        return [Explanation("shifted", start, stop, rows, what)]
-    if agreed.is_other:
-        what = (
-            f"rows {start} to {stop - 1} of events {pair.first.event} and {pair.second.event} have {agreed.own:.0%} of "
-            f"experts in common, as rows of any two tokens have ({agreed.chance:.0%}): one of both recorded rows of "
-            f"another sequence{_or_weights(pair)}"
-        )
-        return [Explanation("other-sequence", start, stop, rows, what)]
-    return []
+    elif len(rows):
+        said.append(f"{_named(rows)} of event {pair.second.event} are {by} in all layers")
+    if judged:
+        held = _rows_of(judged)
+        own, best = (_mean(judged, name) for name in ("own", "best"))
+        # A recording need not begin or end where the other one does.
+        low, high = max(int(held[0]) + offset, pair.first.start), min(int(held[-1]) + offset, pair.first.stop - 1)
+        if len(rows) and np.isin(held, rows).all():
+            said[0] += f", and have {own:.0%} of experts in common with their own"
+        else:
+            said.append(
+                f"{_named(held)} of event {pair.second.event} agree with rows {low} to {high} of event "
+                f"{pair.first.event} ({best:.0%} of experts in common), not with their own ({own:.0%})"
+            )
+        rows = np.union1d(rows, held)
+    return Explanation("shifted", offset, rows, "; ".join(said), f"is shifted by {abs(offset)}")
 
 
-def _or_weights(pair: Pair) -> str:
-    """What explains the same where weights changed: a model that was trained anew, say."""
-    return "" if pair.first.weight_version == pair.second.weight_version else ", or the weights have nothing in common"
-
-
-def _exact(recorded: RecordedRows, pair: Pair, exact: dict[int, list[npt.NDArray[np.int64]]]) -> list[Explanation]:
-    """Rows that equal another position's in all layers, where they are too many for chance."""
-    offset, parts = max(exact.items(), key=lambda one: (sum(map(len, one[1])), -abs(one[0])))
-    rows = np.concatenate(parts)
-    if not enough_rows(recorded.spec, len(rows)):
-        return []
-    start, stop = int(rows[0]), int(rows[-1]) + 1
-    which = f"row {start}" if len(rows) == 1 else f"{len(rows)} of the rows {start} to {stop - 1}"
-    theirs = (
-        f"row {start + offset}" if len(rows) == 1 else f"those {abs(offset)} {'later' if offset > 0 else 'earlier'}"
-    )
+def _other(pair: Pair, judged: Sequence[_Judged]) -> Explanation:
+    rows = _rows_of(judged)
+    own, chance = (_mean(judged, name) for name in ("own", "chance"))
     what = (
-        f"{which} of event {pair.second.event} {'is' if len(rows) == 1 else 'are'} {theirs} of event "
-        f"{pair.first.event} in all layers: one of both is shifted by {abs(offset)}"
+        f"{_named(rows)} of events {pair.first.event} and {pair.second.event} have {own:.0%} of experts in common, as "
+        f"rows of any two tokens have ({chance:.0%})"
     )
-    return [Explanation("shifted", start, stop, rows, what)]
+    # A model that was trained anew, say.
+    same = pair.first.weight_version == pair.second.weight_version
+    unless = "" if same else ", or the weights have nothing in common"
+    return Explanation("other-sequence", 0, rows, what, "recorded rows of another sequence", unless)
+
+
+def find_culprit(recorded: RecordedRows, pair: Pair, one: Explanation) -> tuple[Recording, Recording] | None:
+    """Which recording of a pair is wrong, as far as a third one of the same rows tells; and that third one.
+
+    None where there is no such recording, or where it agrees with both or with neither.
+    """
+    history = recorded.history
+    same = SameTokens(history)
+    others = [recording for segment in history.segments for recording in segment.recordings]
+    for third in (*reversed(others), *history.observations):
+        if third.event in (pair.first.event, pair.second.event):
+            continue
+        limit = min(third.stop, same.below(pair.first, third), same.below(pair.second, third))
+        rows = one.rows[(one.rows >= third.start) & (one.rows < limit)]
+        rows = rows[rows < rows[0] + _WINDOW][:_WITNESS_ROWS] if len(rows) else rows
+        if not len(rows):
+            continue
+        runs = runs_of(rows)
+        seen, first, second = (recorded.rows(recording, runs) for recording in (third, pair.first, pair.second))
+        more = common_share(seen, first) - common_share(seen, second)
+        if abs(more) > _CLEARLY:
+            return (pair.second if more > 0 else pair.first), third
+    return None
+
+
+def _named(rows: npt.NDArray[np.int64]) -> str:
+    first, last = int(rows[0]), int(rows[-1])
+    if len(rows) == last - first + 1:
+        return f"rows {first} to {last}" if len(rows) > 1 else f"row {first}"
+    return f"{len(rows)} of the rows {first} to {last}"
+
+
+def _rows_of(judged: Sequence[_Judged]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.arange(one.start, one.stop) for one in judged])
+
+
+def _mean(judged: Sequence[_Judged], name: str) -> float:
+    """Of a share, over rows."""
+    rows = [one.stop - one.start for one in judged]
+    return float(np.average([getattr(one.agreed, name) for one in judged], weights=rows))

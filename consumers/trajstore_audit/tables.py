@@ -133,9 +133,9 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
     ),
     "coverage": (
         *_texts(
-            what="population, trajectories, with_routing, skipped, recordings, bytes_read, rows, missing, rows_read, "
-            "zero, duplicates, repeated",
-            reason="of what was skipped or is missing; else empty",
+            what="population, trajectories, with_routing, skipped, recordings, bytes_read, rows, missing, left_out, "
+            "rows_read, zero, duplicates, repeated",
+            reason="of what was skipped, is missing or was left out; else empty",
         ),
         *_ints(count="how many"),
     ),
@@ -238,6 +238,7 @@ def _coverage(audit: Audit) -> Iterable[Mapping[str, Value]]:
         ("bytes_read", "", totals.bytes_read),
         ("rows", "", rows.total),
         *(("missing", reason, count) for reason, count in rows.missing.items()),
+        *(("left_out", reason, count) for reason, count in rows.left_out.items()),
         ("rows_read", "", rows.read),
         ("zero", "", rows.zero),
         ("duplicates", "", rows.duplicates),

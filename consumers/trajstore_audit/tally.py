@@ -26,6 +26,7 @@ from trajstore_audit.result import (
 __all__ = [
     "FORMAT",
     "REACH",
+    "SUSPECTS",
     "DriftTally",
     "Grid",
     "Part",
@@ -39,8 +40,11 @@ __all__ = [
     "worst_of",
 ]
 
-FORMAT = 1
+FORMAT = 2
 """Of the bytes of a part. A part of another format is counted anew."""
+
+SUSPECTS = 64
+"""That are kept: where their rows come from is asked of the first ones, however many findings are shown."""
 
 REACH = 24
 """Buckets on each side of the resume point; what lies 2^23 positions away or more is in the last one."""
@@ -127,12 +131,16 @@ class DriftTally(msgspec.Struct, kw_only=True):
 
 
 class Suspect(msgspec.Struct, kw_only=True, frozen=True):
-    """Two recordings of rows `[start, stop)` that agree no better than chance: whose rows they are is asked later."""
+    """Two recordings of rows `[start, stop)` that agree no better than chance: whose rows they are is asked later.
+
+    `event` is the one that a third recording contradicts, "" where none does.
+    """
 
     id: str
     group: str | None
     first_event: str
     second_event: str
+    event: str = ""
     start: int
     stop: int
     what: str
@@ -146,7 +154,7 @@ class Part(msgspec.Struct, kw_only=True):
         trajectories, with_routing, recordings, bytes_read, skipped: see `trajstore_audit.result.Totals`.
         rows, logprobs: see there.
         segments, observations: by kind of comparison.
-        findings, suspects: the first of them in a total order.
+        findings, suspects: the first of them in a total order; of suspects `SUSPECTS`.
         findings_by_kind: all of them, suspects too.
         pairs: one line for each pair; goes to whoever wants it, and is not merged.
     """
@@ -176,7 +184,7 @@ def merge(into: Part, part: Part, *, top: int) -> None:
 
     Args:
         into: is changed; its `pairs` are not.
-        top: how many worst trajectories, findings and suspects are kept.
+        top: how many worst trajectories and findings are kept.
     """
     for name in ("trajectories", "with_routing", "recordings", "bytes_read"):
         setattr(into, name, getattr(into, name) + getattr(part, name))
@@ -185,12 +193,13 @@ def merge(into: Part, part: Part, *, top: int) -> None:
     for name in ("total", "read", "zero", "duplicates", "repeated"):
         setattr(into.rows, name, getattr(into.rows, name) + getattr(part.rows, name))
     add_to(into.rows.missing, part.rows.missing)
+    add_to(into.rows.left_out, part.rows.left_out)
     _add_logprobs(into.logprobs, part.logprobs)
     _add_drift(into.segments, part.segments, top)
     _add_drift(into.observations, part.observations, top)
     into.findings = sorted([*into.findings, *part.findings], key=_order)[:top]
     suspects = sorted([*into.suspects, *part.suspects], key=lambda one: (one.id, one.second_event, one.start))
-    into.suspects = suspects[:top]
+    into.suspects = suspects[:SUSPECTS]
 
 
 def add_counts(into: Counts, counts: Counts) -> None:

@@ -42,6 +42,9 @@ _OF_ALL = {
     "skipped": "trajectories that could not be audited, deleted ones apart",
 }
 
+_OF_ROWS = {"zero_rows": "zero", "duplicate_rows": "duplicates", "repeated_rows": "repeated"}
+"""Their fields in `Rows`."""
+
 METRICS: Mapping[str, str] = _OF_A_COMPARISON | _OF_LOGPROBS | _OF_ALL
 """Every name that a threshold may have, and what it is. Those of a comparison may be preceded by which one it is,
 as in `observations.jaccard`."""
@@ -128,7 +131,10 @@ def parse_threshold(text: str) -> Threshold:
 
 
 def check_thresholds(thresholds: list[Threshold], audit: Audit) -> list[Outcome]:
-    """What became of each threshold, in order. One that cannot be told has failed: it must not pass unseen."""
+    """What became of each threshold, in order. One that cannot be told has failed: it must not pass unseen.
+
+    That nothing was found can be told only where something was looked at: there is no 0 of no trajectories, or no rows.
+    """
     return [_check(one, audit) for one in thresholds]
 
 
@@ -158,19 +164,17 @@ def _values(threshold: Threshold, audit: Audit) -> dict[str, float]:
         found = logprob_measures(audit)
         value = math.nan if found is None else found[metric]
         return {"": math.nan if value is None else float(value)}
-    kind = metric.partition(".")[2]
-    if kind:
-        return {"": float(audit.findings_by_kind.get(kind, 0))}
-    rows, skipped = audit.rows, audit.totals.skipped
-    plain = {
-        "missing_rows": missing_share(audit),
-        "zero_rows": rows.zero,
-        "duplicate_rows": rows.duplicates,
-        "repeated_rows": rows.repeated,
-        "findings": sum(audit.findings_by_kind.values()),
-        "skipped": sum(count for reason, count in skipped.items() if reason != "deleted"),
-    }
-    return {"": float(plain[metric])}
+    rows, totals, kinds = audit.rows, audit.totals, audit.findings_by_kind
+    if metric == "missing_rows":
+        return {"": missing_share(audit)}
+    if metric in _OF_ROWS:
+        return {"": float(getattr(rows, _OF_ROWS[metric]) if rows.read else math.nan)}
+    if metric == "skipped":
+        count = sum(count for reason, count in totals.skipped.items() if reason != "deleted")
+    else:
+        kind = metric.partition(".")[2]
+        count = kinds.get(kind, 0) if kind else sum(kinds.values())
+    return {"": float(count if count or totals.trajectories else math.nan)}
 
 
 def _why_none(threshold: Threshold, audit: Audit) -> str:
@@ -181,4 +185,8 @@ def _why_none(threshold: Threshold, audit: Audit) -> str:
         )
     if threshold.against is not None and threshold.against not in comparisons(audit):
         return f"{threshold.against} were not compared (--against {audit.parameters.against})"
-    return f"there is no {threshold.metric}: nothing was compared"
+    if not audit.totals.trajectories:
+        what = "no trajectory was audited"
+    else:
+        what = "no row was read" if threshold.metric in _OF_ROWS else "nothing was compared"
+    return f"there is no {threshold.metric}: {what}"

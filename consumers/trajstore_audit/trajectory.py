@@ -10,10 +10,10 @@ from trajstore_audit.load import choose_rows, count_experts
 from trajstore_audit.logprobs import compare_logprobs
 from trajstore_audit.looking import Look
 from trajstore_audit.missing import missing_rows
-from trajstore_audit.one_pair import PairOutcome, compare_pair
-from trajstore_audit.pairs import Pair, observation_pairs, same_conditions, segment_pairs, version_gap
+from trajstore_audit.one_pair import Change, PairOutcome, changes_outside, compare_pair
+from trajstore_audit.pairs import Pair, left_out, observation_pairs, same_conditions, segment_pairs, version_gap
 from trajstore_audit.result import LATER, Counts, Finding, PairDrift, Parameters, Spread, WorstTrajectory
-from trajstore_audit.suspicion import Explanation, explain
+from trajstore_audit.suspicion import Explanation, explain, find_culprit
 from trajstore_audit.tally import DriftTally, Part, Suspect, add_counts, add_to, count_in
 
 __all__ = ["audit_trajectory"]
@@ -46,7 +46,8 @@ def audit_trajectory(
         pairs += segment_pairs(history)
     if parameters.against != "segments":
         pairs += observation_pairs(recorded.plan)
-    look = Look(recorded, {pair.second.event for pair in pairs})
+        part.rows.left_out = left_out(history)
+    look = Look(recorded)
     audit = _Trajectory(recorded, parameters, part, look, keep_drift=logprobs is not None)
     for pair in pairs:
         audit.take(pair)
@@ -71,6 +72,7 @@ class _Trajectory:
         self.drift = np.full(recorded.history.length, -1, np.int64)
         self.look = look
         self._first_pair: dict[str, PairDrift] = {}
+        self._named: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
 
     def take(self, pair: Pair) -> None:
         """Compare a pair."""
@@ -187,49 +189,71 @@ class _Trajectory:
             order_changes=counts.order_changes,
             jaccard=counts.jaccard,
             referenced=counts.referenced,
-            row=outcome.row if outcome.row >= 0 else None,
-            layer=layer_ids[outcome.layer] if outcome.row >= 0 else None,
+            row=outcome.change.row if outcome.change is not None else None,
+            layer=layer_ids[outcome.change.layer] if outcome.change is not None else None,
         )
 
     def _name_faults(self, pair: Pair, outcome: PairOutcome) -> None:
-        group = self.recorded.history.opened.group
-        explained = np.empty(0, np.int64)
-        for one in explain(self.recorded, pair, outcome.suspicious) if len(outcome.suspicious) else ():
-            if one.kind == "shifted":
-                self._find(_shifted(self.recorded.id, group, pair, one))
-            else:
-                add_to(self.part.findings_by_kind, {one.kind: 1})
-                suspect = Suspect(
-                    id=self.recorded.id,
-                    group=group,
-                    first_event=pair.first.event,
-                    second_event=pair.second.event,
-                    start=one.start,
-                    stop=one.stop,
-                    what=one.what,
-                )
-                self.part.suspects.append(suspect)
-            explained = np.union1d(explained, one.rows)
-        if same_conditions(pair, self.recorded.history):
-            left = outcome.differing - int(outcome.suspicious_cells[np.isin(outcome.suspicious, explained)].sum())
-            changes = [change for change in outcome.changes if change.row not in explained]
-            if left > 0 and changes:
-                self._find(self._unexpected(pair, left, outcome))
+        count, change = outcome.differing, outcome.change
+        found = explain(self.recorded, pair, outcome.suspicious) if len(outcome.suspicious) else None
+        for one in found.explanations if found is not None else ():
+            self._name_fault(pair, one)
+        if not same_conditions(pair, self.recorded.history):
+            return
+        if found is not None and found.explanations:
+            explained = np.unique(np.concatenate([one.rows for one in found.explanations]))
+            offsets = sorted({one.offset for one in found.explanations if one.offset})
+            count, change = changes_outside(self.recorded, pair, explained, offsets=offsets, unseen=found.unseen)
+        if change is not None:
+            self._find(self._unexpected(pair, change, count, outcome.cells))
 
-    def _unexpected(self, pair: Pair, count: int, outcome: PairOutcome) -> Finding:
-        layer_ids = self.recorded.spec.layer_ids
-        change = outcome.changes[0]
-        first, layer = change.row, layer_ids[change.layer]
+    def _name_fault(self, pair: Pair, one: Explanation) -> None:
+        """Name the recording that is wrong, once: the pairs before and after it both show it."""
+        third = find_culprit(self.recorded, pair, one)
+        event = "" if third is None else third[0].event
+        if third is not None:
+            known = self._named.get((one.kind, event), np.empty(0, np.int64))
+            if np.isin(one.rows, known).any():
+                return
+            self._named[one.kind, event] = np.union1d(known, one.rows)
+            right = pair.first if event == pair.second.event else pair.second
+            what = f"{one.what}: event {event} {one.which}, for event {third[1].event} agrees with {right.event}"
+        else:
+            what = f"{one.what}: one of both {one.which}{one.unless}"
+        id, group, start = self.recorded.id, self.recorded.history.opened.group, int(one.rows[0])
+        if one.kind == "shifted":
+            what_to_do = "do not train on the shifted one; see its engine's start"
+            if not event:
+                what_to_do = f"a third recording tells which of both; {what_to_do}"
+            row, event = start, event or pair.second.event
+            found = Finding(kind=one.kind, id=id, group=group, event=event, row=row, what=what, what_to_do=what_to_do)
+            self._find(found)
+            return
+        suspect = Suspect(
+            id=id,
+            group=group,
+            first_event=pair.first.event,
+            second_event=pair.second.event,
+            event=event,
+            start=start,
+            stop=int(one.rows[-1]) + 1,
+            what=what,
+        )
+        add_to(self.part.findings_by_kind, {one.kind: 1})
+        self.part.suspects.append(suspect)
+
+    def _unexpected(self, pair: Pair, change: Change, count: int, cells: int) -> Finding:
+        layer = self.recorded.spec.layer_ids[change.layer]
         more = f", and {count - 1} more" if count > 1 else ""
         return Finding(
             kind="unexpected-change",
             id=self.recorded.id,
             group=self.recorded.history.opened.group,
             event=pair.second.event,
-            row=first,
+            row=change.row,
             layer=layer,
-            what=f"row {first}, layer {layer} was {list(change.before)} in event {pair.first.event} and is "
-            f"{list(change.after)} in event {pair.second.event}{more}, of {outcome.cells} cells, though weight version "
+            what=f"row {change.row}, layer {layer} was {list(change.before)} in event {pair.first.event} and is "
+            f"{list(change.after)} in event {pair.second.event}{more}, of {cells} cells, though weight version "
             f"{pair.first.weight_version} and engine are the same",
             what_to_do="an engine that batches otherwise may change a few; if it should not, compare both with `diff`",
         )
@@ -275,15 +299,3 @@ def _divide(tally: DriftTally, line: PairDrift, counts: Counts) -> None:
 def _spread(counts: Counts) -> Spread:
     c, d, t, u = counts.cells, counts.differing, counts.tokens, counts.tokens_differing
     return Spread(cc=c * c, cd=c * d, dd=d * d, tt=t * t, tu=t * u, uu=u * u)
-
-
-def _shifted(id: str, group: str | None, pair: Pair, one: Explanation) -> Finding:
-    return Finding(
-        kind="shifted",
-        id=id,
-        group=group,
-        event=pair.second.event,
-        row=one.start,
-        what=one.what,
-        what_to_do="a third recording tells which of both; do not train on the shifted one; see its engine's start",
-    )

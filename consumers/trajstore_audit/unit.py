@@ -1,19 +1,16 @@
 """A unit of work: some trajectories, audited by whoever gets them. Bytes in, bytes out, so that any process can."""
 
-from collections.abc import Iterable
-from functools import lru_cache
-
 import msgspec
 import numpy as np
 
 from trajstore.errors import Corrupt, NotFound, RoutingError, SchemaError, SequenceGap
 from trajstore.reading import Archive
-from trajstore_audit.places import open_place
+from trajstore_audit.places import OpenPlaces
 from trajstore_audit.result import Finding, Parameters
 from trajstore_audit.tally import Part, add_to, encode_part, merge
 from trajstore_audit.trajectory import audit_trajectory
 
-__all__ = ["Unit", "audit_unit", "encode_unit", "run_unit"]
+__all__ = ["Unit", "audit_unit", "close_places", "encode_unit", "run_unit"]
 
 
 class Unit(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,12 +22,14 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
         ids: of the trajectories.
         logprobs: another party's, by id, as float32 bytes.
         key: a digest of what the unit is about: equal keys give equal parts.
+        audit: a name that no other audit has: a place is opened anew for each.
     """
 
     place: str
     parameters: Parameters
     ids: tuple[str, ...]
     key: str
+    audit: str = ""
     options: dict[str, str] | None = None
     logprobs: dict[str, bytes] = {}
 
@@ -50,8 +49,12 @@ def audit_unit(archive: Archive, unit: Unit) -> Part:
             recorded = archive.recordings(id)
             fits = logprobs is None or len(logprobs) == recorded.history.length
             one = audit_trajectory(recorded, unit.parameters, logprobs if fits else None)
-        except NotFound:
-            add_to(whole.skipped, {"deleted": 1})
+        except NotFound as error:
+            if archive.tombstone(id) is not None or archive.was_dropped(id):
+                add_to(whole.skipped, {"deleted": 1})
+            else:
+                what_to_do = "it was listed: see whether the place was moved or made anew meanwhile, and audit again"
+                _skip(whole, "not found", _unreadable(id, error, what_to_do), top)
         except SequenceGap as gap:
             what_to_do = "load it until= the last good event; `trajstore verify` says more"
             _skip(whole, "events missing", _unreadable(id, gap, what_to_do), top)
@@ -78,14 +81,16 @@ def encode_unit(unit: Unit) -> bytes:
 def run_unit(data: bytes) -> bytes:
     """Audit a unit in a process of its own: bytes of a `Unit` to those of a `Part`."""
     unit = msgspec.msgpack.decode(data, type=Unit)
-    archive = _open(unit.place, tuple(sorted(unit.options.items())) if unit.options is not None else None)
-    return encode_part(audit_unit(archive, unit))
+    with _places.reading(unit.audit, unit.place, unit.options) as archive:
+        return encode_part(audit_unit(archive, unit))
 
 
-@lru_cache(maxsize=1)
-def _open(place: str, options: Iterable[tuple[str, str]] | None) -> Archive:
-    """The place, open as long as the process lives: a worker is given many units of one audit."""
-    return open_place(place, None if options is None else dict(options))
+def close_places() -> None:
+    """Close what this process has open for units, before it ends."""
+    _places.close()
+
+
+_places = OpenPlaces()
 
 
 def _skip(part: Part, reason: str, finding: Finding, top: int) -> None:

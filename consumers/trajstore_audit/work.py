@@ -3,7 +3,8 @@
     audit.json             the parameters: the folder belongs to one audit
     parts/<key>.part       zlib over the bytes of a part, named by what it is about
 
-A part appears whole or not at all. It is about a state of its trajectories: what has grown since is audited anew.
+A part appears whole or not at all. It is about a state of its trajectories: what has grown or was observed since is
+audited anew. So is what could not be read, for it may have been restored.
 """
 
 import contextlib
@@ -55,7 +56,9 @@ class Work:
             return None
 
     def put(self, key: str, data: bytes) -> None:
-        """Keep the bytes of a part."""
+        """Keep the bytes of a part, unless a trajectory in it could not be audited."""
+        if decode_part(data).skipped.keys() - {"deleted"}:
+            return
         path = self._path(key)
         try:
             path.unlink(missing_ok=True)  # one that cannot be read

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from pyarrow import parquet
 from safetensors.numpy import save_file
 
 import trajstore
-from tests.builders import record_seed_case, rows
+from tests.builders import SPEC, record_seed_case, rows
 from tests.cli.running import environment, in_terminal, invoke, run
 from tests.consumers.audits import HOSTILE
 from tests.consumers.chains import record_chain
@@ -70,8 +71,40 @@ def test_the_commands_that_it_names_are_ones(chain, folder):
     named = re.findall(r"look closer: trajstore (\w+) (.*)", invoke("audit", folder).stdout)
     assert {command for command, _ in named} == {"diff", "why"}
     for command, words in named:
-        result = invoke(command, *words.split())
+        result = invoke(command, *shlex.split(words))
         assert result.exit_code == 0, result.output
+
+
+def test_the_commands_that_it_names_find_rows_that_were_rewound_and_those_that_came_late(durable, folder):
+    """Row 25 is of a token that the third segment left behind; the other trajectory's segment recorded twice."""
+    rewound, late = durable.create(routing=SPEC), durable.create(routing=SPEC)
+    recorded = rows(40, 1)
+    changed = recorded.copy()
+    changed[25:] = rows(15, 2)
+    with rewound.segment(context=range(40), engine="e", weight_version="v1") as segment:
+        segment.tokens([7])
+        segment.routing(recorded, start=0)
+    with rewound.segment(engine="e", weight_version="v1") as segment:
+        segment.tokens([8])
+        segment.routing(changed, start=0)
+    with rewound.segment(base=10, context=[3], engine="e", weight_version="v1") as segment:
+        segment.tokens([9])
+    with late.segment(context=range(40), engine="e", weight_version="v1") as segment:
+        segment.tokens([7])
+        segment.routing(recorded, start=0)
+    late.late_routing(segment=0, rows=changed, start=0)
+    durable.flush()
+    for trajectory in (rewound, late):
+        said = invoke("audit", folder, "--id", trajectory.id).stdout
+        named = re.findall(r"(?:look closer: |  )trajstore (diff|why|events) (.*)", said)
+        assert {command for command, _ in named} == ({"diff", "why"} if trajectory is rewound else {"events", "why"})
+        for command, words in named:
+            result = invoke(command, *shlex.split(words))
+            assert result.exit_code == 0, (command, words, result.output)
+            assert not result.stdout.startswith("the same")
+            assert command != "why" or "token 25" in result.stdout
+    (words,) = {words for command, words in named if command == "why"}
+    assert words.endswith("--until 'note 1-0'")
 
 
 @pytest.mark.parametrize(
@@ -119,6 +152,16 @@ def test_a_shifted_segment_is_named_on_every_way_out(durable, folder, tmp_path):
     assert named is not None, result.stdout
     assert named[1] == writer.id
     assert f'<b class="kind">shifted</b>\n<span class="id">{writer.id}</span>' in page.read_text()
+
+
+def test_a_check_that_audits_nothing_is_not_green(chain, folder):
+    given = [word for name in ("findings>0", "zero_rows>0", "skipped>0") for word in ("--fail-if", name)]
+    for nothing in (("--group", "typo"), ("--sample", "1e-9")):
+        result = invoke("audit", folder, *nothing, *given)
+        assert result.exit_code == 1
+        assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["FAILED"] * 3
+        assert result.stderr.count("no trajectory was audited") == 3
+    assert invoke("audit", folder, "--fail-if", "findings>1000", "--fail-if", "skipped>0").exit_code == 0
 
 
 def test_the_report_of_a_failed_audit_is_written_all_the_same(chain, folder, tmp_path):
@@ -217,6 +260,7 @@ def test_without_the_extra_the_numbers_are_there_and_the_rest_says_what_to_insta
         (("--sample", "nan"), "--sample"),
         (("--workers", "0"), "--workers"),
         (("--top", "0"), "--top"),
+        (("--seed", str(1 << 63)), "--seed"),
         (("--load-rows", "some"), "a number of rows, or all"),
         (("--against", "trainer"), "--against"),
         (("--status", "done"), "--status"),
@@ -248,6 +292,11 @@ def test_what_is_not_there_or_not_ours_is_an_error(chain, folder, tmp_path):
         assert result.stderr.startswith("trajstore: ")
         assert said in result.stderr
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    assert invoke("audit", folder, "--parquet", tmp_path / "tables").exit_code == 0
+    before = sorted(path for path in (tmp_path / "tables").rglob("*") if path.is_file())
+    for given in ((tmp_path / "typo",), (folder, "--id", "01UNKNOWN")):
+        assert invoke("audit", *given, "--parquet", tmp_path / "tables").exit_code == 1
+        assert sorted(path for path in (tmp_path / "tables").rglob("*") if path.is_file()) == before != []
     assert not (tmp_path / "typo").exists()
 
 

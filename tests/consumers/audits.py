@@ -163,7 +163,14 @@ def made_up_audit(*, sampled: bool = False, hostile: bool = False, layers: int =
             bytes_read=153_600_000,
             seconds=3.21,
         ),
-        rows=Rows(total=200_000, missing={"last token": 140, "feature off": 800}, read=300_000, zero=3, repeated=12),
+        rows=Rows(
+            total=200_000,
+            missing={"last token": 140, "feature off": 800},
+            left_out={"rewound": 40},
+            read=300_000,
+            zero=3,
+            repeated=12,
+        ),
         segments=drift(layers=layers, experts=experts, sampled=sampled),
         observations=observed,
         logprobs=LogprobDrift(
@@ -220,6 +227,7 @@ def _make_hostile(audit: Audit) -> None:
     audit.parameters = Parameters(place=HOSTILE, group=HOSTILE, ids=(HOSTILE,), trajstore=HOSTILE)
     audit.totals.skipped[HOSTILE] = 1
     audit.rows.missing[HOSTILE] = 1
+    audit.rows.left_out[HOSTILE] = 1
     audit.findings = [
         Finding(kind=HOSTILE, id=HOSTILE, group=HOSTILE, event=HOSTILE, what=HOSTILE * 9, what_to_do=HOSTILE)
     ]

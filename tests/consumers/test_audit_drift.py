@@ -7,12 +7,13 @@ import pytest
 
 import trajstore
 from tests.builders import SPEC, record_seed_case, rows
+from tests.core.logs import Log
 from tests.engines.sglang_cases import answer, asked, opened, request_of
 from tests.engines.vllm_fixtures import open_segment, outputs, rows_of
 from trajstore.archiver import Archiver
 from trajstore.overlaps import find_overlaps
 from trajstore_audit import audit, successive
-from trajstore_audit.pairs import segment_pairs
+from trajstore_audit.pairs import left_out, observation_pairs, segment_pairs, version_gap
 from trajstore_audit.result import bucket_bounds
 from trajstore_sglang import record_response
 from trajstore_vllm import record_output
@@ -191,6 +192,69 @@ def test_observations_are_compared_with_the_recording_that_wins(embedded):
     assert gap.gap == 2
     (worst,) = found.observations.worst
     assert (worst.row, worst.layer, worst.first_segment, worst.second_segment) == (6, 1, 1, -1)
+
+
+def rewound(store):
+    """40 tokens, then other ones from the 20th on, observed before and after."""
+    trajectory = store.create(routing=SPEC)
+    first = rows(40, 1)
+    with trajectory.segment(context=np.arange(20), engine="e", weight_version="v1") as segment:
+        segment.tokens(np.arange(20))
+        segment.routing(first, start=0)
+    store.flush()
+    trainer = store.get(trajectory.id)
+    trainer.observe(first, start=0, source="before")
+    second = np.concatenate([first[:20], rows(25, 2)])
+    with trajectory.segment(base=20, context=[9] * 5, engine="e", weight_version="v1") as segment:
+        segment.tokens(np.arange(20))
+        segment.routing(second, start=0)
+    store.flush()
+    trainer.observe(first[10:], start=10, source="late but of what it knew")
+    store.get(trajectory.id).observe(second, start=0, source="after")
+    store.flush()
+    return trajectory
+
+
+def test_observation_of_rewound_tokens_is_compared_with_no_others(embedded):
+    """Every observation equals what was recorded of the tokens that it saw: there is no drift, and no fault."""
+    rewound(embedded)
+    found = audit(embedded)
+    counted = {one.source: one.counts.tokens for one in found.observations.sources}
+    assert counted == {"before": 20, "late but of what it knew": 10, "after": 45}
+    assert (found.observations.total.differing, found.findings) == (0, [])
+    assert found.rows.left_out == {"rewound": 40}
+    assert audit(embedded, against="segments").rows.left_out == {}
+
+
+def test_observation_that_does_not_say_what_it_saw_is_left_out_where_that_matters():
+    log = Log()
+    log.segment(0, list(range(30)))
+    log.routing(rows(30), 0)
+    log.finish()
+    untold = log.observe(rows(30), 0, epoch=0)
+    told = log.observe(rows(30), 0)
+    log.segment(20, [1, 2, 3])
+    log.routing(rows(23), 0)
+    plan = log.plan()
+    found = [(pair.start, pair.stop, pair.second.event) for pair in observation_pairs(plan)]
+    assert found == [(0, 20, untold), (0, 20, told)]
+    assert left_out(plan.history) == {"unknown tokens": 10, "rewound": 10}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "gap"),
+    [
+        ("v1", "v3", 2),
+        ("step-9", "step-10", 1),
+        ("v2", "v1", -1),
+        ("v1", "final", None),
+        ("", "v1", None),
+        ("9" * 18, "0" * 18, 1 - 10**18),
+        ("1999999999999999999", "2000000000000000000", None),
+    ],
+)
+def test_version_gap_is_that_of_whole_numbers(first, second, gap):
+    assert version_gap(first, second) == gap
 
 
 def test_lines_of_pairs_go_to_whoever_wants_them(embedded):

@@ -1,5 +1,6 @@
 """Faults planted on purpose, each found and named: by the audit, by `verify`, or by both. And no false alarms."""
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -13,7 +14,7 @@ from tests.builders import SPEC, rows
 from tests.consumers.test_audit_drift import record_sglang_chain, record_vllm_chain
 from trajstore.archive.verify.verify import verify
 from trajstore.archiver import Archiver
-from trajstore_audit import audit
+from trajstore_audit import audit, sources
 
 REAL = np.load(Path(__file__).parents[1] / "data" / "routing" / "small_moe_e128_l8_k8.npy")
 
@@ -47,12 +48,15 @@ def drifted(routed, share, *, seed=0, experts=1):
     return found
 
 
-def record(store, *recordings, versions=("v1", "v2", "v3"), engine="test/1", **options):
-    """A trajectory whose segments record `(rows, start)` each; the first one's context is all rows but one."""
+def record(store, *recordings, versions=("v1", "v2", "v3"), engine="test/1", prompt=0, **options):
+    """A trajectory whose segments record `(rows, start)` each; the first one's context is all rows but one.
+
+    Its tokens count up from `prompt`.
+    """
     trajectory = store.create(routing=WIDE, **options)
     length = max(start + len(routed) for routed, start in recordings)
     for number, ((routed, start), version) in enumerate(zip(recordings, versions, strict=False)):
-        context = np.arange(length) if number == 0 else []
+        context = np.arange(length) + prompt if number == 0 else []
         with trajectory.segment(context=context, engine=engine, weight_version=version) as one:
             one.tokens([number])
             one.routing(routed, start=start)
@@ -123,8 +127,8 @@ def test_zeroed_layer_is_found_by_audit_and_verify(hand):
     second[30:, 5] = 0
     hand.write("t", {1: [opened()], 2: segment(np.arange(100), first), 3: segment([1], second, base=100)})
     found = audit(hand.root.location, ids=["t"])
-    (one,) = [one for one in found.findings if one.kind == "zero-layer"]
-    assert (one.id, one.event, one.row, one.layer) == ("t", "3-1", 30, 5)
+    (one,) = found.findings
+    assert (one.kind, one.id, one.event, one.row, one.layer) == ("zero-layer", "t", "3-1", 30, 5)
     assert (found.rows.zero, found.rows.duplicates) == (70, 70)
     (verified,) = [one for one in verify(hand.root.location) if one.severity != "information"]
     assert (verified.kind, verified.trajectory, verified.event) == ("experts", "t", "3-1")
@@ -139,6 +143,133 @@ def test_layer_that_never_changes_is_found_by_audit_and_verify(hand):
     assert (one.id, one.event, one.row, one.layer) == ("t", "3-1", 0, 3)
     verified = [one.kind for one in verify(hand.root.location) if one.severity != "information"]
     assert verified == ["constant-layer"]
+
+
+def test_every_row_that_is_read_is_looked_at_whatever_the_order_of_the_pairs(hand):
+    """Of the first recording, rows 100 to 199 are compared before rows 0 to 99."""
+    recorded = real(0, 200), drifted(real(100, 100), 0.2, seed=3), drifted(real(0, 200), 0.2, seed=4)
+    recorded[0][:90, 5] = 0
+    hand.write(
+        "t",
+        {
+            1: [opened()],
+            2: segment(np.arange(200), recorded[0]),
+            3: segment([1], recorded[1], base=200, start=100),
+            4: segment([1], recorded[2], base=201),
+        },
+    )
+    found = audit(hand.root.location, ids=["t"])
+    (one,) = [one for one in found.findings if one.kind == "zero-layer"]
+    assert (one.event, one.row, one.layer) == ("2-1", 0, 5)
+    assert found.rows.zero == 90
+    assert found.rows.read <= sum(map(len, recorded))
+
+
+def test_zeros_are_no_order_change_where_the_other_recording_has_expert_0(hand):
+    first, second = real(0, 100), real(0, 100)
+    first[30:, 5] = 0
+    there = (second[30:, 5] == 0).any(axis=1)
+    second[30:, 5, 0] = np.where(there, second[30:, 5, 0], 0)
+    hand.write("t", {1: [opened()], 2: segment(np.arange(100), first), 3: segment([1], second, base=100)})
+    total = audit(hand.root.location, ids=["t"]).segments.total
+    assert (total.differing, total.order_changes) == (70, 0)
+    assert total.shared[8][1] == 70
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_experts_that_cannot_be_are_named_in_either_recording(hand, which):
+    recorded = real(0, 100), real(0, 100)
+    recorded[which][30:40, 5, 2] = 200
+    recorded[which][50, 2, 0] = recorded[which][50, 2, 1]
+    hand.write("t", {1: [opened()], 2: segment(np.arange(100), recorded[0]), 3: segment([1], recorded[1], base=100)})
+    found = audit(hand.root.location, ids=["t"])
+    (one,) = [one for one in found.findings if one.kind == "experts"]
+    assert (one.event, one.row, one.layer) == (f"{2 + which}-1", 30, 5)
+    assert f"names expert 200 of 128: {recorded[which][30, 5].tolist()}, and 9 more rows likewise" in one.what
+    assert found.rows.duplicates == 1
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_expert_that_is_named_twice_in_a_cell_is_named(hand, which):
+    recorded = real(0, 100), real(0, 100)
+    recorded[which][30, 5, 0] = recorded[which][30, 5, 1]
+    hand.write("t", {1: [opened()], 2: segment(np.arange(100), recorded[0]), 3: segment([1], recorded[1], base=100)})
+    (one,) = audit(hand.root.location, ids=["t"]).findings
+    assert (one.kind, one.event, one.row, one.layer) == ("experts", f"{2 + which}-1", 30, 5)
+    assert f"names expert {recorded[which][30, 5, 0]} twice" in one.what
+
+
+def test_unexpected_change_does_not_hide_behind_a_fault_that_explains_others(embedded):
+    first = real(3000, 300)
+    second = first.copy()
+    second[10:30] = first[11:31]
+    second[200, 4, 3] = next(expert for expert in range(128) if expert not in first[200, 4])
+    record(embedded, (first, 0), (second, 0), versions=("v1", "v1"))
+    shifted, changed = audit(embedded).findings
+    assert (shifted.kind, shifted.row) == ("shifted", 10)
+    assert (changed.kind, changed.row, changed.layer) == ("unexpected-change", 200, 4)
+    assert "more" not in changed.what
+
+
+@pytest.mark.parametrize("share", [0, 0.1])
+def test_one_shift_is_one_finding_however_long_it_is(embedded, share):
+    """20,000 rows under the same weights: those that were not looked at are taken to be like the others."""
+    record(embedded, (real(3000, 20000), 0), (drifted(real(3001, 20000), share), 0), versions=("v1", "v1"))
+    found = audit(embedded)
+    (one,) = [one for one in found.findings if one.kind == "shifted"]
+    assert "rows from 16384 on were not looked at" in one.what
+    others = [one for one in found.findings if one.kind != "shifted"]
+    assert [one.kind for one in others] == ["unexpected-change"] * (share > 0)
+    for drift in others:  # in rows that agree with their own position, too, and some more
+        assert int(re.search(r"and (\d+) more", drift.what)[1]) < 0.1 * 8 * 20000
+
+
+def test_rows_of_another_sequence_are_one_finding_however_many_they_are(embedded):
+    record(embedded, (real(3000, 6000), 0), (real(30000, 6000), 0))
+    assert audit(embedded).findings_by_kind == {"other-sequence": 1}
+
+
+def test_shifts_by_unlike_offsets_are_found_apart(embedded):
+    first = real(3000, 600)
+    second = first.copy()
+    second[10:30] = first[11:31]
+    second[300:340] = first[298:338]
+    record(embedded, (first, 0), (second, 0))
+    found = audit(embedded).findings
+    assert [(one.kind, one.row) for one in found] == [("shifted", 10), ("shifted", 300)]
+    assert "shifted by 1" in found[0].what
+    assert "shifted by 2" in found[1].what
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize(("kind", "start"), [("shifted", 1001), ("other-sequence", 40000)])
+def test_third_recording_tells_which_one_is_wrong(embedded, which, kind, start):
+    recorded = [real(1000, 200), drifted(real(1000, 200), 0.1, seed=1), drifted(real(1000, 200), 0.1, seed=2)]
+    recorded[which] = drifted(real(start, 200), 0.1, seed=3)
+    record(embedded, *((one, 0) for one in recorded))
+    (one,) = audit(embedded).findings
+    assert (one.kind, one.event) == (kind, f"{which + 2}-2")
+    assert f"event {which + 2}-2 {'is shifted by 1' if kind == 'shifted' else 'recorded rows of another'}" in one.what
+    assert "a third recording tells" not in one.what_to_do
+
+
+def test_third_recording_of_other_tokens_tells_nothing(embedded):
+    trajectory = record(embedded, (real(1000, 200), 0), (real(1001, 200), 0))
+    with trajectory.segment(base=0, context=np.arange(200), weight_version="v3") as one:
+        one.tokens([1])
+        one.routing(real(1001, 200), start=0)
+    embedded.flush()
+    (found,) = audit(embedded).findings
+    assert (found.kind, found.event) == ("shifted", "3-2")
+    assert "one of both is shifted" in found.what
+
+
+@pytest.mark.parametrize("offset", [-1, 1])
+def test_rows_that_are_named_are_there(embedded, offset):
+    record(embedded, (real(1000, 200), 0), (drifted(real(1000 + offset, 200), 0.3), 0))
+    (found,) = audit(embedded).findings
+    assert "-1" not in found.what
+    assert "200" not in found.what
 
 
 def test_two_segments_of_a_trajectory_that_were_swapped_are_named(embedded):
@@ -156,7 +287,8 @@ def test_two_segments_of_a_trajectory_that_were_swapped_are_named(embedded):
 def test_segments_of_two_trajectories_of_a_group_that_were_swapped_are_named(embedded):
     """vLLM #41234: rows of one request were given to another."""
     one, other = real(7000, 80), real(9000, 80)
-    ids = [record(embedded, *pair, group="g").id for pair in ([(one, 0), (other, 0)], [(other, 0), (one, 0)])]
+    pairs = [(one, 0), (other, 0)], [(other, 0), (one, 0)]
+    ids = [record(embedded, *pair, group="g", prompt=1000 * i).id for i, pair in enumerate(pairs)]
     found = audit(embedded)
     assert found.findings_by_kind == {"swapped": 2}
     for finding, id, mate in zip(found.findings, sorted(ids), sorted(ids, reverse=True), strict=True):
@@ -166,11 +298,58 @@ def test_segments_of_two_trajectories_of_a_group_that_were_swapped_are_named(emb
 
 def test_rows_of_another_sequence_are_named_with_where_they_come_from(embedded):
     one, other = real(7000, 80), real(9000, 80)
-    source = record(embedded, (other, 0), group="g")
+    source = record(embedded, (other, 0), group="g", prompt=1000)
     trajectory = record(embedded, (one, 0), (other, 0), group="g")
     (found,) = audit(embedded).findings
     assert (found.kind, found.id, found.event) == ("other-sequence", trajectory.id, "3-2")
     assert f"rows 0 on of event 2-2 of trajectory {source.id}" in found.what
+
+
+@pytest.mark.parametrize("foreign", [0, 1, 2])
+def test_recording_that_agrees_with_a_third_one_is_not_the_one_of_another_sequence(embedded, foreign):
+    recorded = [real(7000, 80)] * 3
+    recorded[foreign] = real(9000, 80)
+    source = record(embedded, (real(9000, 80), 0), group="g", prompt=1000)
+    record(embedded, (real(6990, 100), 0), group="g", prompt=5000)  # the rows of the right ones, at other positions
+    record(embedded, *((one, 0) for one in recorded), group="g")
+    (found,) = audit(embedded).findings
+    assert (found.kind, found.event) == ("other-sequence", f"{2 + foreign}-2")
+    assert f"those of event {2 + foreign}-2 are rows 0 on of event 2-2 of trajectory {source.id}" in found.what
+
+
+def test_rows_that_stand_where_they_should_in_another_recording_are_not_of_another_place(embedded):
+    """The same prompt was sent again after a rewind: that recording is no witness, and none against the first one."""
+    trajectory = record(embedded, (real(7000, 80), 0), (real(9000, 80), 0))
+    with trajectory.segment(base=0, context=np.arange(80), weight_version="v3") as one:
+        one.tokens([1])
+        one.routing(real(7000, 80), start=0)
+    embedded.flush()
+    (found,) = audit(embedded).findings
+    assert (found.kind, found.event) == ("other-sequence", "3-2")
+    assert "rows 0 on of" not in found.what
+
+
+def test_rows_of_a_prompt_that_a_group_shares_are_not_of_another_sequence(embedded):
+    record(embedded, (real(7000, 80), 0), group="g")
+    record(embedded, (real(7000, 80), 0), (real(9000, 80), 0), group="g")
+    (found,) = audit(embedded).findings
+    assert (found.kind, found.event) == ("other-sequence", "3-2")
+    assert "rows 0 on of" not in found.what
+
+
+@pytest.mark.parametrize("top", [1, 20])
+def test_how_many_findings_are_shown_does_not_change_what_is_found(embedded, top, monkeypatch):
+    """And each recording that may hold the rows is read once to be searched, however many ask for it."""
+    one, other = real(7000, 80), real(9000, 80)
+    for i, pair in enumerate(([(one, 0), (other, 0)], [(other, 0), (one, 0)])):
+        record(embedded, *pair, group="g", prompt=1000 * i)
+    searched = []
+    hashes_of = sources._hashes_of
+    monkeypatch.setattr(
+        sources, "_hashes_of", lambda *asked: (searched.append((asked[0].id, asked[1].event)), hashes_of(*asked))[1]
+    )
+    assert audit(embedded, top=top).findings_by_kind == {"swapped": 2}
+    assert len(searched) == len(set(searched)) == 4
 
 
 def test_rows_of_another_sequence_in_the_midst_of_a_recording_are_found(embedded):

@@ -1,6 +1,7 @@
 """Parts of an audit add up in any order; a sample knows how sure it is; load and logprobs follow their definitions."""
 
 import math
+import warnings
 
 import msgspec
 import numpy as np
@@ -15,10 +16,10 @@ from trajstore_audit import audit
 from trajstore_audit.load import choose_rows
 from trajstore_audit.logprobs import compare_logprobs
 from trajstore_audit.pairs import Pair, segment_pairs
-from trajstore_audit.result import Load, Parameters
+from trajstore_audit.result import OTHERS, Load, Parameters
 from trajstore_audit.sampling import is_sampled, ratio_interval
-from trajstore_audit.tally import Part, decode_part, encode_part, merge
-from trajstore_audit.unit import Unit, audit_unit
+from trajstore_audit.tally import FORMAT, Part, decode_part, encode_part, merge
+from trajstore_audit.unit import Unit, audit_unit, encode_unit
 
 TOP = 3
 
@@ -100,8 +101,8 @@ def test_merging_leaves_the_part_that_is_merged_as_it_was(parts):
 def test_part_comes_back_from_its_bytes_and_others_are_refused(parts):
     part = decode_part(parts[4])
     assert plain(decode_part(encode_part(part))) == plain(part)
-    with pytest.raises(trajstore.SchemaError, match="has format 2"):
-        decode_part(encode_part(Part(format=2)))
+    with pytest.raises(trajstore.SchemaError, match=f"has format {FORMAT + 1}"):
+        decode_part(encode_part(Part(format=FORMAT + 1)))
     with pytest.raises(trajstore.SchemaError, match="cannot be read"):
         decode_part(parts[4][:-1])
 
@@ -127,16 +128,30 @@ def test_nine_of_ten_intervals_and_more_hold_the_true_share():
     for _ in range(800):
         chosen = rng.choice(1000, 100, replace=False)
         x, y = cells[chosen].astype(float), differing[chosen].astype(float)
-        interval = ratio_interval(x.sum(), y.sum(), x @ x, x @ y, y @ y, sampled=100, population=1000)
+        interval = ratio_interval(x.sum(), y.sum(), x @ x, x @ y, y @ y, sampled=100, population=1000, clusters=100)
         assert interval is not None
         held += interval.low <= truth <= interval.high
     assert 0.92 < held / 800 < 0.98
 
 
 def test_interval_of_all_trajectories_is_a_point_and_of_one_is_none():
-    assert ratio_interval(10, 2, 50, 10, 2, sampled=2, population=2) == (0.2, 0.2)
-    assert ratio_interval(10, 2, 100, 20, 4, sampled=1, population=9) is None
-    assert ratio_interval(0, 0, 0, 0, 0, sampled=5, population=9) is None
+    assert ratio_interval(10, 2, 50, 10, 2, sampled=2, population=2, clusters=2) == (0.2, 0.2)
+    assert ratio_interval(10, 0, 50, 0, 0, sampled=2, population=2, clusters=2) == (0, 0)
+    assert ratio_interval(10, 2, 100, 20, 4, sampled=1, population=9, clusters=1) is None
+    assert ratio_interval(0, 0, 0, 0, 0, sampled=5, population=9, clusters=0) is None
+
+
+@pytest.mark.parametrize(("drawn", "drifting"), [(20, 140), (200, 13), (600, 3)])
+def test_a_sample_without_drift_reaches_to_what_it_would_have_missed_once_in_twenty(drawn, drifting):
+    """Of 1000 trajectories of one size, some of which drift as a whole: as many as samples miss with 5 %."""
+    missed = math.comb(1000 - drifting, drawn) / math.comb(1000, drawn)
+    low, high = ratio_interval(drawn, 0, drawn, 0, 0, sampled=drawn, population=1000, clusters=drawn)
+    assert (low, missed) == (0, pytest.approx(0.05, abs=0.02))
+    assert high == pytest.approx(drifting / 1000, rel=0.2)
+    all_drift = ratio_interval(drawn, drawn, drawn, drawn, drawn, sampled=drawn, population=1000, clusters=drawn)
+    assert all_drift == pytest.approx((1 - high, 1))
+    fewer = ratio_interval(drawn, 0, drawn, 0, 0, sampled=drawn, population=1000, clusters=drawn // 4)
+    assert fewer.high == pytest.approx(min(1, 4 * high)), "trajectories without any such cell tell nothing"
 
 
 def test_sampled_audit_says_how_sure_it_is(embedded):
@@ -155,7 +170,7 @@ def test_sampled_audit_says_how_sure_it_is(embedded):
         assert 0 <= low < share < high
     (gap,) = found.segments.version_gaps
     assert found.interval(gap.counts) == found.interval(found.segments.total)
-    assert found.interval(found.segments.layers[1].counts).high == 0.0
+    assert 0.05 < found.interval(found.segments.layers[1].counts).high < 0.2, "none differs in the sample"
     assert found.interval(found.segments.layers[0].counts).high > 0
 
 
@@ -232,3 +247,68 @@ def test_drift_of_a_token_is_that_of_the_row_that_decided_it(embedded):
     assert math.isnan(found.pearson)
     with pytest.raises(trajstore.SchemaError, match="has 10 tokens, but 3 logprobs"):
         audit(embedded, logprobs={trajectory.id: recorded[:3]})
+    for wrong in (recorded[:, None], np.zeros(len(recorded), np.int64)):
+        with pytest.raises(trajstore.SchemaError, match=f"given for {trajectory.id} are"):
+            audit(embedded, logprobs={trajectory.id: wrong})
+
+
+def test_logprobs_below_the_range_of_float32_are_left_out_without_a_word(embedded):
+    trajectory = record_seed_case(embedded)
+    given = embedded.load(trajectory.id).logprobs.astype(np.float64)
+    (first, *_) = np.flatnonzero(~np.isnan(given))
+    given[first] = -1e300
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = audit(embedded, logprobs={trajectory.id: given}).logprobs
+    assert (found.tokens, found.mean_difference) == (4, 0)
+
+
+# Tables
+
+
+def test_tables_of_free_texts_have_rows_for_the_most_used_and_one_for_the_others(embedded):
+    """40 engines and 50 observers, of which those with higher numbers have more rows."""
+    for number in range(1, 41):
+        record(embedded, (real(0, 10 + number), 0), (real(0, 10 + number), 0), engine=f"engine/{number:02}")
+    trajectory = record(embedded, (real(0, 100), 0))
+    for number in range(1, 51):
+        trajectory.observe(real(0, number), start=0, source=f"trainer {number:02}")
+    embedded.flush()
+    found = audit(embedded, sample=0.999999)
+    engines, sources = found.segments.engines, found.observations.sources
+    assert [row.first for row in engines] == [f"engine/{number:02}" for number in range(9, 41)] + [OTHERS]
+    assert [row.source for row in sources] == [f"trainer {number:02}" for number in range(19, 51)] + [OTHERS]
+    assert (engines[-1].first, engines[-1].counts.tokens) == (engines[-1].second, sum(range(11, 19)))
+    assert sum(row.counts.cells for row in engines) == found.segments.total.cells
+    assert sum(row.counts.cells for row in sources) == found.observations.total.cells
+    assert engines[-1].counts.spread is None
+
+
+# What cannot be asked for
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"seed": 1 << 63}, "seed must be an integer of 64 bits"),
+        ({"seed": 1 << 127, "sample": 0.5}, "seed must be an integer of 64 bits"),
+        ({"seed": -(1 << 63) - 1}, "seed must be an integer of 64 bits"),
+        ({"seed": "x", "sample": 0.5}, "seed must be an integer of 64 bits, not 'x'"),
+        ({"seed": 0.5}, "seed must be an integer of 64 bits"),
+        ({"ids": "01JD3Z"}, r"ids are several: give \['01JD3Z'\]"),
+        ({"ids": [3]}, "named by its id, a string"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_before_any_work(embedded, tmp_path, options, said):
+    with pytest.raises(trajstore.SchemaError, match=said):
+        audit(embedded, work=tmp_path / "work", **options)
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("seed", [-(1 << 63), (1 << 63) - 1, np.int64(3)])
+def test_any_seed_of_64_bits_goes_to_workers_and_into_the_folder_of_work(embedded, tmp_path, seed):
+    record_seed_case(embedded)
+    for _ in range(2):
+        found = audit(embedded, sample=0.999999, seed=seed, work=tmp_path / "work")
+    unit = Unit(place="", parameters=found.parameters, ids=(), key="")
+    assert msgspec.msgpack.decode(encode_unit(unit), type=Unit).parameters.seed == int(seed)

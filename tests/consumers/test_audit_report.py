@@ -12,6 +12,7 @@ from tests.consumers.audits import HOSTILE, empty_audit, made_up_audit
 from tests.consumers.browser import CHROMIUM, Browser, browser
 from trajstore_audit.report import render_report
 from trajstore_audit.report.plots import load_steps, nice_limit, share_bounds, share_steps, steps_svg
+from trajstore_audit.report.sections import comparison
 from trajstore_audit.thresholds import check_thresholds, parse_threshold
 
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
@@ -63,6 +64,19 @@ def test_the_page_is_well_formed_and_fetches_nothing(name):
         assert "src" not in attributes
         assert (attributes.get("href") or "#").startswith(("#", "https://", "http://joschu.net/"))
     assert not re.search(r"@import|url\(", page)
+
+
+def test_what_a_sample_may_have_missed_does_not_hide_the_other_bars():
+    """A layer without drift among others of some percent: its interval is told, and is no whisker."""
+    audit = made_up_audit(sampled=True)
+    first = audit.segments.layers[0].counts
+    first.differing, first.spread.cd, first.spread.dd, first.trajectories = 0, 0.0, 0.0, 5
+    assert audit.interval(first).high > 0.5
+    layers = comparison(audit, "segments", audit.segments).layers
+    assert layers.heads[1] == "0 to 20 %"
+    (_, drawn, texts), (_, other, _), *_ = layers.rows
+    assert ("whisker" in drawn, "whisker" in other) == (False, True)
+    assert texts[1].startswith("0\N{EN DASH}")
 
 
 @pytest.mark.parametrize("name", AUDITS)

@@ -7,6 +7,7 @@ import pytest
 
 from tests.consumers.audits import counts, empty_audit, made_up_audit
 from trajstore_audit.commands import look_at, look_into
+from trajstore_audit.result import Finding
 from trajstore_audit.summary import Fields, Lines, TablePart, sparkline, summary
 
 
@@ -31,6 +32,12 @@ def test_only_a_sample_has_intervals():
     assert sampled.rows[2][2] == "2.4\N{EN DASH}7.6 %"
 
 
+def test_a_finding_about_no_trajectory_names_none():
+    audit = made_up_audit()
+    audit.findings = [Finding(kind="unreadable", id="", what="the manifest record 3 of partition 0 is missing")]
+    assert "unreadable: the manifest record 3 of partition 0 is missing" in parts(audit)[-1].lines
+
+
 def test_tables_of_one_row_are_left_out():
     titles = [part.title for part in parts(made_up_audit()) if isinstance(part, TablePart)]
     assert "by engine" in titles
@@ -41,7 +48,18 @@ def test_the_worst_come_with_commands_that_show_why():
     lines = [line for part in parts(made_up_audit()) if isinstance(part, Lines) for line in part.lines]
     place, id = "'redis://host:6379/0?run=exp1'", "01JD3Z00000000000000000000"
     assert f"look closer: trajstore diff {place} {id} 0 1" in lines
-    assert f"look closer: trajstore why {place} {id} --token 812 --layer 1" in lines
+    assert f"look closer: trajstore why {place} {id} --token 812 --layer 1 --until 3-3" in lines
+    (observed,) = look_at("runs/exp1", made_up_audit().observations.worst[0])
+    assert observed == f"trajstore why runs/exp1 {id} --token 812 --layer 1"
+
+
+def test_two_recordings_of_one_segment_are_not_shown_as_two_segments():
+    one = made_up_audit().segments.worst[0]
+    one.second_segment, one.second_event = 0, "note 1-0"
+    assert look_at("runs/exp1", one) == [
+        f"trajstore events runs/exp1 {one.id} --notes",
+        f"trajstore why runs/exp1 {one.id} --token 812 --layer 1 --until 'note 1-0'",
+    ]
 
 
 def test_commands_hold_together_in_a_shell_whatever_the_names_are():

@@ -65,6 +65,14 @@ def test_tables_add_up_to_the_counts():
         assert found["totals"]["router_disagreement"][total] == drift.total.share
 
 
+def test_what_was_skipped_is_missing_or_was_left_out_is_counted_by_reason():
+    table = tables(made_up_audit())["coverage"]
+    counts = dict(zip(zip(table["what"], table["reason"], strict=True), table["count"], strict=True))
+    assert counts["skipped", "deleted"] == 2
+    assert counts["missing", "feature off"] == 800
+    assert counts["left_out", "rewound"] == 40
+
+
 def test_layers_with_fewer_experts_have_fewer_rows():
     audit = made_up_audit(layers=2, experts=8)
     audit.observations = None
@@ -153,6 +161,38 @@ def test_an_earlier_audits_tables_go_and_nothing_else_does(tmp_path):
     with pytest.raises(Conflict, match=r"notes\.txt"):
         prepare_folder(tmp_path)
     assert (tmp_path / "totals.parquet").exists()
+
+
+def test_a_table_of_the_same_name_that_is_not_an_audits_stays(tmp_path):
+    own = pa.table({"layer": [1, 2]})
+    (tmp_path / "pairs").mkdir()
+    for place in (tmp_path / "layers.parquet", tmp_path / "pairs" / "part-00000.parquet"):
+        parquet.write_table(own, place)
+        with pytest.raises(Conflict, match=place.name):
+            prepare_folder(tmp_path)
+        with pytest.raises(Conflict, match=place.name):
+            PairParts(tmp_path)
+        assert parquet.read_table(place) == own
+        place.unlink()
+    (tmp_path / "worst.parquet").write_bytes(b"PAR1, or not")
+    with pytest.raises(Conflict, match="worst"):
+        prepare_folder(tmp_path)
+    with pytest.raises(Conflict, match="is no folder"):
+        prepare_folder(tmp_path / "worst.parquet")
+
+
+def test_an_earlier_audits_tables_stay_until_there_is_something_new(tmp_path):
+    with PairParts(tmp_path) as sink:
+        sink([pair(1)])
+    write_tables(made_up_audit(), tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RuntimeError), PairParts(tmp_path) as sink:
+        raise RuntimeError
+    assert sorted(tmp_path.rglob("*")) == before
+    with PairParts(tmp_path) as sink:
+        sink([pair(2)])
+        assert sorted(tmp_path.rglob("*")) == [tmp_path / "pairs"]
+    assert parquet.read_table(tmp_path / "pairs").num_rows == 1
 
 
 def test_the_document_holds_the_same_numbers_and_is_json():

@@ -7,7 +7,7 @@ import pytest
 
 from tests.consumers.audits import empty_audit, made_up_audit
 from trajstore.errors import SchemaError
-from trajstore_audit.result import Finding
+from trajstore_audit.result import Finding, Totals
 from trajstore_audit.thresholds import KINDS, METRICS, check_thresholds, parse_threshold
 
 
@@ -72,11 +72,16 @@ def test_a_name_without_comparison_holds_every_comparison_to_the_limit():
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("router_disagreement>0.1", "nothing was compared"),
-        ("segments.jaccard<0.5", "nothing was compared"),
+        ("router_disagreement>0.1", "no trajectory was audited"),
+        ("segments.jaccard<0.5", "no trajectory was audited"),
         ("observations.jaccard<0.5", "observations were not compared"),
         ("k3_kl>1", "--logprobs"),
-        ("missing_rows>0.5", "nothing was compared"),
+        ("missing_rows>0.5", "no trajectory was audited"),
+        ("findings>0", "no trajectory was audited"),
+        ("findings.shifted>0", "no trajectory was audited"),
+        ("skipped>0", "no trajectory was audited"),
+        ("zero_rows>0", "no trajectory was audited"),
+        ("findings<1", "no trajectory was audited"),
     ],
 )
 def test_what_cannot_be_told_has_failed_and_says_why(text, why):
@@ -84,6 +89,25 @@ def test_what_cannot_be_told_has_failed_and_says_why(text, why):
     assert found.failed
     assert math.isnan(found.value)
     assert why in found.why
+
+
+@pytest.mark.parametrize("name", ["zero_rows", "duplicate_rows", "repeated_rows"])
+def test_rows_that_nobody_read_are_not_free_of_fault(name):
+    audit = empty_audit()
+    audit.totals = Totals(population=3, trajectories=3)
+    found = outcome(f"{name}>0", audit)
+    assert (found.failed, found.why) == (True, f"there is no {name}: no row was read")
+    assert outcome("router_disagreement>0", audit).why == "there is no router_disagreement: nothing was compared"
+    assert not outcome("findings>0", audit).failed
+    assert not outcome("skipped>0", audit).failed
+
+
+def test_what_was_found_is_told_even_where_no_trajectory_could_be_audited():
+    audit = empty_audit()
+    audit.findings_by_kind, audit.totals.skipped = {"unreadable": 2}, {"damaged": 2}
+    assert outcome("findings>0", audit).value == outcome("skipped>0", audit).value == 2
+    assert not outcome("findings>5", audit).failed
+    assert math.isnan(outcome("findings.shifted>0", audit).value)
 
 
 def test_a_comparison_with_nothing_in_it_does_not_spoil_the_other():

@@ -1,15 +1,22 @@
 """Audits in several processes, on a Dask cluster, and again after a kill: the same numbers, nothing counted twice."""
 
+import json
+import logging
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import trajstore
 from tests.consumers.test_audit_faults import drifted, real, record
 from tests.consumers.test_audit_parts import plain
+from tests.waiting import until
 from trajstore.archiver import Archiver
+from trajstore.server import stop_server
 from trajstore_audit import audit, planning, running
 
 SCRIPT = """
@@ -20,6 +27,25 @@ def told(progress):
     print("done", progress.trajectories, flush=True)
     sys.stdin.readline()
 audit(sys.argv[1], work=sys.argv[2], progress=told)
+"""
+
+WITH_WORKERS = """
+import sys
+from trajstore_audit import audit, planning
+planning._IDS = 2
+def told(progress):
+    print("done", progress.trajectories, flush=True)
+    sys.stdin.readline()
+audit(sys.argv[1], workers=2, progress=told)
+"""
+
+CLUSTER = """
+import logging, sys
+from distributed import LocalCluster
+options = dict(threads_per_worker=1, processes=False, dashboard_address=None, protocol="tcp", host="127.0.0.1")
+with LocalCluster(n_workers=1, silence_logs=logging.CRITICAL, **options) as cluster:
+    print(cluster.scheduler_address, flush=True)
+    sys.stdin.readline()
 """
 
 
@@ -69,14 +95,79 @@ def test_processes_read_a_store_with_its_server(tmp_path, monkeypatch):
             audit(store, workers=2)
 
 
-def test_dask_workers_give_the_same_numbers(place):
-    distributed = pytest.importorskip("distributed")
-    cluster = distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, protocol="tcp", host="127.0.0.1"
+def on_dask(workers):
+    """A cluster of processes on this machine."""
+    return pytest.importorskip("distributed").LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address=None,
+        protocol="tcp",
+        host="127.0.0.1",
+        silence_logs=logging.CRITICAL,
     )
-    with cluster:
+
+
+def test_dask_workers_give_the_same_numbers_even_of_a_place_that_was_made_anew(place, tmp_path):
+    with on_dask(2) as cluster:
         found = audit(place, scheduler=cluster.scheduler_address)
+        assert numbers(found) == numbers(audit(place))
+        shutil.rmtree(tmp_path / "store")
+        with trajstore.open(tmp_path / "store", partitions=2, ack="fsync") as store:
+            for i in range(3):
+                record(store, (real(100 * i, 50), 0), (real(100 * i, 50), 0)).close("completed")
+            store.flush()
+            Archiver(store).run(once=True)
+        found = audit(place, scheduler=cluster.scheduler_address)
+    assert (found.totals.trajectories, found.totals.skipped) == (3, {})
     assert numbers(found) == numbers(audit(place))
+
+
+def test_dask_cluster_that_lost_its_workers_is_told(place, monkeypatch):
+    monkeypatch.setattr(running, "_LOOK", 0.1)
+    monkeypatch.setattr(running, "_WITHOUT_WORKERS", 0.3)
+    with on_dask(1) as cluster:
+
+        def told(progress):
+            if cluster.scheduler.workers:
+                cluster.scale(0)
+                until(lambda: not cluster.scheduler.workers, seconds=30)
+
+        with pytest.raises(trajstore.Unavailable, match=r"had no workers for 0\.3 s; start some"):
+            audit(place, scheduler=cluster.scheduler_address, progress=told)
+
+
+def test_dask_workers_that_die_of_a_unit_are_told(place, monkeypatch):
+    dask = pytest.importorskip("dask")
+    monkeypatch.setattr(running, "run_unit", _die)
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        on_dask(1) as cluster,
+        pytest.raises(trajstore.Unavailable, match="died again and again"),
+    ):
+        audit(place, scheduler=cluster.scheduler_address)
+
+
+def test_dask_scheduler_that_is_lost_is_told(place, monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(running, "_LOOK", 0.1)
+    monkeypatch.setattr(running, "_CONNECT", 1.0)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def told(progress):
+        process.kill()
+        process.wait(timeout=30)
+
+    try:
+        with pytest.raises(trajstore.Unavailable, match=r"was lost|does not answer"):
+            audit(place, scheduler=process.stdout.readline().strip(), progress=told)
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+        process.stdin.close()
+        process.stdout.close()
 
 
 def test_scheduler_that_does_not_answer_is_unavailable(place, monkeypatch):
@@ -138,6 +229,45 @@ def test_what_has_grown_since_is_audited_anew(tmp_path, monkeypatch):
         assert numbers(found) == numbers(audit(store))
 
 
+@pytest.mark.parametrize("note", ["observation", "late routing"])
+def test_what_was_noted_since_is_audited_anew(tmp_path, monkeypatch, note):
+    monkeypatch.setattr(planning, "_IDS", 1)
+    with trajstore.open(tmp_path / "store", partitions=1) as store:
+        trajectories = [record(store, (real(100 * i, 50), 0), (real(100 * i, 50), 0)) for i in range(3)]
+        for known in ([], [trajectories[0]]):  # the second time there is a note already
+            for one in known:
+                one.observe(real(0, 5), start=0, source="trainer")
+            store.flush()
+            before = audit(store, work=tmp_path / "work")
+            if note == "observation":
+                trajectories[0].observe(real(0, 20), start=0, source="trainer")
+            else:
+                trajectories[0].late_routing(real(7000, 20), segment=1, start=0)
+            store.flush()
+            heard = []
+            found = audit(store, work=tmp_path / "work", progress=heard.append)
+            assert heard[-1].reused == 2
+            assert numbers(found) == numbers(audit(store)) != numbers(before)
+
+
+def test_what_was_damaged_and_is_restored_is_audited_with_the_same_work(tmp_path):
+    with trajstore.open(tmp_path / "store", partitions=1, ack="fsync") as store:
+        first = real(0, 300)
+        record(store, (first, 0), (real(7000, 300), 0)).close("completed")
+        store.flush()
+        Archiver(store).run(once=True)
+    archive = tmp_path / "store" / "archive"
+    (shard,) = archive.glob("packs/*/*/routed/c/0/0/0")
+    good = shard.read_bytes()
+    bad = bytearray(good)
+    bad[len(bad) // 2] ^= 0xFF
+    shard.write_bytes(bad)
+    assert audit(archive, work=tmp_path / "work").totals.skipped == {"damaged": 1}
+    shard.write_bytes(good)
+    found = audit(archive, work=tmp_path / "work")
+    assert (found.totals.skipped, found.totals.trajectories) == ({}, 1)
+
+
 def test_work_of_another_audit_is_refused(place, tmp_path):
     audit(place, work=tmp_path / "work", seed=1)
     with pytest.raises(trajstore.Conflict, match="seed was 1 and is 2"):
@@ -148,6 +278,38 @@ def test_work_of_another_audit_is_refused(place, tmp_path):
         audit(place, work=tmp_path / "other")
     with pytest.raises(trajstore.Unavailable, match="cannot be used"):
         audit(place, work=tmp_path / "other" / "notes.txt")
+
+
+def test_workers_end_with_an_audit_that_was_killed_and_so_does_an_embedded_stores_server(place):
+    folder = place.parent
+    process = subprocess.Popen(
+        [sys.executable, "-c", WITH_WORKERS, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline().startswith("done")
+        workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        assert len([pid for pid in workers if _runs(pid)]) >= 3, "two, and what tracks their semaphores"
+        assert not json.loads((folder / "redis" / "server.json").read_bytes())["stopped"]
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+        process.stdin.close()
+        process.stdout.close()
+    try:
+        until(lambda: not any(map(_runs, workers)), seconds=30)
+        assert json.loads((folder / "redis" / "server.json").read_bytes())["stopped"]
+    finally:
+        for pid in filter(_runs, workers):
+            os.kill(pid, signal.SIGKILL)
+        stop_server(folder)
+
+
+def _runs(pid):
+    """No zombie, either: whoever inherits an orphan may leave it so."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _die(data):

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from tests.consumers.rollouts import finish, materialize, wait_until
-from trajstore.ready import EntryPlace, ReadyFollower
+from trajstore.ready import EntryPlace
+from trajstore.ready_follower import ReadyFollower
 from trajstore_trainer.claims import Claims, Slot, consumer_name, slot_of
 
 pytestmark = pytest.mark.torch

@@ -69,6 +69,16 @@ def test_order_apart_is_no_difference():
     assert order_changes(first, second).tolist() == [[True, False], [False, True]]
 
 
+def test_cell_that_names_an_expert_twice_is_the_set_that_it_names():
+    zeros, some = np.zeros((1, 1, 4), np.uint8), np.array([[[0, 1, 2, 3]]], np.uint8)
+    twice, again = np.array([[[5, 5, 6, 7]]], np.uint8), np.array([[[7, 6, 6, 5]]], np.uint8)
+    more = np.array([[[5, 6, 7, 8]]], np.uint8)
+    for first, second, differ in [(zeros, some, True), (twice, more, True), (twice, again, False)]:
+        for one, other in ((first, second), (second, first)):
+            assert differing_sets(one, other).tolist() == [[differ]]
+            assert order_changes(one, other).tolist() == [[not differ]]
+
+
 def test_nothing_compares_and_unlike_shapes_do_not():
     assert differing_sets(rows(0), rows(0)).shape == (0, 3)
     with pytest.raises(ValueError, match=r"\(3, 3, 2\) and \(2, 3, 2\)"):

@@ -115,6 +115,7 @@ def _rows(audit: Audit) -> list[tuple[str, str]]:
         ("rows of the folded trajectories", whole(rows.total)),
         *((f"missing: {reason}", whole(number)) for reason, number in rows.missing.items()),
         ("share missing, last tokens apart", percent(missing_share(audit))),
+        *((f"observed, left out: {reason}", whole(number)) for reason, number in rows.left_out.items()),
         ("rows of recordings read", whole(rows.read)),
         ("with a layer of zeros", whole(rows.zero)),
         ("with an expert twice in a layer", whole(rows.duplicates)),

@@ -154,19 +154,18 @@ def _tiles(audit: Audit, drift: Drift) -> list[Tile]:
 def _bars(audit: Audit, title: str, key: str, head: str, table: Sequence[tuple[str, Counts]]) -> Bars:
     """Router disagreement of the rows of a table."""
     intervals = [audit.interval(counts) for _, counts in table]
+    # Where nothing differs the interval is of what a sample may have missed: so wide that no other bar would be seen.
+    whiskers = [interval if counts.differing else None for (_, counts), interval in zip(table, intervals, strict=True)]
     limit = nice_limit(
         max(
-            (
-                interval.high if interval else counts.share
-                for (_, counts), interval in zip(table, intervals, strict=True)
-            ),
+            (whisker.high if whisker else counts.share for (_, counts), whisker in zip(table, whiskers, strict=True)),
             default=0.0,
         )
     )
     rows = [
         (
             name,
-            bar(counts.share, limit, interval=interval),
+            bar(counts.share, limit, interval=whisker),
             [
                 percent(counts.share),
                 *([between(interval) if interval else ""] if any(intervals) else []),
@@ -174,7 +173,7 @@ def _bars(audit: Audit, title: str, key: str, head: str, table: Sequence[tuple[s
                 whole(counts.cells),
             ],
         )
-        for (name, counts), interval in zip(table, intervals, strict=True)
+        for (name, counts), interval, whisker in zip(table, intervals, whiskers, strict=True)
     ]
     heads = [
         head,
