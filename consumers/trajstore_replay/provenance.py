@@ -11,6 +11,7 @@ from trajstore.errors import SchemaError
 from trajstore.events import EventId
 from trajstore.fold import Plan, Policy, row_version_pieces, split_tokens, version_pieces
 from trajstore.history import History, Recording, Segment
+from trajstore.overlaps import SameTokens
 from trajstore.reading import Archive
 from trajstore.routing import RoutingArray, RoutingSpec
 from trajstore_audit import differing_sets
@@ -25,6 +26,7 @@ _OUTCOMES = {
     "recomputed": "its rows were computed again after a retraction or preemption, and did not sample the next token",
     "did not sample the next token": "another segment brought the token after this one, and only its rows count",
     "observed": "another party's routing, which never enters a fold",
+    "observed before a rewind": "another party's routing of a token that stood here before a rewind, or may have",
 }
 
 _DECIDED_NOTHING = "it is the last token's row: there is no next token yet that it could have sampled"
@@ -58,7 +60,8 @@ class RowCandidate(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         recording: which; its `segment` is -1 for an observation.
-        outcome: "wins", or why not: "overridden", "rewound", "recomputed", "did not sample the next token", "observed".
+        outcome: "wins", or why not: "overridden", "rewound", "recomputed", "did not sample the next token", "observed",
+            "observed before a rewind".
         because: the outcome in a sentence.
         engine, finish_reason: of its segment, "" for an observation.
         weight_version: of the weights that computed the row, as far as the engine told: those that sampled the next
@@ -144,7 +147,10 @@ def why(
         raise SchemaError(f"{id} has {history.length} tokens at event {at}; there is no token {token}")
     columns = _columns(spec, layers)
     found = [(one.recording, one.outcome) for one in plan.why(row)]
-    found += [(one, "observed") for one in history.observations if one.start <= row < one.stop]
+    now = SameTokens(history).now_below if history.observations else None
+    for one in history.observations:
+        if now is not None and one.start <= row < one.stop:
+            found.append((one, "observed" if row < now(one) else "observed before a rewind"))
     rows = [_row(store, id, recording, row)[columns] for recording, _ in found]
     reference = next((i for i, (_, outcome) in enumerate(found) if outcome == "wins"), 0 if found else -1)
     return Provenance(

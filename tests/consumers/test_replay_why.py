@@ -233,6 +233,15 @@ def test_observations_are_shown_and_never_win(embedded, seed):
     assert outcomes(why(embedded, seed, 3, until="2-3"))[0] == ("2-2", "wins")
 
 
+def test_observation_of_what_was_rewound_says_so(embedded, seed):
+    embedded.get(seed).observe(seed_rows(0, 9), start=0, source="trainer")
+    with embedded.get(seed).segment(base=6) as segment:
+        segment.tokens([90, 91], [-0.5, -0.5])
+    embedded.flush()
+    assert outcomes(why(embedded, seed, 5))[-1] == ("note 1-0", "observed")
+    assert outcomes(why(embedded, seed, 6))[-1] == ("note 1-0", "observed before a rewind")
+
+
 def test_a_real_chain_from_the_archive_gives_the_rows_that_vllm_returned(durable_chain):
     archive, id = durable_chain
     for token in (0, 40, 82, 83, 106, 107):
