@@ -1,6 +1,9 @@
 # Everything a developer runs. `make demo` and `make test` work on a fresh clone with Python 3.11 or newer.
 PYTHON ?= python3
 BIN := .venv/bin
+SEEDS ?= 10000
+MINUTES ?= 30
+KILLS ?= 300
 
 .PHONY: demo test engines-live check bench soak clean
 
@@ -27,9 +30,11 @@ bench: .venv/installed ## throughput, as ratios measured in one run
 	@$(BIN)/python -m benchmarks.router_replay
 	@$(BIN)/python -m benchmarks.audit
 
-soak: .venv/installed ## the crash loop of the archive: hundreds of kills, on a disk and on an S3 server (about half an hour)
-	@$(BIN)/python -m tests.soak.archive --kills 300
-	@$(BIN)/python -m tests.soak.archive --kills 200 --s3
+soak: .venv/installed ## the simulation (SEEDS=10000), everything killed at once (MINUTES=30), the archive's crash loop (KILLS=300)
+	@$(BIN)/python -m tests.simulation --seeds 0:$(SEEDS)
+	@$(BIN)/python -m tests.soak.chaos --seed 1 --minutes $(MINUTES)
+	@$(BIN)/python -m tests.soak.archive --kills $(KILLS)
+	@$(BIN)/python -m tests.soak.archive --kills $(KILLS) --s3
 
 clean:
 	rm -rf .venv .venv-* dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -152,7 +152,14 @@ class ReadyFollower:
     def _join(self) -> None:
         """Make the consumer group if there is none; it reads from the beginning of what is there."""
         streams = [self._keys.ready(partition) for partition in range(self._keys.partitions)]
-        for reply in self._wire.exchange([("XGROUP", "CREATE", one, self._group, "0", "MKSTREAM") for one in streams]):
+        # A full server refuses XGROUP CREATE also where there is such a group, so look first.
+        seen = self._wire.exchange([("XINFO", "GROUPS", one) for one in streams])
+        missing = [
+            stream
+            for stream, groups in zip(streams, seen, strict=True)
+            if isinstance(groups, redis.RedisError) or not self._has_mine(groups)
+        ]
+        for reply in self._wire.exchange([("XGROUP", "CREATE", one, self._group, "0", "MKSTREAM") for one in missing]):
             if isinstance(reply, redis.RedisError) and "BUSYGROUP" not in str(reply):
                 raise translate(reply, "XGROUP CREATE")
 
@@ -166,6 +173,9 @@ class ReadyFollower:
 
     def _last_delivered(self, stream: str) -> str:
         return self._last_of(self._groups(stream))
+
+    def _has_mine(self, groups: Sequence[Any]) -> bool:
+        return any(reply_fields(one)[b"name"] == self._group.encode() for one in groups)
 
     def _last_of(self, groups: Sequence[Any]) -> str:
         """Newest entry that any consumer of the group has had, from XINFO GROUPS."""

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import redis
 
 import trajstore
 from tests.builders import SPEC
 from trajstore.archiver import Archiver
+from trajstore.ready_follower import ReadyFollower
 
 BLOCK = 20_000
 
@@ -89,6 +91,21 @@ def test_consumer_groups_exist_since_the_first_open(store, client):
         assert groups == {"archiver", "materializer"}
         assert client.xinfo_groups(store.keys.lease(partition))
         assert client.xinfo_groups(store.keys.ready(partition))
+
+
+def test_trainer_of_a_consumer_group_of_its_own_comes_back_on_a_full_server(full):
+    """Found by the chaos run: the server refuses to make its group, although there is one."""
+    server, store = full
+    group, consumers = "another", ("first", "second")
+    ReadyFollower(store.wire, store.keys, group, consumers[0])
+    ready = store.keys.ready(0)
+    with server.client() as client:
+        client.xadd(ready, {"g": b"entry"})
+        client.config_set("maxmemory", "1mb")
+        with pytest.raises(redis.OutOfMemoryError):
+            client.xgroup_create(ready, group)
+        ReadyFollower(store.wire, store.keys, group, consumers[1])
+        assert client.xreadgroup(group, consumers[1], {ready: ">"})[0][1][0][1] == {b"g": b"entry"}
 
 
 def test_new_run_on_a_full_server_is_refused_as_full(full):

@@ -25,7 +25,7 @@ from trajstore.fold import POLICIES, plan
 from trajstore.log.batch import payload_field
 from trajstore.opening import read_archive
 
-__all__ = ["Account", "drain_and_check"]
+__all__ = ["Account", "check_events", "drain_and_check", "plain"]
 
 
 class Account(msgspec.Struct):
@@ -134,7 +134,7 @@ def _check(
         f"{id}: {found} events, of {needed} acknowledged and not lost, {len(begun.events)} begun; {about.errors}"
     )
     expected = _cut(begun, found, closed=closed)
-    _check_events(store, id, events, expected.events, expected.payloads)
+    check_events(store, id, events, expected.events, expected.payloads)
     expected.notes, payloads = _check_notes(store, id, entries, acknowledged, begun, whole=not about.errors)
     expected.payloads |= payloads
     account.trajectories += bool(events)
@@ -175,13 +175,14 @@ def _cut(log: Log, count: int, *, closed: bool) -> Log:
     return log
 
 
-def _check_events(
+def check_events(
     store: trajstore.Store, id: str, found: list[Event], expected: list[Event], payloads: Mapping[str, bytes]
 ) -> None:
+    """Archived events are, byte for byte, those that are expected."""
     assert [event.id for event in found] == [event.id for event in expected], f"{id}: other ids"
     bytes_found = list(store.archive.payloads(id, found))
     for event, wanted, data in zip(found, expected, bytes_found, strict=True):
-        assert _plain(event.header) == _plain(wanted.header), f"{id} {event.id}: another header"
+        assert plain(event.header) == plain(wanted.header), f"{id} {event.id}: another header"
         assert data == payloads[wanted.id], f"{id} {event.id}: another payload"
 
 
@@ -191,17 +192,17 @@ def _check_notes(
     """Notes have no order, and a crash may renumber them; but each is there once. They and their payloads, as found."""
     notes = [event for entry in entries if entry.note for event in entry.events]
     payloads = list(store.archive.payloads(id, notes))
-    found = Counter((_plain(note.header), digest(note.type, data)) for note, data in zip(notes, payloads, strict=True))
+    found = Counter((plain(note.header), digest(note.type, data)) for note, data in zip(notes, payloads, strict=True))
     assert found <= _notes(begun), f"{id}: notes that nobody wrote, or twice"
     assert not whole or found >= _notes(acknowledged), f"{id}: acknowledged notes are missing"
     return notes, {note.id: data for note, data in zip(notes, payloads, strict=True)}
 
 
 def _notes(log: Log) -> "Counter[Any]":
-    return Counter((_plain(note.header), digest(note.type, log.payloads[note.id])) for note in log.notes)
+    return Counter((plain(note.header), digest(note.type, log.payloads[note.id])) for note in log.notes)
 
 
-def _plain(header: Any) -> Any:
+def plain(header: Any) -> Any:
     """A header as it is the same in the hot log, the archive and a ledger: without inline bytes."""
     payload = getattr(header, "payload", None)
     return header if payload is None else msgspec.structs.replace(header, payload=None)

@@ -1,0 +1,113 @@
+"""The chaos run, as far as there is time for it here, and what its account does not let pass. `make soak` has more."""
+
+import msgspec
+import pytest
+
+import trajstore
+from tests.servers import binary_of
+from tests.soak.chaos.account import settle
+from tests.soak.chaos.ledger import Journal, TrainedOn
+from tests.soak.chaos.round import one_round
+from tests.soak.chaos.trainer import Checkpoint
+from tests.soak.chaos.turns import Turn, create, play
+from tests.waiting import until
+from trajstore.archiver import Archiver
+
+pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
+
+
+@pytest.mark.parametrize(("server", "ack", "seed"), [("redis", "fsync", 11), ("valkey", "memory", 12)])
+def test_every_acknowledged_event_is_there_once_whatever_goes_wrong_at_once(tmp_path, server, ack, seed):
+    if binary_of(server) is None:
+        pytest.skip(f"backend {server}: no server of that kind on this machine")
+    done = one_round(tmp_path / "round", seed=seed, ack=ack, server=server, seconds=8.0, kills=10, pace=0.7)
+    assert sum(count for name, count in done.happened.items() if name.startswith("killed")) >= 10
+    assert done.account.trajectories > 20
+    assert ack == "memory" or done.account.lost == 0
+
+
+# What the account finds wrong
+
+TURNS = [
+    Turn("w-4", 1, "create", "w/1"),
+    Turn("w-4", 2, "segment", "w/2"),
+    Turn("w-4", 3, "reward", "w/3"),
+    Turn("w-4", 4, "close", "w/4", status="completed"),
+]
+PLACE = TrainedOn("0:1-0", "w-4", 1, [("w-4", "4-0")])
+
+
+@pytest.fixture
+def durable(tmp_path):
+    """An embedded store that acknowledges after the fsync, so that what it holds can be archived at once."""
+    with trajstore.open(tmp_path / "store", partitions=1, ack="fsync") as store:
+        yield store
+
+
+def account_of(store, folder, entered, *, checkpoint=(PLACE,), journal=(PLACE,), unacknowledged=()):
+    """The account of a trajectory in which `TURNS` are written, for processes that have entered this."""
+    handle = create(store, "w-4")
+    for turn in TURNS[1:]:
+        play(turn, handle, between=lambda: None)
+    store.flush()
+    Archiver(store, grace_seconds=0.05).run(once=True)
+    until(lambda: not store.wire.call("KEYS", "*:w-4"), seconds=20)
+    with Journal(folder / "ledger") as ledger, Journal(folder / "trained") as trained:
+        for turn in entered:
+            ledger.begin(turn)
+            if turn not in unacknowledged:
+                ledger.acknowledge(turn)
+        for one in journal:
+            trained.write(one)
+    (folder / "checkpoint").write_bytes(msgspec.json.encode(Checkpoint(list(checkpoint))))
+    return settle(
+        store,
+        archive=str(folder / "store"),
+        ledgers=[folder / "ledger"],
+        checkpoints=[folder / "checkpoint"],
+        journals=[folder / "trained"],
+        losses=[],
+        killed=set(),
+        durable=True,
+    )
+
+
+def test_account_of_what_was_written_as_it_was_entered(durable, tmp_path):
+    account = account_of(durable, tmp_path, TURNS, unacknowledged=TURNS[2:3])
+    assert (account.trajectories, account.unsure, account.lost, account.trained_once) == (1, 1, 0, 1)
+    assert account.events == account.acknowledged + 1
+
+
+@pytest.mark.parametrize(
+    ("entered", "message"),
+    [
+        ([*TURNS, Turn("w-4", 5, "reward", "w/5")], "acknowledged and gone"),
+        ([*TURNS, Turn("w-5", 1, "create", "w/5")], "acknowledged and gone"),
+        ([*TURNS, Turn("w-4", 4, "close", "v/4", status="completed")], "acknowledged and gone"),  # of two that claim it
+        ([*TURNS, Turn("w-4", 2, "observe", "w/5", base=1)], "acknowledged and gone"),
+        ([TURNS[0], msgspec.structs.replace(TURNS[1], key="w/9"), *TURNS[2:]], "nobody wrote"),
+        (TURNS[:3], "nobody wrote"),
+        ([], "nobody wrote"),
+    ],
+)
+def test_account_does_not_let_pass_what_is_missing_or_foreign(durable, tmp_path, entered, message):
+    with pytest.raises(AssertionError, match=message):
+        account_of(durable, tmp_path, entered)
+
+
+@pytest.mark.parametrize(
+    ("trained", "message"),
+    [
+        ({"checkpoint": ()}, "not trained on"),
+        ({"journal": ()}, "not trained on"),
+        ({"checkpoint": (PLACE, PLACE)}, "more than once by checkpoint"),
+        ({"journal": (msgspec.structs.replace(PLACE, place="0:2-0"),)}, "published more than once"),
+    ],
+)
+def test_account_does_not_let_pass_what_was_trained_on_too_often_or_not(durable, tmp_path, trained, message):
+    with pytest.raises(AssertionError, match=message):
+        account_of(durable, tmp_path, TURNS, **trained)
+
+
+def test_account_lets_pass_what_was_trained_on_again_by_acknowledgement(durable, tmp_path):
+    assert account_of(durable, tmp_path, TURNS, journal=(PLACE, PLACE)).trained_again == 1
