@@ -23,6 +23,7 @@ check: .venv/installed ## lint, format and types
 
 bench: .venv/installed ## throughput, as ratios measured in one run
 	@$(BIN)/python -m benchmarks.append
+	@$(BIN)/python -m benchmarks.hotpath
 	@$(BIN)/python -m benchmarks.fold
 	@$(BIN)/python -m benchmarks.archive
 	@$(BIN)/python -m benchmarks.engines

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Comparison", "Spent", "compare", "in_turns", "peak_memory", "spent_in_turns"]
+__all__ = ["Comparison", "Spent", "compare", "forget_peak", "in_turns", "peak_memory", "spent_in_turns"]
 
 
 class Comparison(NamedTuple):
@@ -73,6 +73,11 @@ def spent_in_turns(
             if repeat >= 0:
                 spent[name].append(Spent(*(b - a for a, b in zip(begun, ended, strict=True))))
     return spent
+
+
+def forget_peak() -> None:
+    """Let `peak_memory` begin anew. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from trajstore.history import History
 from trajstore.summary import Summary
 
-__all__ = ["details", "standing"]
+__all__ = ["details", "standing", "supersessions"]
 
 _ENDED = {
     "stop": "ended",
@@ -43,7 +43,15 @@ def standing(summary: Summary) -> str:
 
 
 def details(history: History) -> Iterator[str]:
-    """What the events tell beyond the summary: lost segments that were gone on from, rewound tokens, absent routing."""
+    """What the events tell beyond the summary: what was superseded, and why there is no routing."""
+    yield from supersessions(history)
+    for segment in history.segments:
+        for reason in segment.absent:
+            yield f"segment {segment.index} has no routing: {reason}"
+
+
+def supersessions(history: History) -> Iterator[str]:
+    """Lost segments that were gone on from, and rewound tokens."""
     for segment in history.segments[:-1]:
         if segment.finish_reason == "lost":
             yield f"segment {segment.index} was lost, and gone on from"
@@ -54,6 +62,3 @@ def details(history: History) -> Iterator[str]:
                 f"{segment.end - segment.kept} tokens of segment {segment.index} were superseded: segment "
                 f"{later.index} began at {later.base}"
             )
-    for segment in history.segments:
-        for reason in segment.absent:
-            yield f"segment {segment.index} has no routing: {reason}"

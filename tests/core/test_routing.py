@@ -146,6 +146,36 @@ def test_repeats_are_found_between_any_two_of_the_top_k():
                 wide.narrow(given_, start=0)
 
 
+@pytest.mark.parametrize(("top_k", "experts"), [(2, 8), (3, 512), (7, 64), (8, 128), (16, 256), (17, 64)])
+@pytest.mark.parametrize("cells", [300, 5_000, 80_000])
+def test_repeats_are_found_in_recordings_of_any_size(top_k, experts, cells):
+    """By size there are three ways to look for them."""
+    rng = np.random.default_rng(top_k)
+    wide = spec(layer_ids=(0, 2, 5), top_k=top_k, num_experts=experts, num_hidden_layers=6)
+    good = np.argsort(rng.random((cells // 3, 3, experts)), axis=-1)[..., :top_k]
+    np.testing.assert_array_equal(wide.narrow(good, start=0), good)
+    for row in (0, cells // 6, cells // 3 - 1):
+        one, other = rng.choice(top_k, 2, replace=False)
+        bad = good.copy()
+        bad[row, 1, one] = bad[row, 1, other]
+        with pytest.raises(trajstore.RoutingError) as refused:
+            wide.narrow(bad, start=10)
+        assert (refused.value.row, refused.value.layer) == (10 + row, 2)
+
+
+def test_equal_ids_of_neighbouring_cells_are_no_repeat():
+    wide = spec(layer_ids=(0,), top_k=4, num_experts=8, num_hidden_layers=1)
+    rows = np.tile(np.array([[[0, 1, 2, 3]], [[3, 2, 1, 0]]]), (40_000, 1, 1))
+    np.testing.assert_array_equal(wide.narrow(rows, start=0), rows)
+
+
+def test_copy_goes_where_it_is_wanted():
+    memory = np.empty(1 << 16, np.uint8)
+    narrowed = spec().narrow(np.array([[[1, 2], [5, 6]]], np.int64), start=0, empty=lambda nbytes: memory[:nbytes])
+    assert np.shares_memory(narrowed, memory)
+    np.testing.assert_array_equal(narrowed, [[[1, 2], [5, 6]]])
+
+
 def test_all_zero_rows_of_an_moe_layer_are_refused_and_the_way_out_named():
     """sglang #23885: zeros from a layer that was not captured."""
     given_ = rows(3)

@@ -177,3 +177,28 @@ def test_refusal_and_a_failing_reader_leave_no_reply_behind(store, client, run_n
         store.wire.fetch([key, key], lambda value: 1 // 0)
     assert store.wire.fetch([key], WHOLE) == [b"1" * 10_000]
     assert store.wire.call("GET", key) == b"1" * 10_000
+
+
+def test_large_payload_takes_no_other_rights_than_a_small_one(own_server, own_client, run_name):
+    """Rules that are in use name HMGET; both arrive whole, and one that is damaged is told."""
+    spec = trajstore.RoutingSpec(layer_ids=(0, 1), top_k=2, num_experts=8, num_hidden_layers=2)
+    own_client.execute_command("ACL", "SETUSER", "reader", "on", ">secret", "~*", "&*", "+@all", "-hget")
+    with (
+        trajstore.open(own_server.url(run_name), timeout=10.0) as writer,
+        trajstore.open(f"redis://reader:secret@127.0.0.1:{own_server.port}/0?run={run_name}", timeout=10.0) as reader,
+    ):
+        trajectory = writer.create(routing=spec)
+        with trajectory.segment(context=[0] * 30_000) as segment:
+            segment.routing([[[0, 1], [2, 3]]] * 500, start=0)
+            segment.routing([[[4, 5], [6, 7]]] * 20_000, start=500)
+        writer.flush()
+        found = reader.load_routing(trajectory.id)
+        assert found.routed_experts[[0, 499, 500, 20_499, 20_500], 0, 0].tolist() == [0, 0, 4, 4, 0]
+        assert found.routing_mask.sum() == 20_500
+        assert (reader.load(trajectory.id).routed_experts == found.routed_experts).all()
+        key = writer.keys.payloads(trajectory.id)
+        (field,) = (field for field, data in own_client.hgetall(key).items() if len(data) == 80_000)
+        own_client.hset(key, field, b"x" * 80_000)
+        for read in (reader.load, reader.load_routing):
+            with pytest.raises(Corrupt, match="in the hot log does not match its header"):
+                read(trajectory.id)

@@ -97,14 +97,14 @@ def test_what_nobody_asked_for_is_seen(ends):
         b":1.5\r\n",
         b"*y\r\n",
         b"$9999999999\r\n",
-        b"*1\r\n" * 100_000,
+        b"*1\r\n" * 20_000,
         b"-LOADING soon\r\n",
     ],
 )
 def test_no_reply_closes_the_connection(ends, reply):
     connection, server = ends
     server.sendall(reply)
-    with pytest.raises(redis.ConnectionError):
+    with pytest.raises(redis.RedisError):
         receive(connection, 1)
     assert connection._sock.fileno() == -1, "nobody reads on in the middle of a reply"
 

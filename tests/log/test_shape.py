@@ -1,5 +1,6 @@
 """What a writer puts on the wire: entries, payloads, summaries, hints and their keys."""
 
+import gc
 import zlib
 
 import numpy as np
@@ -142,6 +143,37 @@ def test_batches_are_split_and_stay_below_16_mib(own_server, open_at, own_client
     assert max(sizes) <= 16 << 20
     assert len(sizes) > 2
     assert store.load(trajectory.id).routing_mask[: count * 8].all()
+
+
+def test_large_recording_takes_what_is_small_beside_it_into_its_entry(own_server, open_at, own_client):
+    """Each further entry is a round trip; another large one would make the `MULTI` slow."""
+    store = open_at(own_server)
+    spec = trajstore.RoutingSpec(layer_ids=tuple(range(64)), top_k=8, num_experts=128, num_hidden_layers=64)
+    count = (3 << 19) // spec.row_bytes
+    block = np.broadcast_to(np.arange(8, dtype=np.uint8), (count, 64, 8))
+    trajectory = store.create(routing=spec)
+    store.flush()
+    own_server.pause()
+    with trajectory.segment(context=[0] * count) as segment:
+        segment.tokens([1] * count, [-0.5] * count)
+        segment.routing(block, start=0)
+        segment.routing(block, start=count)
+        segment.close("stop")
+    own_server.resume()
+    store.flush()
+    kinds = [
+        [type(header).__name__ for header in entry.events] for _, entry in entries(own_client, store, trajectory.id)
+    ]
+    assert kinds[1:] == [["SegmentOpened", "Tokens", "Routing"], ["Routing", "SegmentClosed"]]
+
+
+def test_what_is_kept_of_an_acknowledged_batch_is_out_of_the_collectors_sight(own_server, open_at):
+    """Tens of thousands are kept at a time, and each full collection would go through all that they hold."""
+    trajectory = record_seed_case(open_at(own_server))
+    trajectory._flusher.flush()
+    (batch, *_) = [kept.batch for kept in trajectory._lane.kept]
+    assert batch.items == ()
+    assert not any(gc.is_tracked(one) for one in (batch, batch.turn, batch.summary))
 
 
 def test_small_inline_events_count_with_their_payload_towards_the_limit(store):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.audit import CORPUS, TOPICS, AuditScale, by_numpy, by_torch, drift, measure_memory, run
+from benchmarks.audit import CORPUS, QUICK, TOPICS, AuditScale, by_numpy, by_torch, drift, measure_memory, run
 from trajstore_audit import differing_sets
 
 pytestmark = pytest.mark.torch
@@ -34,6 +34,11 @@ def test_report_decides_every_goal(tmp_path):
     assert {goal.name.partition(",")[0].partition(":")[0] for goal in report.goals} == set(TOPICS)
     assert json.loads(json.dumps(report.as_json()))["goals"]
     assert list(tmp_path.iterdir()) == [], "it leaves nothing behind"
+
+
+def test_quick_run_judges_no_time(tmp_path):
+    report = run(TINY._replace(judges_time=QUICK.judges_time), tmp_path)
+    assert [goal.name for goal in report.goals] == ["memory: bytes over 1 GiB"]
 
 
 def test_more_than_the_disk_has_free_is_not_begun(tmp_path):

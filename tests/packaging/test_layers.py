@@ -20,6 +20,7 @@ LAYERS = (
         "recovery",
         "metrics",
         "metric_names",
+        "asking",
         "health",
         "status",
         "pulse",
@@ -31,7 +32,7 @@ LAYERS = (
     {"server", "locks", "binaries"},
     {"log", "deletion"},
     {"fold", "history", "overlaps", "standing", "summary", "trajectory"},
-    {"events", "entries", "upcast", "routing", "ingest", "limits", "errors"},
+    {"events", "entries", "upcast", "routing", "ingest", "limits", "errors", "chance", "slabs"},
 )
 """Modules and folders of the library from the top down."""
 

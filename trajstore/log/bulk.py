@@ -69,9 +69,10 @@ def whole_value(data: bytes) -> Value:
 
 
 def fetch(connection: Any, commands: Sequence[Command], read: Callable[[Value], T]) -> list[T | None]:
-    """GET or HGET over a connection of redis-py on which nothing is pending; None for a value that is not there.
+    """One value for each command over a connection of redis-py on which nothing is pending; None for one not there.
 
     Args:
+        commands: `GET key`, or `HMGET key field`.
         read: called with each value as it arrives. What it raises leaves the connection closed.
 
     Raises:
@@ -82,7 +83,7 @@ def fetch(connection: Any, commands: Sequence[Command], read: Callable[[Value], 
     try:
         send(connection, commands[:_AHEAD])
         for number in range(len(commands)):
-            nbytes = stream.length()
+            nbytes = stream.length(in_list=commands[number][0] == "HMGET")
             if nbytes is None:
                 found.append(None)
             else:
@@ -110,13 +111,18 @@ class _Stream:
         self._view = memoryview(self._buffer)
         self._start = self._stop = 0
 
-    def length(self) -> int | None:
+    def length(self, *, in_list: bool) -> int | None:
         """Size of the value that comes next, None for no value.
+
+        Args:
+            in_list: it is the only one of a list.
 
         Raises:
             redis.RedisError: an error reply, as redis-py raises it, or none that GET may have.
         """
         line = self._line()
+        if in_list and line == b"*1":
+            line = self._line()
         if line[:1] == b"-":
             text = line[1:].decode(errors="replace")
             raise BaseParser.parse_error(text)  # type: ignore[no-untyped-call]

@@ -98,7 +98,7 @@ class HotReader:
         if info.inline is not None:
             found: tuple[memoryview, int] | None = _summed(whole_value(info.inline), into)
         else:
-            command = ("HGET", self._keys.payloads(id), _field(event))
+            command = ("HMGET", self._keys.payloads(id), _field(event))
             (found,) = self._wire.fetch_each([command], lambda value: _summed(value, into))
         if found is not None:
             check_payload(found[0], info, crc=found[1], what=_whose(id, event))
@@ -112,10 +112,10 @@ class HotReader:
         large = [field for field, info in beside.items() if info.nbytes >= _LARGE]
         found: dict[str, tuple[Buffer, int] | None] = {}
         if small:
-            values = self._wire.call("HMGET", key, *small)
-            found.update((field, data and (data, zlib.crc32(data))) for field, data in zip(small, values, strict=True))
+            for field, data in zip(small, self._wire.call("HMGET", key, *small), strict=True):
+                found[field] = None if data is None else (data, zlib.crc32(data))
         if large:
-            commands = [("HGET", key, field) for field in large]
+            commands = [("HMGET", key, field) for field in large]
             found.update(zip(large, self._wire.fetch_each(commands, _summed), strict=True))
         for event in events:
             if event.payload is None:
@@ -125,7 +125,7 @@ class HotReader:
             one = (inline, zlib.crc32(inline)) if inline is not None else found[_field(event)]
             if one is not None:
                 check_payload(one[0], event.payload, crc=one[1], what=_whose(id, event))
-            yield one and one[0]
+            yield None if one is None else one[0]
 
     def summary(self, id: str) -> Summary | None:
         """The summary of one trajectory, None if there is none."""

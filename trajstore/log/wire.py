@@ -112,6 +112,11 @@ class Wire:
         """Where the server runs; "localhost" for a socket."""
         return str(self._pool.connection_kwargs.get("host", "localhost"))
 
+    @property
+    def port(self) -> int:
+        """Where it listens; a socket has none, whatever this says."""
+        return int(self._pool.connection_kwargs.get("port", 6379))
+
     def at(self, key: str) -> "Wire":
         """The server that has a key."""
         return self
@@ -173,7 +178,7 @@ class Wire:
         return self.fetch_each([("GET", key) for key in keys], read)
 
     def fetch_each(self, commands: Sequence[Command], read: Callable[[Value], T]) -> list[T | None]:
-        """As `fetch`: the values that commands of the form `GET key` or `HGET key field` ask for."""
+        """As `fetch`: the values that commands of the form `GET key` or `HMGET key field` ask for."""
         if not commands:
             return []
         with translated(str(commands[0][0])), self.connection() as connection:
@@ -187,6 +192,7 @@ class Wire:
         """
         if watch is not None:
             replies = watch.session.exchange([("MULTI",), *commands, ("EXEC",)])
+            watch.pending = isinstance(replies[-1], redis.RedisError)
         else:
             replies = self.exchange([("MULTI",), *commands, ("EXEC",)])
         refused = first_refusal(replies, commands)
@@ -208,8 +214,10 @@ class Wire:
             reply = session.exchange([("WATCH", *keys)])[0]
             if isinstance(reply, redis.RedisError):
                 raise translate(reply, "WATCH") from reply
-            yield Watch(session)
-            session.exchange([("UNWATCH",)])  # it goes back to the pool; an EXEC has done so already
+            watch = Watch(session)
+            yield watch
+            if watch.pending:  # it goes back to the pool; and what an EXEC has done is no failure, whatever comes then
+                session.exchange([("UNWATCH",)])
         except BaseException:
             session.disconnect()
             raise
@@ -318,10 +326,15 @@ class Session:
 
 
 class Watch:
-    """A connection with a WATCH pending."""
+    """A connection with a WATCH on it.
+
+    Attributes:
+        pending: no EXEC has ended it yet.
+    """
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.pending = True
 
     def call(self, *command: Argument) -> Any:
         """Read something under the watch."""
