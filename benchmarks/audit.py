@@ -2,7 +2,8 @@
 
     python -m benchmarks.audit [--quick] [--only kernel|drifted|memory] [--json FILE] [--dir FOLDER]
 
-The archive of `memory` takes about 7 GB for the 10 GB that are compared, and is deleted again. `--quick` judges no time.
+The archive of `memory` takes about 7 GB for the 10 GB that are compared, and is deleted again. `--quick`
+judges no time.
 """
 
 import multiprocessing
@@ -122,7 +123,7 @@ def measure_kernel(scale: AuditScale, folder: Path) -> Topic:
 def measure_drifted(scale: AuditScale, folder: Path) -> Topic:
     """Audits of archives that differ in how many rows drifted: all rows of some trajectories, or runs of all.
 
-    Time is judged where trajectories drifted as wholes: runs are scattered over packs, and each is decoded for a few.
+    Time is judged where trajectories drifted as wholes: runs lie scattered, so that few rows are read from many places.
     """
     rollouts = CORPUS.take(scale.drifted_bytes)
     table: list[Sequence[Cell]] = []

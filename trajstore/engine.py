@@ -17,13 +17,23 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from trajstore.errors import UNLOADABLE, NotFound, SchemaError
+from trajstore.errors import UNLOADABLE, Conflict, NotFound, SchemaError
+from trajstore.routing import RoutingSpec
 from trajstore.writing import TrajectoryWriter
 
-__all__ = ["Resumer", "Scored", "Scorer", "load_resumer", "load_scorer", "sampling_taken"]
+__all__ = [
+    "Resumer",
+    "Scored",
+    "Scorer",
+    "load_resumer",
+    "load_scorer",
+    "require_recorded_routing",
+    "sampling_taken",
+]
 
 _GROUP = "trajstore.engines"
 
@@ -48,6 +58,9 @@ class Scored:
 @runtime_checkable
 class Scorer(Protocol):
     """An engine that reads given tokens, and says how likely it finds each, and which experts it uses for it.
+
+    It may have a `routing_spec`, the `RoutingSpec` of its model: a trajectory that records another one is refused
+    before its tokens are read. Of an engine without one, only the shape of the rows that it gives is checked.
 
     Attributes:
         name: with its version, e.g. "transformers/5.0".
@@ -164,6 +177,23 @@ def sampling_taken(name: str) -> Collection[str] | None:
     return taken
 
 
+def require_recorded_routing(id: str, recorded: RoutingSpec | None, model: RoutingSpec) -> None:
+    """That a model routes as a trajectory records, apart from the order in which expert ids are kept.
+
+    Args:
+        recorded: the trajectory's; None fits every model.
+        model: that of the engine.
+
+    Raises:
+        Conflict: it does not: another model.
+    """
+    if recorded is None or msgspec.structs.replace(recorded, order=model.order) == model:
+        return
+    raise Conflict(
+        f"{id} records {_brief(recorded)}; this model has {_brief(model)}. Give the model that the rollout began with"
+    )
+
+
 def _load(name: str, folder: str | Path, *, weight_version: str, dtype: str, seed: int) -> object:
     registered = _registered(name)
     path = Path(folder)
@@ -205,3 +235,8 @@ def _serves_replay(point: EntryPoint) -> bool:
         return hasattr(point.load(), "for_replay")
     except UNLOADABLE:
         return False
+
+
+def _brief(spec: RoutingSpec) -> str:
+    names = ("layer_ids", "top_k", "num_experts", "num_hidden_layers")
+    return ", ".join(f"{name}={getattr(spec, name)}" for name in names)

@@ -10,9 +10,9 @@ import socketserver
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any, NamedTuple, Self
 
+from trajstore.asking import Question
 from trajstore.errors import SchemaError, TrajstoreError, Unavailable
 from trajstore.pulse import Pulse
 from trajstore.store import Store
@@ -76,18 +76,13 @@ def ready(store: Store, pulse: Pulse | None = None, *, seconds: float = _READY_S
 
     One question is under way at a time, however many ask: a server that hangs holds one thread, not one per probe.
     """
-    lock = threading.Lock()
-    asked: list[Future[str]] = []
+    question = Question(lambda: _problem(store), name="trajstore-ready")
 
     def answer() -> Answer:
-        with lock:
-            if not asked or asked[0].done():
-                asked[:] = [_in_thread(lambda: _problem(store))]
-            question = asked[0]
-        try:
-            problem = question.result(seconds)
-        except TimeoutError:
+        asked = question.ask(seconds)
+        if not asked.done():
             return Answer.text(503, f"server or archive did not answer within {seconds:g} s")
+        problem = asked.result()
         trouble = pulse.trouble if pulse is not None else None
         if problem or trouble is not None:
             return Answer.text(503, problem or f"it pauses: {trouble}")
@@ -98,27 +93,14 @@ def ready(store: Store, pulse: Pulse | None = None, *, seconds: float = _READY_S
 
 def _problem(store: Store) -> str:
     try:
-        store.wire.call("PING")
+        for server in store.wire.servers():
+            server.call("PING")
         archive = store.archive
         if archive is not None:
             archive.root.require()
     except (TrajstoreError, OSError) as error:
         return str(error)
     return ""
-
-
-def _in_thread(ask: Callable[[], str]) -> Future[str]:
-    future: Future[str] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(ask())
-        except BaseException as error:
-            future.set_exception(error)
-            raise
-
-    threading.Thread(target=work, name="trajstore-ready", daemon=True).start()
-    return future
 
 
 class HealthServer:

@@ -111,7 +111,7 @@ METRICS = (
     Metric("trajstore_trainer_read_ahead_groups", "gauge", ("run", "consumer_group"), "Groups read ahead"),
     Metric("trajstore_trainer_unacknowledged_entries", "gauge", ("run", "consumer_group"), "Entries in hand"),
     # A run, as its server and archive show it
-    Metric("trajstore_run_up", "gauge", ("run",), "1 if the server answered; else nothing else of the run is shown"),
+    Metric("trajstore_run_up", "gauge", ("run",), "1 if the server answered in time; else nothing else is shown"),
     Metric("trajstore_run_hints_total", "counter", ("run",), "Entries that the feeds ever took"),
     Metric("trajstore_run_published_total", "counter", ("run",), "Entries that the ready streams ever took"),
     Metric(
@@ -159,6 +159,7 @@ METRICS = (
     ),
     Metric("trajstore_run_followers", "gauge", ("run", "consumer_group"), "Consumers of the feeds that are signed on"),
     Metric("trajstore_run_leases_held", "gauge", ("run",), "Partitions that an archiver holds"),
+    Metric("trajstore_run_partitions_lost", "gauge", ("run",), "Partitions that the server has lost"),
     Metric(
         "trajstore_run_lease_silent_seconds",
         "gauge",

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["METRICS", "Consuming", "Drifting", "Metric", "Sample", "Watched", "exposition", "samples", "watch"]
 
+_LOOK_SECONDS = 5.0
+"""A scraper has 10 s by default, and is to hear that the server does not answer."""
+
 
 class Sample(NamedTuple):
     """One value of one metric.
@@ -261,7 +264,7 @@ def _of_dataset(dataset: Consuming) -> Iterator[Sample]:
 def _of_run(look: RunLook) -> Iterator[Sample]:
     run = (look.store.run,)
     try:
-        status = look.look()
+        status = look.look(seconds=_LOOK_SECONDS)
     except TrajstoreError:
         yield Sample("trajstore_run_up", run, 0)
         return
@@ -275,6 +278,7 @@ def _of_run(look: RunLook) -> Iterator[Sample]:
     for group in status.ready:
         yield from _of_ready(run, group)
     yield Sample("trajstore_run_leases_held", run, sum(bool(lease.holder) for lease in status.leases))
+    yield Sample("trajstore_run_partitions_lost", run, sum(lease.lost for lease in status.leases))
     for partition, lease in enumerate(status.leases):
         if lease.holder:
             yield Sample("trajstore_run_lease_silent_seconds", (*run, str(partition)), lease.silent)

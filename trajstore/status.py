@@ -4,7 +4,6 @@ Everything is read from where it stands, by commands whose cost goes with the pa
 trajectories. The one dear look, at the backlog, is taken by `RunLook` only as often as it is cheap.
 """
 
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import msgspec
 import redis
 
+from trajstore.asking import Question
 from trajstore.backlog import Backlog
 from trajstore.errors import TrajstoreError, Unavailable
 from trajstore.log.lease import LEASE_GROUP
@@ -36,9 +36,6 @@ COUNTED = 1000
 
 _RELEASED = 86400.0
 """A lease that was given back stands there as one whose holder has been silent for a week."""
-
-_PATIENCE = 5.0
-"""Seconds that a look waits for the one before it: scrapes must not pile up behind a server that hangs."""
 
 _BACKLOG_SHARE = 10
 """The backlog is measured again after so many times as long as measuring it took."""
@@ -84,10 +81,13 @@ class LeaseStanding(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         holder: name of the archiver; "" if nobody has it.
         silent: seconds since it was renewed. An archiver renews every 5 s, and another takes over after 15.
+        lost: the server has no such lease: it lost the partition's keys, and nothing there is archived until
+            `trajstore rebuild`.
     """
 
     holder: str = ""
     silent: float = 0.0
+    lost: bool = False
 
 
 class ServerStanding(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +95,7 @@ class ServerStanding(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: redis or valkey, and the version.
+        run_id: of this server since its start; another one's is another.
         uptime: seconds.
         clients: connected.
         used_memory, maxmemory: bytes; 0 for no limit.
@@ -104,6 +105,7 @@ class ServerStanding(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str = ""
+    run_id: str = ""
     uptime: int = 0
     clients: int = 0
     used_memory: int = 0
@@ -167,6 +169,9 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """Per second, between two looks; None where the server does not count it, or was started anew in between.
 
+    Of a cluster's servers the figures are of the one with the least room: where that is another by now, those of the
+    server are None.
+
     Attributes:
         hints: into the feeds: segments and trajectories closed, rewards, notes.
         published: into the ready streams.
@@ -190,13 +195,13 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
         counters |= {
             name: (getattr(before.server, name), getattr(now.server, name))
             for name in ("commands", "received", "sent")
-            if now.server.name
+            if now.server.name and now.server.run_id == before.server.run_id
         }
         return cls(**{name: _rate(*pair, seconds) for name, pair in counters.items()})
 
 
 class RunLook:
-    """Looks at a run again and again. Thread-safe: one look is under way at a time.
+    """Looks at a run again and again. Thread-safe: one look is under way at a time, and is everybody's who waits.
 
     Args:
         store: of the run; only read.
@@ -206,42 +211,49 @@ class RunLook:
 
     def __init__(self, store: Store, *, backlog: bool = True) -> None:
         self.store = store
-        self._looking = threading.Lock()
         self._wants_backlog = backlog
+        self._standing = Question(lambda: measure_status(store), name="trajstore-status")
+        self._measuring = Question(self._measure_backlog, name="trajstore-backlog")
         self._backlog: Backlog | None = None
         self._problem = ""
         self._measured = self._next = 0.0
 
-    def look(self) -> RunStatus:
+    def look(self, *, seconds: float | None = None) -> RunStatus:
         """How the run stands now.
 
+        Args:
+            seconds: wait no longer for it; of a backlog that takes longer, what was measured before is told. None: as
+                long as the store's timeout and the measuring take.
+
         Raises:
-            Unavailable: the server does not answer, or has not answered another thread's look yet.
+            Unavailable: the server does not answer, or not in time.
             Corrupt: a key is something else.
         """
-        if not self._looking.acquire(timeout=_PATIENCE):
-            raise Unavailable(f"{self.store.location} has not answered the look before this one yet")
-        try:
-            return self._look()
-        finally:
-            self._looking.release()
-
-    def _look(self) -> RunStatus:
-        status = measure_status(self.store)
-        now = time.monotonic()
-        if self._wants_backlog and now >= self._next:
-            try:
-                self._backlog, self._problem = self.store.backlog(), ""
-            except TrajstoreError as error:  # of the archive, or of one summary: the rest is worth seeing
-                self._backlog, self._problem = None, str(error)
-            self._measured = time.monotonic()
-            self._next = self._measured + _BACKLOG_SHARE * (self._measured - now)
+        begun = time.monotonic()
+        asked = self._standing.ask(seconds)
+        if not asked.done():
+            raise Unavailable(f"{self.store.location} did not answer a look at the run within {seconds:g} s")
+        status = asked.result()
+        if self._wants_backlog and time.monotonic() >= self._next:
+            left = None if seconds is None else max(0.0, begun + seconds - time.monotonic())
+            measuring = self._measuring.ask(left)
+            if measuring.done():
+                measuring.result()
         return msgspec.structs.replace(
             status,
             backlog=self._backlog,
             backlog_seconds=time.monotonic() - self._measured if self._backlog is not None else 0.0,
             backlog_problem=self._problem,
         )
+
+    def _measure_backlog(self) -> None:
+        begun = time.monotonic()
+        try:
+            self._backlog, self._problem = self.store.backlog(), ""
+        except TrajstoreError as error:  # of the archive, or of one summary: the rest is worth seeing
+            self._backlog, self._problem = None, str(error)
+        self._measured = time.monotonic()
+        self._next = self._measured + _BACKLOG_SHARE * (self._measured - begun)
 
 
 def measure_status(store: Store) -> RunStatus:
@@ -270,7 +282,7 @@ def measure_status(store: Store) -> RunStatus:
         published=published,
         feed=feed,
         ready=ready,
-        leases=tuple(_lease(_answer(reply, "XPENDING")) for reply in held),
+        leases=tuple(_lease(reply) for reply in held),
         server=_server(store),
         archive=_archive(store),
     )
@@ -329,10 +341,13 @@ def _add(
         one.silent = min(one.silent, int(about[b"idle"]) / 1000)
 
 
-def _lease(reply: Sequence[Any]) -> LeaseStanding:
-    if not reply:
+def _lease(reply: Any) -> LeaseStanding:
+    if isinstance(reply, redis.ResponseError) and str(reply).startswith("NOGROUP"):
+        return LeaseStanding(lost=True)
+    held = _answer(reply, "XPENDING")
+    if not held:
         return LeaseStanding()
-    _, holder, idle, _ = reply[0]
+    _, holder, idle, _ = held[0]
     silent = int(idle) / 1000
     if silent >= _RELEASED:
         return LeaseStanding()
@@ -349,6 +364,7 @@ def _server(store: Store) -> ServerStanding:
     version = fields.get("valkey_version", fields.get("redis_version", ""))
     return ServerStanding(
         name=f"{name} {version}".strip(),
+        run_id=fields.get("run_id", ""),
         uptime=int(fields.get("uptime_in_seconds", "0")),
         clients=int(fields.get("connected_clients", "0")),
         used_memory=used,
@@ -374,6 +390,7 @@ def _archive(store: Store) -> ArchiveStanding:
         if archive is None:
             return ArchiveStanding()
         location = archive.root.location
+        archive.root.require()  # a folder that is gone looks like one without packs
         packs, newest = [], 0.0
         for partition in range(store.partitions):
             manifest = archive.manifest(partition)

@@ -11,7 +11,8 @@ from typing import get_args
 import click
 
 from trajstore.cli.group import Failure
-from trajstore.cli.place import store_argument
+from trajstore.cli.place import is_archive, store_argument
+from trajstore.cli.statuses import StatusChoice
 from trajstore.cli.terminal import diagnostics, plain, print_fields, print_json, print_table, print_text
 from trajstore.errors import SchemaError
 from trajstore.reading import ALL_STATUSES
@@ -65,7 +66,7 @@ def _new_file(ctx: click.Context, parameter: click.Parameter, path: Path | None)
 @store_argument
 @click.option("--id", "ids", multiple=True, metavar="ID", help="Only this trajectory; repeatable.")
 @click.option("--group", help="Only members of this group.")
-@click.option("--status", multiple=True, type=click.Choice(ALL_STATUSES), help="Only these; repeatable.")
+@click.option("--status", multiple=True, type=StatusChoice(ALL_STATUSES), help="Only these; repeatable.")
 @click.option(
     "--against",
     type=click.Choice(get_args(Against)),
@@ -171,6 +172,8 @@ def audit(
     _require_parts({"--html": page, "--parquet": folder, "--scheduler": scheduler})
     if scheduler is not None and workers != 1:
         raise click.UsageError("give --workers or --scheduler, not both")
+    is_archive(store)  # a folder that is no place of ours is told of as by every other command
+    given = None if logprobs is None else GivenLogprobs(logprobs)
     with contextlib.ExitStack() as stack:
         pairs = None
         if folder is not None:
@@ -184,7 +187,7 @@ def audit(
             sample=sample,
             seed=seed,
             load_rows=load_rows,
-            logprobs=None if logprobs is None else GivenLogprobs(logprobs),
+            logprobs=given,
             top=top,
             workers=workers,
             scheduler=scheduler,
@@ -199,6 +202,8 @@ def audit(
     else:
         for part in summary(found):
             _print_part(part)
+    if given is not None and found.logprobs is not None and not found.logprobs.tokens:
+        _tell_useless(given, logprobs)
     for path in written:
         diagnostics().print(plain(f"written: {path}"), soft_wrap=True)
     for outcome in outcomes:
@@ -206,6 +211,14 @@ def audit(
         diagnostics().print(plain(f"{verdict}: {outcome.threshold}: {outcome.why}"), soft_wrap=True)
     if any(outcome.failed for outcome in outcomes):
         raise click.exceptions.Exit(1)
+
+
+def _tell_useless(given: GivenLogprobs, path: Path | None) -> None:
+    """Logprobs that met no recorded one; mostly a file of another run, or with other names than ids."""
+    named = f"it names {len(given)} trajectories, e.g. {min(given)!r}" if given else "it is empty"
+    diagnostics().print(
+        plain(f"--logprobs: {path} has no logprob of any sampled token that was audited ({named})"), soft_wrap=True
+    )
 
 
 def _require_parts(given: dict[str, object]) -> None:

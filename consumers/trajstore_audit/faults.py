@@ -17,20 +17,30 @@ from trajstore.routing import RoutingArray, RoutingSpec
 from trajstore_audit.compare import as_words, shared_experts
 
 __all__ = [
+    "CLOSE",
+    "FARTHER",
     "OFFSETS",
     "Agreement",
+    "Near",
     "Screened",
     "agreement",
     "common_share",
     "enough_rows",
     "longest_run",
     "matches",
+    "near_matches",
     "runs_of",
     "screen",
 ]
 
 OFFSETS = (-4, -3, -2, -1, 1, 2, 3, 4)
 """How far rows are looked for from where they should be."""
+
+CLOSE = 0.6
+"""Rows that are those of another place have more than this share in common with it,"""
+
+FARTHER = 0.3
+"""and so much less with their own."""
 
 _STALE = 4
 """Equal rows in a row that are worth a closer look."""
@@ -110,9 +120,12 @@ def screen(rows: RoutingArray, starts: Sequence[int], *, num_experts: int) -> Sc
 
 def enough_rows(spec: RoutingSpec, rows: int) -> bool:
     """Whether so many rows that equal another position's in all layers cannot do so by chance."""
+    return _enough_cells(spec, rows * spec.num_layers)
+
+
+def _enough_cells(spec: RoutingSpec, cells: int) -> bool:
     choices = math.perm if spec.order == "engine" else math.comb
-    bits = spec.num_layers * math.log2(max(2, choices(spec.num_experts, spec.top_k)))
-    return rows * _SHARE * bits >= _BITS
+    return cells * _SHARE * math.log2(max(2, choices(spec.num_experts, spec.top_k))) >= _BITS
 
 
 def matches(
@@ -140,6 +153,61 @@ def matches(
     return found
 
 
+class Near(NamedTuple):
+    """Rows that are another place's in most layers: ascending indices, and how many layers each, int64 `[n]` both."""
+
+    rows: npt.NDArray[np.int64]
+    layers: npt.NDArray[np.int64]
+
+
+def near_matches(
+    spec: RoutingSpec, first: RoutingArray, second: RoutingArray, wanted: npt.NDArray[np.int64], *, ahead: int
+) -> dict[int, Near]:
+    """Which rows of the second recording are the first one's at another offset in most layers, and cannot be by chance.
+
+    Such a row equals the other one in more than `CLOSE` of its layers, and its own in `FARTHER` less. The layers of a
+    run of such rows must say as much as rows that are equal in all, see `enough_rows`.
+
+    Args:
+        first: `[rows, L, K]`; row `ahead` of it stands at the position of row 0 of `second`.
+        second: `[rows, L, K]`.
+        wanted: indices of rows in `second`.
+
+    Returns:
+        offset → rows in `second`, each at the offset that fits best.
+    """
+    one, other = (as_words(side.reshape(-1, side.shape[2])).reshape(*side.shape[:2], -1) for side in (first, second))
+    layers = spec.num_layers
+
+    def equal_layers(offset: int) -> npt.NDArray[np.int64]:
+        at = wanted + ahead + offset
+        inside = np.flatnonzero((at >= 0) & (at < len(first)))
+        # A few layers rule out nearly all.
+        probe = slice(None, None, max(1, layers // 8))
+        likely = (other[wanted[inside], probe] == one[at[inside], probe]).all(axis=2).mean(axis=1) >= CLOSE / 2
+        inside = inside[likely]
+        found = np.zeros(len(wanted), np.int64)
+        found[inside] = (other[wanted[inside]] == one[at[inside]]).all(axis=2).sum(axis=1)
+        return found
+
+    counts = np.stack([equal_layers(offset) for offset in OFFSETS])
+    best, most = counts.argmax(axis=0), counts.max(axis=0)
+    close = np.flatnonzero(most > CLOSE * layers)
+    if not len(close):
+        return {}
+    own = (other[wanted[close]] == one[wanted[close] + ahead]).all(axis=2).sum(axis=1)
+    close = close[most[close] - own > FARTHER * layers]
+    found = {}
+    for index, offset in enumerate(OFFSETS):
+        hit = close[best[close] == index]
+        runs = np.split(hit, np.flatnonzero(np.diff(wanted[hit]) > 3) + 1)
+        kept = [run for run in runs if _enough_cells(spec, int(most[run].sum()))]
+        if kept:
+            all_kept = np.concatenate(kept)
+            found[offset] = Near(wanted[all_kept], most[all_kept])
+    return found
+
+
 class Agreement(NamedTuple):
     """How well rows of both recordings agree: mean share of common experts in a cell, 0 to 1.
 
@@ -157,7 +225,7 @@ class Agreement(NamedTuple):
     @property
     def is_shifted(self) -> bool:
         """They agree well, and much better than where they should."""
-        return self.best > 0.6 and self.best - self.own > 0.3
+        return self.best > CLOSE and self.best - self.own > FARTHER
 
     @property
     def is_other(self) -> bool:

@@ -14,9 +14,10 @@ from trajstore_audit.one_pair import Block
 from trajstore_audit.pairs import Pair
 from trajstore_audit.result import Finding, Rows
 
-__all__ = ["Look"]
+__all__ = ["WHAT_TO_DO", "Look"]
 
-_WHAT_TO_DO = "do not train on this recording; see its engine"
+WHAT_TO_DO = "do not train on this recording; see its engine"
+"""About a recording that cannot be right, whatever another one says."""
 
 
 class Look:
@@ -45,6 +46,10 @@ class Look:
             self._look(pair.second, block, block.second, block.second_repeats)
 
         return look
+
+    def has_told(self, kind: str, event: str) -> bool:
+        """Whether a finding of that kind names that recording."""
+        return (kind, event) in self._told
 
     def into(self, rows: Rows) -> None:
         """Add what was counted."""
@@ -150,6 +155,6 @@ class Look:
                 row=row,
                 layer=layer,
                 what=what,
-                what_to_do=_WHAT_TO_DO,
+                what_to_do=WHAT_TO_DO,
             )
         )

@@ -1,4 +1,4 @@
-"""Rows that differ in most layers, looked at again: are they those of a neighbouring position, or of no such token?"""
+"""Rows that differ in most layers, looked at again: stale, those of a neighbouring position, or of no such token?"""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -9,17 +9,21 @@ import numpy.typing as npt
 from trajstore.history import Recording
 from trajstore.overlaps import SameTokens
 from trajstore.recorded import RecordedRows
+from trajstore.routing import RoutingArray
 from trajstore_audit.faults import (
     OFFSETS,
     Agreement,
+    Near,
     agreement,
     common_share,
     enough_rows,
     longest_run,
     matches,
+    near_matches,
     runs_of,
 )
 from trajstore_audit.pairs import Pair
+from trajstore_audit.stale import stale_runs
 
 __all__ = ["Explained", "Explanation", "explain", "find_culprit"]
 
@@ -40,12 +44,13 @@ class Explanation(NamedTuple):
     """What suspicious rows are.
 
     Attributes:
-        kind: "shifted" or "other-sequence".
-        offset: by how much they are shifted; 0 for another sequence.
+        kind: "repeated-rows", "shifted" or "other-sequence".
+        offset: by how much they are shifted; 0 for the others.
         rows: the positions that are explained, int64, ascending.
         what: the evidence.
         which: what is wrong with one of both recordings, as "is shifted by 1".
         unless: what explains the same, "" where nothing does.
+        event: the recording that is wrong, "" where both may be.
     """
 
     kind: str
@@ -54,10 +59,11 @@ class Explanation(NamedTuple):
     what: str
     which: str
     unless: str = ""
+    event: str = ""
 
 
 class Explained(NamedTuple):
-    """All explanations of a pair, one for each kind and offset.
+    """All explanations of a pair, one for each stale run, and for each other kind and offset.
 
     Attributes:
         unseen: rows from this position on were not looked at.
@@ -81,7 +87,9 @@ def explain(recorded: RecordedRows, pair: Pair, suspicious: npt.NDArray[np.int64
     Args:
         suspicious: positions of the pair that differ in most layers, int64, ascending.
     """
+    stale: list[Explanation] = []
     exact: dict[int, list[npt.NDArray[np.int64]]] = {}
+    near: dict[int, list[Near]] = {}
     judged: dict[int, list[_Judged]] = {}  # by offset; 0 is another sequence
     at = 0
     for _ in range(_WINDOWS):
@@ -92,11 +100,22 @@ def explain(recorded: RecordedRows, pair: Pair, suspicious: npt.NDArray[np.int64
         upto = int(np.searchsorted(suspicious, high))
         begin = max(pair.first.start, low + OFFSETS[0])
         end = min(pair.first.stop, high + OFFSETS[-1])
+        left, right = max(pair.start, low - 1), min(pair.stop, high + 1)
         first = recorded.rows(pair.first, [(begin, end)])
-        second = recorded.rows(pair.second, [(low, high)])
+        second = recorded.rows(pair.second, [(left, right)])
         wanted = suspicious[at:upto]
+        at = upto
+        some = _stale(recorded, pair, first[left - begin : right - begin], second, suspicious, start=left)
+        if some:
+            stale += some
+            wanted = np.setdiff1d(wanted, np.concatenate([one.rows for one in some]))
+            if not len(wanted):
+                continue
+        second = second[low - left : high - left]
         for offset, rows in matches(first, second, wanted - low, ahead=low - begin).items():
             exact.setdefault(offset, []).append(rows + low)
+        for offset, hit in near_matches(recorded.spec, first, second, wanted - low, ahead=low - begin).items():
+            near.setdefault(offset, []).append(Near(hit.rows + low, hit.layers))
         start, stop = longest_run(wanted)
         inside = wanted[(wanted >= start) & (wanted < stop)]
         if stop - start >= _RUN and 5 * len(inside) >= 4 * (stop - start):
@@ -106,16 +125,66 @@ def explain(recorded: RecordedRows, pair: Pair, suspicious: npt.NDArray[np.int64
             if agreed.is_shifted or agreed.is_other:
                 offset = agreed.offset if agreed.is_shifted else 0
                 judged.setdefault(offset, []).append(_Judged(start, stop, agreed))
-        at = upto
-    copies = _copies(recorded, exact)
-    found = [_shifted(pair, offset, rows, judged.pop(offset, [])) for offset, rows in copies]
-    for offset, some in sorted(judged.items()):
-        found.append(_shifted(pair, offset, np.empty(0, np.int64), some) if offset else _other(pair, some))
+    copies = dict(_copies(recorded, exact))
+    found = []
+    for offset in [*copies, *sorted(near.keys() - copies.keys())]:
+        rows = copies.get(offset, np.empty(0, np.int64))
+        other = [some for place, some in copies.items() if place != offset]
+        close = _without(near.get(offset, []), np.concatenate([rows[:0], *other]))
+        if len(rows) or len(close.rows):
+            found.append(_shifted(recorded, pair, offset, rows, close, judged.pop(offset, [])))
+    nothing = np.empty(0, np.int64)
+    for offset, parts in sorted(judged.items()):
+        found.append(
+            _shifted(recorded, pair, offset, nothing, Near(nothing, nothing), parts) if offset else _other(pair, parts)
+        )
     if at == len(suspicious):
-        return Explained(found, pair.stop)
+        return Explained([*stale, *found], pair.stop)
     unseen = int(suspicious[at])
     what = f" (rows from {unseen} on were not looked at)"
-    return Explained([one._replace(what=one.what + what) for one in found], unseen)
+    return Explained([*stale, *(one._replace(what=one.what + what) for one in found)], unseen)
+
+
+def _stale(
+    recorded: RecordedRows,
+    pair: Pair,
+    first: RoutingArray,
+    second: RoutingArray,
+    suspicious: npt.NDArray[np.int64],
+    *,
+    start: int,
+) -> list[Explanation]:
+    """Stale rows of either recording; both are `[rows, L, K]` from `start` on. Equal tokens may route alike."""
+    marked = np.zeros(len(second), np.bool_)
+    inside = suspicious[(suspicious >= start) & (suspicious < start + len(second))]
+    marked[inside - start] = True
+    found = []
+    for side, other, rows, others in (
+        (pair.first, pair.second, first, second),
+        (pair.second, pair.first, second, first),
+    ):
+        for run in stale_runs(recorded.spec, rows, others, marked):
+            places = np.arange(start + run.start, start + run.stop)
+            tokens = recorded.token_ids(side)
+            if places[-1] >= len(tokens) or (tokens[places] == tokens[start + run.source]).any():
+                continue
+            are = "is" if len(places) == 1 else "are"
+            what = (
+                f"{_named(places)} of event {side.event} {are} its row {start + run.source} again, in all "
+                f"{recorded.spec.num_layers} layers, though the token is another one; event {other.event} has other "
+                f"rows there ({run.common:.0%} of experts in common): a stale row"
+            )
+            found.append(Explanation("repeated-rows", 0, places, what, "", event=side.event))
+    return found
+
+
+def _without(parts: Sequence[Near], rows: npt.NDArray[np.int64]) -> Near:
+    """All of them but these rows."""
+    nothing = np.empty(0, np.int64)
+    places = np.concatenate([nothing, *(part.rows for part in parts)])
+    layers = np.concatenate([nothing, *(part.layers for part in parts)])
+    kept = ~np.isin(places, rows)
+    return Near(places[kept], layers[kept])
 
 
 def _copies(
@@ -132,11 +201,28 @@ def _copies(
         left = {other: np.setdiff1d(some, rows, assume_unique=True) for other, some in left.items()}
 
 
-def _shifted(pair: Pair, offset: int, rows: npt.NDArray[np.int64], judged: Sequence[_Judged]) -> Explanation:
-    """Rows that equal others, rows that agree with others, or both."""
+def _shifted(
+    recorded: RecordedRows,
+    pair: Pair,
+    offset: int,
+    rows: npt.NDArray[np.int64],
+    near: Near,
+    judged: Sequence[_Judged],
+) -> Explanation:
+    """Rows that equal others in all layers, or in most, rows that agree with others, or several of these."""
     by = f"those {abs(offset)} {'later' if offset > 0 else 'earlier'} of event {pair.first.event}"
     said = []
-    if len(rows) == 1:
+    layers = recorded.spec.num_layers
+    only = np.setdiff1d(near.rows, rows)
+    if len(only):
+        equal = len(rows) * layers + int(near.layers[np.isin(near.rows, only)].sum())
+        rows = np.union1d(rows, only)
+        by = by if len(rows) > 1 else f"row {rows[0] + offset} of event {pair.first.event}"
+        said.append(
+            f"{_named(rows)} of event {pair.second.event} {'are' if len(rows) > 1 else 'is'} {by} in {equal} of "
+            f"{len(rows) * layers} cells"
+        )
+    elif len(rows) == 1:
         said.append(
             f"row {rows[0]} of event {pair.second.event} is row {rows[0] + offset} of event {pair.first.event} in all "
             "layers"

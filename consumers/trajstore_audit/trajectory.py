@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from trajstore.archive.verify.soundness import improbable_steps
 from trajstore.recorded import RecordedRows
 from trajstore_audit.load import choose_rows, count_experts
 from trajstore_audit.logprobs import compare_logprobs
-from trajstore_audit.looking import Look
+from trajstore_audit.looking import WHAT_TO_DO, Look
 from trajstore_audit.missing import missing_rows
 from trajstore_audit.one_pair import Change, PairOutcome, changes_outside, compare_pair
 from trajstore_audit.pairs import Pair, left_out, observation_pairs, same_conditions, segment_pairs, version_gap
@@ -197,7 +198,10 @@ class _Trajectory:
         count, change = outcome.differing, outcome.change
         found = explain(self.recorded, pair, outcome.suspicious) if len(outcome.suspicious) else None
         for one in found.explanations if found is not None else ():
-            self._name_fault(pair, one)
+            if one.kind == "repeated-rows":
+                self._name_stale(one)
+            else:
+                self._name_fault(pair, one)
         if not same_conditions(pair, self.recorded.history):
             return
         if found is not None and found.explanations:
@@ -206,6 +210,25 @@ class _Trajectory:
             count, change = changes_outside(self.recorded, pair, explained, offsets=offsets, unseen=found.unseen)
         if change is not None:
             self._find(self._unexpected(pair, change, count, outcome.cells))
+
+    def _name_stale(self, one: Explanation) -> None:
+        """Name stale rows once, unless they are so many that a look at the recording by itself told of them."""
+        long = len(one.rows) >= improbable_steps(self.recorded.spec, self.recorded.spec.num_layers)
+        known = self._named.get((one.kind, one.event), np.empty(0, np.int64))
+        if (long and self.look.has_told(one.kind, one.event)) or np.isin(one.rows, known).any():
+            return
+        self._named[one.kind, one.event] = np.union1d(known, one.rows)
+        self._find(
+            Finding(
+                kind=one.kind,
+                id=self.recorded.id,
+                group=self.recorded.history.opened.group,
+                event=one.event,
+                row=int(one.rows[0]),
+                what=one.what,
+                what_to_do=WHAT_TO_DO,
+            )
+        )
 
     def _name_fault(self, pair: Pair, one: Explanation) -> None:
         """Name the recording that is wrong, once: the pairs before and after it both show it."""

@@ -15,7 +15,7 @@ from trajstore.errors import Corrupt, NotFound, RoutingError, SchemaError, Seque
 from trajstore.events import FINAL_STATUSES
 from trajstore.reading import ALL_STATUSES, Archive
 from trajstore.ready import ReadyQueue
-from trajstore.standing import details, standing
+from trajstore.standing import standing, supersessions
 from trajstore.store import Store
 from trajstore.summary import Summary
 from trajstore_replay.advice import resuming, what_to_do
@@ -125,7 +125,7 @@ def _log(store: Archive, summary: Summary, where: str) -> Iterator[Finding]:
     last_good = ""
     advice = f"`trajstore events {where} {id}` shows what was recorded; until= loads an earlier state"
     try:
-        superseded = [one for one in details(store.plan(id).history) if "superseded" in one or "lost" in one]
+        superseded = list(supersessions(store.plan(id).history))
     except NotFound:
         return  # deleted or dropped meanwhile
     except SequenceGap as gap:

@@ -9,12 +9,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from trajstore.engine import Scored, Scorer
+from trajstore.engine import Scored, Scorer, require_recorded_routing
 from trajstore.errors import RoutingError, SchemaError
 from trajstore.events import EventId
 from trajstore.fold import Policy
 from trajstore.reading import Archive
-from trajstore.routing import RoutingArray
+from trajstore.routing import RoutingArray, RoutingSpec
 from trajstore.trajectory import Trajectory
 from trajstore_audit import differing_sets, order_changes
 from trajstore_replay.agreement import (
@@ -95,12 +95,16 @@ def rerun(
         NotFound, SequenceGap, Corrupt: as `store.load`.
         SchemaError: no tokens, rows that lie outside, a weight version that nothing was recorded under, or what the
             engine cannot score.
-        RoutingError: the engine's routing is of another shape than the record: another model.
+        Conflict: the engine's `routing_spec` is not what the trajectory records: another model.
+        RoutingError: the engine, which has no `routing_spec`, gave rows of another shape than the record.
     """
     if not tau > 1 or not tie_tolerance >= 0:
         raise SchemaError(f"tau must be above 1 and tie_tolerance not negative, not {tau} and {tie_tolerance}")
     trajectory = store.load(id, policy=policy, until=until)
     wanted = _wanted(trajectory, rows, weight_version)
+    model_routing: RoutingSpec | None = getattr(engine, "routing_spec", None)  # see `Scorer`
+    if model_routing is not None:
+        require_recorded_routing(trajectory.id, trajectory.routing, model_routing)
     start, stop, versions = wanted.start, wanted.stop, wanted.versions
     scored_at = scoring_temperatures(trajectory, temperature)
     length = len(trajectory)

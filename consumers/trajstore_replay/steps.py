@@ -54,11 +54,13 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         tokens: positions `[start, stop)` of the tokens that it brought, None for none.
         rewound: positions `[start, stop)` that left the trajectory, None for none.
+        lost: the segment that this event found unclosed and took over from, None for none.
         rows: rows whose recording is another than before; those of rewound positions are left out.
     """
 
     tokens: tuple[int, int] | None = None
     rewound: tuple[int, int] | None = None
+    lost: int | None = None
     rows: tuple[RowChange, ...] = ()
 
 
@@ -330,10 +332,20 @@ def _changes(before: Plan | None, after: Plan, event: Event) -> Changes:
         tokens = (header.base, header.base + header.context) if header.context else None
         rewound = (header.base, length) if header.base < length else None
         length = min(length, header.base)
+    lost = _lost(before, after)
     old = before.placements if before is not None else ()
     if old is after.placements:
-        return Changes(tokens=tokens, rewound=rewound)
-    return Changes(tokens=tokens, rewound=rewound, rows=tuple(_row_changes(old, after.placements, length)))
+        return Changes(tokens=tokens, rewound=rewound, lost=lost)
+    rows = tuple(_row_changes(old, after.placements, length))
+    return Changes(tokens=tokens, rewound=rewound, lost=lost, rows=rows)
+
+
+def _lost(before: Plan | None, after: Plan) -> int | None:
+    """The segment that was open, and is so no more without a close of its own."""
+    if before is None or not before.history.has_open_segment:
+        return None
+    index = len(before.history.segments) - 1
+    return index if after.history.segments[index].finish_reason == "lost" else None
 
 
 def _row_changes(old: Sequence[Placement], new: Sequence[Placement], length: int) -> Iterator[RowChange]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from trajstore import Conflict, NotFound, SchemaError, TrajectoryWriter
-from trajstore.engine import Scored
+from trajstore.engine import Scored, require_recorded_routing
 from trajstore.routing import RoutingArray
 from trajstore_transformers.forward import Forward
 from trajstore_transformers.recording import record_output
@@ -117,13 +116,7 @@ def resume(
     """
     if engine.has_unfinished_requests:
         raise Conflict("requests are in flight on this engine; bring them to their end before a trajectory is resumed")
-    if trajectory.routing is not None:
-        recorded = msgspec.structs.replace(trajectory.routing, order=engine.routing_spec.order)
-        if recorded != engine.routing_spec:
-            raise Conflict(
-                f"{trajectory.id} records {_brief(recorded)}; this model has {_brief(engine.routing_spec)}. Give the "
-                "model that the rollout began with"
-            )
+    require_recorded_routing(trajectory.id, trajectory.routing, engine.routing_spec)
     engine.add_request(trajectory.id, trajectory.token_ids, params)
     try:
         segment = trajectory.segment(
@@ -159,7 +152,3 @@ def _bar_in_terminals() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _brief(spec: object) -> str:
-    return ", ".join(f"{name}={getattr(spec, name)}" for name in ("layer_ids", "top_k", "num_experts"))

@@ -149,6 +149,9 @@ def next_commands(report: DemoReport, folder: Path) -> str:
         f"show {folder} {report.example}": "which segment won each routing row",
         f"show {folder} {report.example} --policy as_sampled": "the same, under the other policy",
         f"events {folder} {report.example}": "what was recorded, in order",
+        f"replay {folder} {report.example}": "the same step by step, with what each event changed",
+        f"why {folder} {report.example} --token -2": "who brought a token, and which recording gives its row",
+        f"audit {folder} --html {folder / 'demo' / 'audit.html'}": "how far routing drifted, as a page",
         f"ls {folder / 'archive'}": "from the archive alone, without a server",
     }
     width = max(map(len, commands))

@@ -197,6 +197,18 @@ def test_another_partys_logprobs_come_from_a_file(chain, durable, folder, tmp_pa
     assert found["f_1.25"] == 0
 
 
+def test_logprobs_of_other_trajectories_are_told_of(chain, durable, folder, tmp_path):
+    recorded = durable.load(chain).logprobs
+    given = tmp_path / "trainer.safetensors"
+    save_file({"another": recorded}, given)
+    result = invoke("audit", folder, "--logprobs", given)
+    assert result.exit_code == 0
+    assert f"{given} has no logprob of any sampled token that was audited (it names 1 " in result.stderr
+    assert "'another'" in result.stderr
+    save_file({"another": recorded, chain: recorded}, given)
+    assert "--logprobs" not in invoke("audit", folder, "--logprobs", given).stderr
+
+
 def test_a_sample_says_how_sure_it_is(durable, folder):
     for _ in range(12):
         record_seed_case(durable)
@@ -281,7 +293,8 @@ def test_what_is_not_there_or_not_ours_is_an_error(chain, folder, tmp_path):
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     (tmp_path / "noise").write_bytes(b"noise" * 100)
     for given, said in (
-        ((tmp_path / "typo",), "typo"),
+        ((tmp_path / "typo",), "typo does not exist (STORE is a Redis URL"),
+        ((tmp_path / "mine",), "neither store.json nor archive.json"),
         ((folder, "--id", "01UNKNOWN"), "01UNKNOWN"),
         ((folder, "--parquet", tmp_path / "mine"), "notes.txt"),
         ((folder, "--logprobs", tmp_path / "noise"), "no safetensors file"),

@@ -16,9 +16,9 @@ from click.testing import CliRunner
 
 import trajstore
 from tests.cli.running import environment, invoke, run
-from trajstore.cli.group import _LOADING, CommandGroup, _load
+from trajstore.cli.group import CommandGroup, _load
 from trajstore.cli.signals import exiting_on_sigterm, graceful_stop
-from trajstore.errors import Conflict, Fenced, NotFound, StoreFull
+from trajstore.errors import UNLOADABLE, Conflict, Fenced, NotFound, StoreFull
 
 COMMANDS = sorted(point.name for point in entry_points(group="trajstore.commands"))
 
@@ -100,7 +100,7 @@ def test_a_broken_command_says_why_when_called(others, name, why):
 
 
 def test_an_interrupt_while_a_command_loads_is_no_broken_command():
-    assert not issubclass(KeyboardInterrupt, _LOADING)
+    assert not issubclass(KeyboardInterrupt, UNLOADABLE)
     assert isinstance(_load(next(iter(entry_points(group="trajstore.commands", name="ls")))), click.Command)
 
 

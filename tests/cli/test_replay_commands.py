@@ -32,6 +32,18 @@ def failed(*arguments, code=1):
     return result.stderr
 
 
+def lost_and_gone_on_from(store):
+    """A trajectory whose first writer vanished, and whose second one went on where it stood."""
+    lost = store.create()
+    lost.segment(context=[1, 2]).tokens([3])
+    store.flush()
+    with store.get(lost.id).segment() as segment:
+        segment.tokens([4])
+        segment.close("stop")
+    store.flush()
+    return lost.id
+
+
 def test_replay_prints_every_step_once(seed, folder):
     page = invoke("replay", folder, seed).stdout
     assert re.findall(r"^ *\d+/11  (\S+)  (\w+)", page, re.MULTILINE) == [
@@ -102,15 +114,15 @@ def test_replay_in_a_terminal_goes_where_it_is_told(seed, folder):
         os.write(ours, text)
         return told.decode()
 
-    assert "2/11  2-0" in answer(b"2-0 > ", b"n\n")
-    assert "3/11  2-1" in answer(b"2-1 > ", b"g 3-2\n")
-    assert "instead of segment 0" in answer(b"3-2 > ", b"b\n")
-    assert "7/11  3-1" in answer(b"3-1 > ", b"g 9-9\n")
-    assert "no event 9-9" in answer(b"3-1 > ", b"nonsense\n")
-    assert "n next, b back" in answer(b"3-1 > ", b"s\n")
-    assert "test/1" in answer(b"3-1 > ", b"g 5-0\n")
-    answer(b"5-0 > ", b"\n")
-    assert "last event" in answer(b"5-0 > ", b"q\n")
+    assert "2/11  2-0" in answer(b"2-0 (n b g s q) > ", b"n\n")
+    assert "3/11  2-1" in answer(b"2-1 (n b g s q) > ", b"g 3-2\n")
+    assert "instead of segment 0" in answer(b"3-2 (n b g s q) > ", b"b\n")
+    assert "7/11  3-1" in answer(b"3-1 (n b g s q) > ", b"g 9-9\n")
+    assert "no event 9-9" in answer(b"3-1 (n b g s q) > ", b"nonsense\n")
+    assert "n next, b back" in answer(b"3-1 (n b g s q) > ", b"s\n")
+    assert "test/1" in answer(b"3-1 (n b g s q) > ", b"g 5-0\n")
+    answer(b"5-0 (n b g s q) > ", b"\n")
+    assert "last event" in answer(b"5-0 (n b g s q) > ", b"q\n")
     assert process.wait(20) == 0
     os.close(ours)
 
@@ -309,7 +321,7 @@ def test_ls_finds_lost_and_superseded_rollouts_and_says_why(durable, folder):
         "closed as aborted: it may be resumed",
     ]
     (one,) = document("ls", folder, "--superseded", "--why")
-    assert one["id"] == rewound.id
+    assert one["id"] == rewound.id  # the lost one was closed, not gone on from
     assert one["why"].split("; ") == [
         "segment 1 failed",
         "closed as failed, for good",
@@ -319,6 +331,57 @@ def test_ls_finds_lost_and_superseded_rollouts_and_says_why(durable, folder):
     assert "why" not in document("ls", folder)[0]
     assert "superseded: segment 1 began at 2" in invoke("ls", folder, "--why").stdout
     assert document("ls", folder, "--finish", "stop") == []
+
+
+def test_ls_and_doctor_mean_the_same_by_superseded(durable, folder):
+    id = lost_and_gone_on_from(durable)
+    assert [one["id"] for one in document("ls", folder, "--superseded")] == [id]
+    findings = json.loads(invoke("doctor", folder, "--json").stdout)
+    assert [one["trajectory"] for one in findings if one["kind"] == "superseded"] == [id]
+
+
+def test_ls_tells_who_takes_the_end_of_a_segment_for_a_status(durable, folder):
+    for end in ("lost", "abort"):
+        told = failed("ls", folder, "--status", end, code=2)
+        assert f"`trajstore ls --finish {end}` lists those" in " ".join(told.split())
+    assert "'nothing'" in failed("ls", folder, "--status", "nothing", code=2)
+
+
+def test_replay_says_which_event_found_a_segment_lost(durable, folder):
+    id = lost_and_gone_on_from(durable)
+    page = invoke("replay", folder, id).stdout
+    assert page.count("segment 0 was lost") == 1
+    assert "segment 0 was lost" in page.partition("  3-0  SegmentOpened")[2].partition("  3-1  Tokens")[0]
+    assert {one["event"]["id"]: one["changes"]["lost"] for one in document("replay", folder, id)} == {
+        "1-0": None,
+        "2-0": None,
+        "2-1": None,
+        "3-0": 0,
+        "3-1": None,
+        "3-2": None,
+    }
+
+
+@pytest.mark.parametrize("routing", [SPEC, None])
+def test_replay_of_a_long_trajectory_tells_its_runs_as_show_does(durable, folder, routing):
+    writer = durable.create(routing=routing)
+    with writer.segment(context=range(100)) as segment:
+        segment.tokens(range(1900))
+        if routing is not None:
+            segment.routing(rows(1999), start=0)
+        segment.close("abort")
+    with writer.segment() as segment:
+        segment.tokens(range(2))
+        segment.close("stop")
+    durable.flush()
+    page = invoke("replay", folder, writer.id).stdout
+    runs = re.findall(r"^  ((?:tokens|rows) of .*)$", page, re.MULTILINE)
+    shown = invoke("show", folder, writer.id).stdout
+    assert [re.sub(" +", " ", line) for line in runs] == [
+        "tokens of 0-1999 segment 0, 2000-2001 segment 1",
+        *(["rows of 0-1998 segment 0, 1999-2001 missing"] * (routing is not None)),
+    ]
+    assert all(re.sub(" +", " ", line) in re.sub(" +", " ", shown) for line in runs)
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -1,8 +1,12 @@
 """Commands find their servers, replies come in order, and nothing that may have run is sent again."""
 
+import contextlib
 import json
-from collections.abc import Callable
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.crc import key_slot
@@ -13,7 +17,9 @@ from tests.cli.running import invoke
 from tests.cluster.conftest import StartCluster
 from tests.cluster.nodes import Cluster, Node
 from tests.servers import free_port
+from tests.waiting import until
 from trajstore.archiver import Archiver
+from trajstore.health import ready
 from trajstore.log.cluster import ClusterWire, connect
 from trajstore.recovery import recover
 from trajstore.status import RunLook
@@ -135,6 +141,157 @@ def test_server_that_is_away_does_not_keep_new_entries_of_others_back(start_clus
         wire.call(*new, *(">" for _ in streams))
     with pytest.raises(trajstore.Unavailable):  # what a consumer has is told as a whole
         wire.call(*new, *("0" for _ in streams))
+
+
+def test_partition_that_a_server_has_lost_does_not_keep_what_others_gave_out_back(
+    cluster: Cluster, run_name: str
+) -> None:
+    wire = wire_to(cluster)
+    streams = [key_of(node, cluster, run_name) for node in cluster.nodes]
+    for stream in streams[1:]:
+        wire.call_all([("XGROUP", "CREATE", stream, "g", "0", "MKSTREAM"), ("XADD", stream, "1-0", "a", "b")])
+    new = ("XREADGROUP", "GROUP", "g", "c", "STREAMS", *streams)
+    assert [name.decode() for name, _ in wire.call(*new, *(">" for _ in streams))] == streams[1:]
+    with pytest.raises(trajstore.Unavailable, match="NOGROUP"):
+        wire.call(*new, *(">" for _ in streams))
+    with pytest.raises(trajstore.Unavailable, match="NOGROUP"):
+        wire.call(*new, *("0" for _ in streams))
+
+
+def test_what_an_exec_has_done_is_no_failure_though_the_server_goes_away(start_cluster: StartCluster) -> None:
+    cluster = start_cluster()
+    wire = wire_to(cluster)
+    key = key_of(cluster.nodes[1], cluster, "counted")
+    with wire.watching(key) as watch:
+        assert wire.transaction([("INCR", key)], watch=watch) == [1]
+        cluster.nodes[1].kill()
+    with pytest.raises(trajstore.Unavailable), wire.watching(key):
+        pass
+
+
+def test_replies_that_an_interrupted_caller_left_are_nobody_elses(
+    cluster: Cluster, run_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire = wire_to(cluster)
+    keys = [key_of(node, cluster, run_name) for node in cluster.nodes[:2]]
+    wire.call_all([("SET", key, key) for key in keys])
+    session = wire.session(keys=keys)
+    session.connect()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for exchange in (wire.exchange, session.exchange):
+        with monkeypatch.context() as patch:
+            patch.setattr("trajstore.log.cluster.receive", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                exchange([("GET", key) for key in keys])
+    assert wire.exchange([("STRLEN", key) for key in keys]) == [len(key) for key in keys]
+    assert not session.connected
+    session.connect()
+    assert session.exchange([("STRLEN", key) for key in keys]) == [len(key) for key in keys]
+    session.disconnect()
+
+
+@contextlib.contextmanager
+def hung_at(port: int) -> Iterator[socket.socket]:
+    """A server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        listener.setblocking(False)
+        yield listener
+
+
+def callers(listener: socket.socket) -> list[socket.socket]:
+    """Connections that were made since the last look."""
+    found = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            found.append(listener.accept()[0])
+    return found
+
+
+def replaced_by_its_replica(cluster: Cluster, master: Node) -> Node:
+    replica = cluster.add_replica(master)
+    master.kill()
+    cluster.until_promoted(replica)
+    return replica
+
+
+def test_replaced_master_that_hangs_is_asked_once_and_then_left_alone(
+    start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trajstore.log.cluster._PATIENCE", 0.5)
+    cluster = start_cluster()
+    wire = wire_to(cluster)
+    gone = cluster.nodes[0]  # the one of the URL, which has told who has what
+    keys = [key_of(node, cluster, "k") for node in cluster.nodes]
+    wire.call_all([("SET", key, key) for key in keys])
+    replica = replaced_by_its_replica(cluster, gone)
+    with hung_at(gone.port) as listener:
+        for _ in range(3):
+            assert {one.port for one in wire.servers()} == {node.port for node in (*cluster.nodes[1:3], replica)}
+        for key in keys * 2:
+            assert wire.call("GET", key) == key.encode()
+        lines = callers(listener)
+        for line in lines:
+            line.close()
+        assert len(lines) == 1
+
+
+def test_other_slots_do_not_wait_while_a_hung_server_is_asked_who_has_what(
+    start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trajstore.log.cluster._PATIENCE", 60.0)
+    cluster = start_cluster()
+    wire = wire_to(cluster, timeout=60.0)
+    healthy = key_of(cluster.nodes[1], cluster, "k")
+    wire.call("SET", healthy, 1)
+    gone = cluster.nodes[0]
+    replica = replaced_by_its_replica(cluster, gone)
+    found: list[set[int]] = []
+    with hung_at(gone.port) as listener:
+        looking = threading.Thread(target=lambda: found.append({one.port for one in wire.servers()}))
+        looking.start()
+        lines: list[socket.socket] = []
+        until(lambda: bool(lines.extend(callers(listener)) or lines), seconds=20)
+        assert wire.call("GET", healthy) == b"1"
+        assert looking.is_alive()
+        for line in lines:
+            line.close()
+        looking.join(60.0)
+    assert found == [{node.port for node in (*cluster.nodes[1:3], replica)}]
+
+
+def test_server_that_has_left_the_cluster_is_not_believed(start_cluster: StartCluster) -> None:
+    cluster = start_cluster()
+    wire = wire_to(cluster)
+    gone = cluster.nodes[0]
+    keys = [key_of(node, cluster, "k") for node in cluster.nodes]
+    wire.call_all([("SET", key, key) for key in keys])
+    replica = cluster.add_replica(gone)
+    replica.ask("CLUSTER", "FAILOVER", "TAKEOVER")
+    cluster.until_promoted(replica)
+    until(lambda: "role:slave" in gone.ask("INFO", "replication"), seconds=20)
+    name = gone.id
+    for node in cluster.nodes:
+        if node is not gone:
+            node.ask("CLUSTER", "FORGET", name)
+    gone.ask("CLUSTER", "RESET", "SOFT")
+    assert gone.ask("CLUSTER", "SLOTS") == "[]"
+    for _ in range(2):
+        assert {one.port for one in wire.servers()} == {node.port for node in (*cluster.nodes[1:3], replica)}
+        assert wire.fetch(keys, lambda value: value.read()) == [key.encode() for key in keys]
+
+
+def test_store_is_not_ready_while_any_master_is_away(start_cluster: StartCluster, open_at: OpenAt) -> None:
+    cluster = start_cluster(**{"cluster-require-full-coverage": "no"})
+    for node in cluster.nodes:
+        store = open_at(cluster, timeout=2.0)
+        assert ready(store, seconds=30.0)().status == 200
+        node.kill()
+        assert ready(store, seconds=30.0)().status == 503
+        node.start()
+        cluster.until_well()
 
 
 def test_waiting_for_several_slots_ends_with_the_first_entry(cluster: Cluster, run_name: str) -> None:

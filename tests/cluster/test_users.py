@@ -45,6 +45,13 @@ def test_user_who_may_not_ask_where_slots_are_is_told_so(guarded: Cluster, run_n
         trajstore.open(as_user(guarded, run_name, "reader", RULES["reader"]), timeout=5.0)
 
 
+def test_user_who_may_not_look_at_the_server_is_told_so(guarded: Cluster, run_name: str, tmp_path: Path) -> None:
+    begin(guarded.url(run_name), tmp_path / "archive", 10.0)
+    rights = [*RULES["reader"], *FURTHER, "-info"]
+    with pytest.raises(trajstore.Unavailable, match=r"refused INFO.*ACL"):
+        trajstore.open(as_user(guarded, run_name, "reader", rights), timeout=5.0)
+
+
 def test_user_needs_asking_while_a_slot_is_on_its_way(guarded: Cluster, run_name: str, tmp_path: Path) -> None:
     begin(guarded.url(run_name), tmp_path / "archive", 10.0)
     with trajstore.open(guarded.url(run_name)) as store:

@@ -59,7 +59,7 @@ def place(tmp_path, monkeypatch):
             first = real(200 * i, 100)
             second = drifted(first, 0.1, seed=i)
             if i % 5 == 0:
-                second[50] = first[51]
+                second[50] = first[52]
             trajectory = record(store, (first, 0), (second, 0), group=f"g{i % 3}")
             trajectory.close("completed")
         store.flush()

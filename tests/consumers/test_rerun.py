@@ -3,6 +3,7 @@
 import json
 import re
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ import trajstore  # noqa: E402
 from tests.builders import SPEC, rows  # noqa: E402
 from tests.cli.running import invoke  # noqa: E402
 from tests.consumers.replayed import PROMPT, aborted_rollout, model_of, save_models  # noqa: E402
-from tests.engines.models import plain_forward  # noqa: E402
+from tests.engines.models import plain_forward, tiny_model  # noqa: E402
 from trajstore.archiver import Archiver  # noqa: E402
 from trajstore.engine import Scored  # noqa: E402
 from trajstore_replay import rerun, resume, write_rerun  # noqa: E402
@@ -137,6 +138,35 @@ def test_a_bare_archive_is_rerun_as_its_store_is(embedded, mixed, tmp_path):
     archive = trajstore.open_archive(tmp_path / "store")
     with TransformersEngine(model_of("v1")) as engine:
         assert rerun(archive, mixed, engine).agreement == rerun(embedded, mixed, engine).agreement
+
+
+def test_a_model_that_routes_otherwise_is_refused_before_its_tokens_are_read(embedded, recorded):
+    """As many layers that route, and as many experts per token, make rows of the same shape: of other layers."""
+    mine = Says(experts=rows(7, 1))
+    mine.routing_spec = msgspec.structs.replace(SPEC, order="sorted")
+    assert rerun(embedded, recorded, mine).agreement.routing[0].differing == 0
+    asked = len(mine.asked)
+    for changed in (
+        {"layer_ids": (0, 1, 3), "num_hidden_layers": 4},
+        {"num_hidden_layers": 4},
+        {"num_experts": SPEC.num_experts + 1},
+        {"top_k": SPEC.top_k + 1},
+    ):
+        mine.routing_spec = msgspec.structs.replace(SPEC, **changed)
+        with pytest.raises(trajstore.Conflict, match="Give the model that the rollout began with") as refused:
+            rerun(embedded, recorded, mine)
+        model = str(refused.value).partition("this model has ")[2]
+        assert all(f"{name}={value}" in model for name, value in changed.items())
+    assert len(mine.asked) == asked
+
+
+def test_rerun_refuses_a_model_whose_other_layers_route(embedded, tmp_path):
+    id = aborted_rollout(embedded)
+    tiny_model("qwen3_moe", dtype=torch.float32, num_hidden_layers=2).save_pretrained(tmp_path / "other")
+    result = invoke("rerun", tmp_path / "store", id, "--model", tmp_path / "other")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "records layer_ids=(1, 3)" in result.stderr
+    assert "this model has layer_ids=(0, 1)" in result.stderr
 
 
 def test_anything_with_score_serves_and_gets_tokens_and_temperatures(embedded, recorded):

@@ -9,10 +9,12 @@ import sys
 import threading
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 import trajstore
+from trajstore_demo.report import DemoReport, next_commands
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(600)]
 
@@ -75,6 +77,18 @@ def test_drift_of_the_main_job_is_what_the_recordings_say(finished):
     assert report["drift"]["rows"] == rows.tolist()
     assert report["drift"]["differing"] == differing.tolist()
     assert differing.sum() > 0, "weights changed, so some routing must have"
+
+
+def test_every_command_that_the_demo_names_works(finished):
+    folder, report = finished
+    _, *lines = next_commands(msgspec.convert(report, DemoReport, strict=False), folder).splitlines()
+    told = [line.partition("[dim]")[0].split()[1:] for line in lines]
+    assert {command for command, *_ in told} == {"ls", "show", "events", "replay", "why", "audit"}
+    for arguments in told:
+        command = [sys.executable, "-m", "trajstore", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, (arguments, done.stderr)
+    assert "<html" in (folder / "demo" / "audit.html").read_text()
 
 
 def test_no_process_is_left_behind(finished):

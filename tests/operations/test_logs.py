@@ -13,7 +13,7 @@ import pytest
 import trajstore
 from tests.cli.running import ended, run, started, until
 from tests.consumers.rollouts import finish
-from trajstore.cli.logs import FIELDS, json_line
+from trajstore.cli.logs import FIELDS, JsonLines, json_line
 
 ROOT = Path(trajstore.__file__).parent.parent
 PAGE = (ROOT / "docs" / "operations.md").read_text()
@@ -75,6 +75,23 @@ def test_a_line_with_an_exception_is_still_one_line():
         record = logging.getLogger("x").makeRecord("x", 40, "f", 1, "m", (), sys.exc_info())
     assert json_line(record)["event"] == "message"
     assert "ValueError: a\nb" in json_line(record)["exception"]
+
+
+def test_a_name_that_is_no_utf_8_is_written_with_its_bytes_escaped(capsys):
+    handler = JsonLines()
+    handler.run = "run-\udcff"
+    handler.handle(logging.makeLogRecord({"msg": "cannot read %s", "args": ("exp\udce9",), "account": {"a\udc80": 1}}))
+    (line,) = lines(capsys.readouterr().err)
+    assert (line["message"], line["run"]) == ("cannot read exp\\udce9", "run-\\udcff")
+    assert line["account"] == {"a\\udc80": 1}
+
+
+@pytest.mark.parametrize(
+    "record", [{"msg": "%d", "args": ("no number",)}, {"msg": "x", "account": {(1, 2): 1, None: 2}}]
+)
+def test_a_line_that_cannot_be_written_ends_nobody(capsys, record):
+    JsonLines().handle(logging.makeLogRecord(record))
+    assert "--- Logging error ---" in capsys.readouterr().err
 
 
 def lines(text: str) -> list[dict[str, object]]:

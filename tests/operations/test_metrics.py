@@ -209,6 +209,14 @@ def test_a_run_whose_server_is_away_is_down_and_shows_nothing_else(own_server, r
         assert shown(RunLook(store)) == {f"trajstore_run_up{{run={run_name}}}": 0}
 
 
+def test_a_scrape_of_a_server_that_hangs_says_that_it_is_down(own_server, run_name, monkeypatch):
+    monkeypatch.setattr(metrics, "_LOOK_SECONDS", 0.05)
+    with trajstore.open(own_server.url(run_name), partitions=1, timeout=20.0) as store:
+        own_server.pause()
+        assert shown(RunLook(store)) == {f"trajstore_run_up{{run={run_name}}}": 0}
+        own_server.resume()
+
+
 def test_the_library_does_without_prometheus_client():
     code = (
         "import sys; sys.modules['prometheus_client'] = None\n"

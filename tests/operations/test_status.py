@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import threading
 
 import msgspec
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 import trajstore
 from tests.cli.running import ended, invoke, started, until
 from tests.consumers.rollouts import finish, materialize
+from tests.operations.exposed import shown
 from tests.operations.http import get, said_address
 from tests.operations.terminal import terminal
 from trajstore.archiver import Archiver
@@ -109,13 +111,51 @@ def test_an_archive_that_cannot_be_looked_at_hides_nothing_else(store, tmp_path)
     assert "00000001.json" in drawn(found, 120)
 
 
-def test_a_look_does_not_queue_behind_one_that_hangs(own_server, run_name, monkeypatch):
-    monkeypatch.setattr("trajstore.status._PATIENCE", 0.01)
-    with trajstore.open(own_server.url(run_name), partitions=1) as store:
+def test_an_archive_that_is_gone_is_no_archive_without_packs(durable, folder):
+    finish(durable)
+    Archiver(durable, grace_seconds=0.0).run(once=True)
+    (folder / "archive").rename(folder / "elsewhere")
+    found = measure_status(durable)
+    assert (found.archive.packs, "no archive in" in found.archive.problem) == (0, True)
+    assert shown(RunLook(durable))["trajstore_run_archive_up{run=main}"] == 0
+
+
+def test_a_lost_partition_hides_nothing_else(store):
+    for _ in range(8):
+        finish(store)
+    store.wire.call("UNLINK", store.keys.lease(1))
+    store.wire.call("UNLINK", store.keys.feed(1))
+    found = measure_status(store)
+    assert [lease.lost for lease in found.leases] == [False, True]
+    assert list(group(found.feed, ARCHIVER).by_partition) == [0]
+    assert shown(RunLook(store))[f"trajstore_run_partitions_lost{{run={store.run}}}"] == 1
+    text = drawn(found, 120)
+    assert re.search(r"^ +1 .* lost +-$", text, re.MULTILINE)
+    assert "1 lost: stop what works on the run" in text
+
+
+def test_looks_at_a_server_that_hangs_end_in_time_and_hold_one_thread(own_server, run_name):
+    with trajstore.open(own_server.url(run_name), partitions=1, timeout=20.0) as store:
         look = RunLook(store)
-        with look._looking, pytest.raises(Unavailable, match="the look before this one"):
-            look.look()
+        assert look.look(seconds=20.0).backlog is not None
+        own_server.pause()
+        before = threading.active_count()
+        for _ in range(5):
+            with pytest.raises(Unavailable, match=r"did not answer a look at the run within 0\.05 s"):
+                look.look(seconds=0.05)
+        assert threading.active_count() == before + 1
+        own_server.resume()
         assert look.look().run == run_name
+
+
+def test_a_backlog_that_takes_long_is_told_when_it_is_there(store, monkeypatch):
+    finish(store)
+    gate, measure = threading.Event(), store.backlog
+    monkeypatch.setattr(store, "backlog", lambda: gate.wait(20) and measure())
+    look = RunLook(store)
+    assert look.look(seconds=0.5).backlog is None
+    gate.set()
+    assert look.look().backlog.trajectories == 1
 
 
 def test_rates_are_what_came_between_two_looks():
@@ -129,6 +169,12 @@ def test_a_server_that_was_started_anew_gives_no_rates():
     before, now = made(time=100.0, hints=10), made(time=104.0, hints=30)
     restarted = msgspec.structs.replace(now, server=msgspec.structs.replace(now.server, uptime=1))
     assert Rates.between(before, restarted) == Rates()
+
+
+def test_figures_of_another_server_give_no_rates_but_those_of_the_run():
+    before, now = made(time=100.0, hints=10), made(time=104.0, hints=30)
+    other = msgspec.structs.replace(now, server=msgspec.structs.replace(now.server, run_id="b", commands=400))
+    assert Rates.between(before, other) == Rates(hints=5.0, published=0.0)
 
 
 def test_consumers_of_one_place_are_one():

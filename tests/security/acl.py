@@ -89,6 +89,7 @@ def recorded(server: RealServer) -> "Iterator[Callable[[], list[list[bytes]]]]":
                 found.append(arguments)
             raise AssertionError("the server ended")
 
+        commands()  # the first are how its own connection introduces itself
         yield commands
 
 

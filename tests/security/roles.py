@@ -14,6 +14,7 @@ import pytest
 import trajstore
 from tests.builders import SPEC, rows
 from trajstore.archive.upkeep.retention import free_dropped, still_hot
+from trajstore.archive.verify.verify import verify
 from trajstore.archiver import Archiver
 from trajstore.log.feed import FeedTail
 from trajstore.materializer import Materializer
@@ -49,6 +50,8 @@ def fill(url: str) -> None:
         _finish(store, id="single")
         Materializer(store).run(once=True)
         store.wire.call("UNLINK", store.keys.ready_payload("single", 1))  # as after its time: readers fold it again
+        _finish(store, id="unseen")
+        Archiver(store, grace_seconds=0.0).run(once=True)  # out of the hot log before it was published
         _finish(store, id="a", group="g1", group_size=2)
         _finish(store, id="b", group="g1", group_size=2, status="aborted")
         _finish(store, id="alone", group="g3", group_size=2)
@@ -104,10 +107,10 @@ def _archive(url: str, timeout: float) -> None:
 
 
 def _materialize(url: str, timeout: float) -> None:
-    """A materializer: publishes a whole group and one that waits in vain, clears away what was deleted."""
+    """A materializer: publishes what is whole, a group that waits in vain, clears away what was deleted."""
     with trajstore.open(url, create=False, timeout=timeout) as store:
         done = Materializer(store, group_seconds=0.0).run(once=True)
-        assert (done.refused, done.groups) == (0, 2)
+        assert (done.refused, done.groups) == (0, 3)
 
 
 def _train(url: str, timeout: float) -> None:
@@ -143,15 +146,16 @@ def _look(url: str, timeout: float) -> None:
 
 
 def _administer(url: str, timeout: float) -> None:
-    """Whoever begins runs, deletes, frees what retention has dropped, and mends what was lost."""
+    """Whoever begins runs, deletes, frees what retention has dropped, verifies, and mends what was lost."""
     with trajstore.open(url, create=False, ack="fsync", timeout=timeout) as store:
         store.delete("a")
         assert store.delete(group="g0") == 2
         assert store.archive is not None
-        assert store.load("single").status == "completed"
+        assert store.load("alone").status == "completed"
         store.repair_summary("nobody")  # one whose trajectory is gone
         assert still_hot(store.wire, store.keys)(["left"]) == {"left"}
         assert free_dropped(store.wire, store.keys, store.hot, store.archive.manifest(0), 0) == []
+        assert [one.severity for one in verify(store) if one.severity != "information"] == []
     assert recover(url, timeout=timeout).summaries
 
 

@@ -13,7 +13,9 @@ from tests.servers import RealServer, binary_of, running
 pytestmark = pytest.mark.torch
 
 SELDOM = {
-    "archiver": {"+persist", "+xlen"},  # a note that comes while keys are about to go; a trajectory only created
+    "producer": {"+unwatch"},  # another was first, which is seen before anything is sent
+    "archiver": {"+persist", "+xlen", "+unwatch"},  # a note that comes while keys are about to go; one only created
+    "admin": {"+unwatch"},
 }
 """Rights that a race or a long time brings into use, and no act."""
 

@@ -70,9 +70,12 @@ class JsonLines(logging.Handler):
     run: str | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = json_line(record) | ({} if self.run is None else {"run": self.run})
-        sys.stderr.write(msgspec.json.encode(line, enc_hook=str).decode() + "\n")
-        sys.stderr.flush()
+        try:
+            line = json_line(record) | ({} if self.run is None else {"run": self.run})
+            sys.stderr.write(msgspec.json.encode(_encodable(line), enc_hook=str).decode() + "\n")
+            sys.stderr.flush()
+        except (ValueError, TypeError, LookupError, OSError, msgspec.MsgspecError):  # a line must not end a worker
+            self.handleError(record)
 
 
 def json_line(record: logging.LogRecord) -> dict[str, Any]:
@@ -89,3 +92,16 @@ def json_line(record: logging.LogRecord) -> dict[str, Any]:
     if record.exc_info and record.exc_info[0] is not None:
         line["exception"] = logging.Formatter().formatException(record.exc_info)
     return line
+
+
+def _encodable(value: Any) -> Any:
+    """The same without lone surrogates, which stand for the bytes of a name that is no UTF-8: `\\udcff` is written."""
+    match value:
+        case str():
+            return value.encode("utf-8", "backslashreplace").decode()
+        case dict():
+            return {_encodable(name): _encodable(one) for name, one in value.items()}
+        case list() | tuple():
+            return [_encodable(one) for one in value]
+        case _:
+            return value

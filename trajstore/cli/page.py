@@ -20,6 +20,7 @@ __all__ = [
     "positions",
     "runs",
     "segment_row",
+    "segment_runs",
     "strips",
     "token_runs",
 ]
@@ -100,16 +101,27 @@ def token_runs(trajectory: Trajectory) -> list[tuple[str, str]]:
     by_weights: dict[str, int] = {}
     index = np.array([by_weights.setdefault(one.weight_version, len(by_weights)) for one in segments] + [-1], np.int32)
     versions, routed_by = trajectory.weight_versions, list(by_weights)
+    tokens_of, rows_of = segment_runs(trajectory.segment_ids, source)
     lines = [
-        ("tokens of", _runs_text(trajectory.segment_ids, lambda i: f"segment {i}")),
+        tokens_of,
         ("sampled by", _runs_text(trajectory.weight_version_ids, lambda i: versions[i] or "unnamed weights", none="")),
     ]
     if trajectory.routing is not None:
         lines += [
-            ("rows of", _runs_text(source, lambda i: f"segment {i}", none="missing")),
+            rows_of,
             ("rows under", _runs_text(index[source], lambda i: routed_by[i] or "unnamed weights", none="missing")),
         ]
     return lines
+
+
+def segment_runs(
+    segment_ids: npt.NDArray[np.int16], routing_source: npt.NDArray[np.int16]
+) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Of `token_runs`, who brought the tokens and who won the rows, from the two arrays `[T]` alone."""
+    return (
+        ("tokens of", _runs_text(segment_ids, lambda i: f"segment {i}")),
+        ("rows of", _runs_text(routing_source, lambda i: f"segment {i}", none="missing")),
+    )
 
 
 def strips(trajectory: Trajectory, width: int) -> list[Strip]:

@@ -12,6 +12,7 @@ from trajstore.cli.page import SEGMENT_COLUMNS, header_fields, segment_row, stri
 from trajstore.cli.place import Place, open_reading, open_run, place_argument, store_argument
 from trajstore.cli.seconds import SECONDS
 from trajstore.cli.signals import graceful_stop
+from trajstore.cli.statuses import ENDS, StatusChoice
 from trajstore.cli.strips import print_strips, strip_width
 from trajstore.cli.terminal import (
     STATUS_STYLES,
@@ -24,10 +25,10 @@ from trajstore.cli.terminal import (
 )
 from trajstore.entries import Event
 from trajstore.errors import Corrupt, NotFound, RoutingError, SchemaError, SequenceGap
-from trajstore.events import FINISH_REASONS, UnknownEvent
+from trajstore.events import UnknownEvent
 from trajstore.fold import POLICIES, Policy
 from trajstore.reading import ALL_STATUSES, Archive
-from trajstore.standing import details, standing
+from trajstore.standing import details, standing, supersessions
 from trajstore.summary import Summary
 from trajstore.trajectory import Trajectory
 
@@ -43,16 +44,20 @@ _LS_COLUMNS = ("id", "status", "group", "segments", "tokens", "rows", "reward", 
 
 @click.command()
 @store_argument
-@click.option("--status", multiple=True, type=click.Choice(ALL_STATUSES), help="Only these; repeatable.")
+@click.option("--status", multiple=True, type=StatusChoice(ALL_STATUSES), help="Only these; repeatable.")
 @click.option("--group", help="Only members of this group.")
 @click.option("--mixed", is_flag=True, help="Only those with a segment that more than one weight version sampled.")
 @click.option(
     "--finish",
     multiple=True,
-    type=click.Choice((*FINISH_REASONS, "lost")),
+    type=click.Choice(ENDS),
     help="Only those whose last segment ended so; lost: its writer vanished. Repeatable.",
 )
-@click.option("--superseded", is_flag=True, help="Only those with tokens that a later segment rewound; reads headers.")
+@click.option(
+    "--superseded",
+    is_flag=True,
+    help="Only those with rewound tokens, or a lost segment that was gone on from; reads headers.",
+)
 @click.option("--why", "explained", is_flag=True, help="Also say why each stands as it does; reads headers.")
 @_as_json
 def ls(
@@ -183,12 +188,11 @@ def tail(store: str, count: int | None, seconds: float | None, from_start: bool,
 
 
 def _is_superseded(archive: Archive, summary: Summary) -> bool:
-    """It has tokens that left it. What cannot be folded has none that can be told."""
+    """It has tokens that left it, or a lost segment that was gone on from. What cannot be folded tells of neither."""
     try:
-        segments = archive.plan(summary.id).history.segments
+        return any(supersessions(archive.plan(summary.id).history))
     except _UNFOLDED:
         return False
-    return any(segment.kept < segment.end for segment in segments)
 
 
 def _reason(archive: Archive, summary: Summary) -> str:

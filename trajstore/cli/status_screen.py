@@ -12,7 +12,7 @@ from rich.text import Text
 from trajstore.cli.terminal import local_time, plain
 from trajstore.log.feed import ARCHIVER
 from trajstore.log.wire import FULL_AT
-from trajstore.status import ConsumerStanding, GroupStanding, Rates, RunStatus, by_slot
+from trajstore.status import ConsumerStanding, GroupStanding, LeaseStanding, Rates, RunStatus, by_slot
 from trajstore_replay.ages import told
 
 __all__ = ["screen"]
@@ -175,6 +175,9 @@ def _archive(status: RunStatus) -> Text:
     text = Text(f"{archive.packs:,} packs{newest}; ")
     all_held = held == len(status.leases)
     text.append(f"{held} of {len(status.leases)} partitions have an archiver", "" if all_held else "yellow")
+    lost = sum(lease.lost for lease in status.leases)
+    if lost:
+        text.append(f", {lost} lost: stop what works on the run, then `trajstore rebuild`", "bold red")
     return text
 
 
@@ -223,7 +226,7 @@ def _consumers(status: RunStatus) -> list[_Cells]:
 
 
 def _partitions(status: RunStatus) -> list[_Cells]:
-    """The longest waiting first; those of which there is nothing to tell are left out."""
+    """Those that are lost, then the longest waiting; those of which there is nothing to tell are left out."""
     materialized = {group.name: group.by_partition for group in status.feed if group.name != ARCHIVER}
     archived = next((group.by_partition for group in status.feed if group.name == ARCHIVER), {})
     found = []
@@ -234,7 +237,8 @@ def _partitions(status: RunStatus) -> list[_Cells]:
         to_fold = sum(group.get(number, (0, 0, 0.0))[0] for group in materialized.values())
         ready = sum(group.by_partition.get(number, (0, 0, 0.0))[0] for group in status.ready)
         packs = status.archive.by_partition[number] if status.archive.by_partition else 0
-        if not (seconds or to_fold or ready or packs or lease.holder or (backlog and backlog.trajectories)):
+        stands = lease.holder or lease.lost or (backlog and backlog.trajectories)
+        if not (seconds or to_fold or ready or packs or stands):
             continue
         cells = (
             Text(str(number)),
@@ -244,11 +248,18 @@ def _partitions(status: RunStatus) -> list[_Cells]:
             Text(f"{to_fold:,}"),
             Text(f"{ready:,}"),
             Text(f"{packs:,}"),
-            Text(plain(_short(lease.holder))) if lease.holder else Text("none", "yellow"),
+            _holder(lease),
             _age(lease.silent, late=_LEASE) if lease.holder else Text("-"),
         )
-        found.append((-seconds, -(backlog.nbytes if backlog is not None else 0), number, cells))
-    return [cells for *_, cells in sorted(found, key=lambda each: each[:3])]
+        nbytes = backlog.nbytes if backlog is not None else 0
+        found.append((not lease.lost, -seconds, -nbytes, number, cells))
+    return [cells for *_, cells in sorted(found, key=lambda each: each[:4])]
+
+
+def _holder(lease: LeaseStanding) -> Text:
+    if lease.lost:
+        return Text("lost", "bold red")
+    return Text(plain(_short(lease.holder))) if lease.holder else Text("none", "yellow")
 
 
 def _some(

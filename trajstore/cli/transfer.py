@@ -12,6 +12,7 @@ from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.transfer.copies import Transferred
 from trajstore.cli.damage import Damage
 from trajstore.cli.place import is_archive, open_run
+from trajstore.cli.statuses import StatusChoice
 from trajstore.cli.terminal import diagnostics, plain, print_json, say
 from trajstore.errors import NotFound
 from trajstore.events import CLOSED_STATUSES
@@ -34,7 +35,7 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="The account as 
     "--status",
     "statuses",
     multiple=True,
-    type=click.Choice(("open", *CLOSED_STATUSES)),
+    type=StatusChoice(("open", *CLOSED_STATUSES)),
     help="Only trajectories of this status; may be repeated.",
 )
 @click.option("--no-check", is_flag=True, help="Do not compare the folds of source and copy.")

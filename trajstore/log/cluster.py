@@ -37,6 +37,9 @@ _PAUSE = 0.05
 _QUIET = 1.0
 """Seconds of silence after which a session looks whether its servers are what they were: two failovers take longer."""
 
+_PATIENCE = 2.0
+"""Seconds that a server gets to say who has which slots, before the next one is asked."""
+
 _KEYLESS = ("PING", "INFO", "CONFIG", "TIME", "SCAN", "EXEC")
 _UNSETTLED = (AskError, ClusterError, TryAgainError)  # MOVED is an ASK, CLUSTERDOWN and MASTERDOWN are ClusterErrors
 
@@ -104,7 +107,8 @@ def connect(url: str, *, timeout: float) -> Wire:
 
     Raises:
         SchemaError: no such URL.
-        Unavailable: no server answers; one that loads its log is waited for.
+        Unavailable: no server answers; one that loads its log is waited for. Or it is a cluster's, and the user may not
+            ask for INFO.
     """
     seeds = [Wire.to_url(one, timeout=timeout) for one in _each_server(url)]
     trouble: Unavailable | None = None
@@ -116,6 +120,8 @@ def connect(url: str, *, timeout: float) -> Wire:
         except Unavailable as error:
             trouble = error
             continue
+        if isinstance(told, redis.ResponseError) and isinstance(seed.exchange([("CLUSTER", "SLOTS")])[0], list):
+            raise translate(told, "INFO")  # what a session looks at to know a server that was replaced meanwhile
         if isinstance(told, bytes) and info_fields(told).get("cluster_enabled") == "1":
             if url.startswith("unix:"):
                 raise SchemaError(f"{describe_url(url)} belongs to a cluster, which is reached by redis://HOST:PORT")
@@ -139,12 +145,14 @@ class ClusterWire(Wire):
 
     def __init__(self, seeds: Sequence[Wire], *, timeout: float) -> None:
         self.timeout = timeout
-        self._seeds = list(seeds)
-        self._lock = threading.Lock()
+        self._seeds = {Address(seed.host, seed.port): seed for seed in seeds}
+        self._lock = threading.Lock()  # never held while a server is asked
         self._nodes: dict[Address, Wire] = {}
-        self._owners: list[Address | None] = []  # by slot
-        self._suspect: Address | None = None
-        self._stale = True
+        self._owners: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        self._asking = threading.Lock()  # one thread looks who has what
+        self._begun = self._learned = 0  # numbers of the newest look, and of the newest that was answered
+        self._teller: Address | None = None  # answered that one
+        self._suspects: dict[Address, int] = {}  # by the look that their slots need
 
     # Who has what
 
@@ -155,8 +163,10 @@ class ClusterWire(Wire):
             Unavailable: none has it, or no server tells.
         """
         with self._lock:
-            if self._stale:
-                self._refresh()
+            owner = self._owners[slot]
+            needed = self._begun + 1 if owner is None else self._suspects.get(owner, 0)
+        if self._learned < needed:
+            self._learn(needed)
             owner = self._owners[slot]
         if owner is None:
             raise Unavailable(f"no server of the cluster has slot {slot}; assign it, or bring its server back")
@@ -165,7 +175,9 @@ class ClusterWire(Wire):
     def node(self, address: Address) -> Wire:
         """Connections to one server."""
         with self._lock:
-            return self._node(address)
+            if address not in self._nodes:
+                self._nodes[address] = self._beside(address)
+            return self._nodes[address]
 
     def at(self, key: str) -> Wire:
         """The server that has a key."""
@@ -177,38 +189,92 @@ class ClusterWire(Wire):
         Raises:
             Unavailable: no server tells.
         """
-        with self._lock:
-            self._refresh()
-            return [self._node(address) for address in sorted({one for one in self._owners if one is not None})]
+        self._learn(self._begun + 1)
+        return [self.node(address) for address in sorted(_known(self._owners))]
 
     def suspect(self, address: Address) -> None:
-        """A server does not answer: before the next command, another one is asked who has its slots now."""
+        """A server does not answer: before a command goes to one of its slots, another is asked who has them now."""
         with self._lock:
-            self._suspect, self._stale = address, True
+            self._suspects[address] = self._begun + 1
 
     def _follow(self, moved: MovedError, said_by: Address) -> None:
         """The slot is another's. Whoever says so knows better than what was learned before."""
         with self._lock:
             self._owners[moved.slot_id] = Address(moved.host or said_by.host, moved.port)
 
-    def _node(self, address: Address) -> Wire:
-        if address not in self._nodes:
-            self._nodes[address] = self._seeds[0].beside(*address)
-        return self._nodes[address]
+    def _beside(self, address: Address) -> Wire:
+        return next(iter(self._seeds.values())).beside(*address)
 
-    def _refresh(self) -> None:
-        known = sorted(self._nodes, key=lambda address: address == self._suspect)
-        trouble = Unavailable("no server of the cluster answers")
-        for node in (*(self._nodes[address] for address in known), *self._seeds):
+    def _learn(self, needed: int) -> None:
+        """Look who has what, unless another thread has done so meanwhile.
+
+        Args:
+            needed: number of the look that will do; a later one, too.
+
+        Raises:
+            Unavailable: no server tells, or another thread is still asking.
+        """
+        if not self._asking.acquire(timeout=self.timeout):
+            raise Unavailable(f"no server of the cluster has told within {self.timeout:g} s who has its slots")
+        try:
+            if self._learned >= needed:
+                return
+            with self._lock:
+                self._begun += 1
+            owners, teller = self._ask()
+            with self._lock:
+                self._owners, self._teller, self._learned = owners, teller, self._begun
+                self._suspects.pop(teller, None)
+                gone = [self._nodes.pop(address) for address in self._nodes.keys() - _known(owners)]
+                for address in self._suspects.keys() - _known(owners) - self._seeds.keys():
+                    del self._suspects[address]
+            for node in gone:
+                node.close()
+        finally:
+            self._asking.release()
+
+    def _ask(self) -> tuple[list[Address | None], Address]:
+        """Owners by slot, and who told: the one that told last, else another that has slots, else one of the URL.
+
+        Those that did not answer lately come last, the latest at the very end. A server that has left the cluster knows
+        of no slots, or has a picture of its own: one is believed whose picture has a place for itself, others only
+        where there is no such one.
+        """
+        known = _known(self._owners)
+        order = sorted(known, key=lambda address: (address != self._teller, address))
+        order += [seed for seed in self._seeds if seed not in known]
+        order.sort(key=lambda address: self._suspects.get(address, 0))
+        believed: tuple[list[Address | None], Address] | None = None
+        trouble = Unavailable("no server of the cluster has slots; assign them, or bring its servers back")
+        for number, address in enumerate(order, 1):
+            last = number == len(order) and believed is None
             try:
-                told = node.call("CLUSTER", "SLOTS")
+                told = self._told_by(address, timeout=self.timeout if last else min(self.timeout, _PATIENCE))
             except Unavailable as error:
                 trouble = error
+                with self._lock:
+                    self._suspects[address] = max(self._begun, self._suspects.get(address, 0))
                 continue
-            self._owners = _owners_told(told, node.host)
-            self._stale, self._suspect = False, None
-            return
-        raise trouble
+            owners, members = _owners_told(told, address.host)
+            if members and (not known or address in members):
+                return owners, address
+            if members and believed is None:
+                believed = owners, address
+        if believed is None:
+            raise trouble
+        return believed
+
+    def _told_by(self, address: Address, *, timeout: float) -> Any:
+        """The reply to CLUSTER SLOTS, over a connection that is not waited for as long as for a command."""
+        session = (self._seeds.get(address) or self._beside(address)).session(timeout=timeout)
+        try:
+            session.connect()
+            told = session.exchange([("CLUSTER", "SLOTS")])[0]
+        finally:
+            session.disconnect()
+        if isinstance(told, redis.RedisError):
+            raise translate(told, "CLUSTER")
+        return told
 
     # Sending
 
@@ -299,8 +365,9 @@ class ClusterWire(Wire):
     def _read_streams(self, command: Command, parts: Sequence[Command]) -> list[Any] | None:
         """One command for each slot, again and again until one of them brings something or the time is up.
 
-        What is new is taken from the servers that answer, whatever becomes of the others; they are heard of once there
-        is nothing else. A consumer's own claims (XREADGROUP with ids) are all told, or none.
+        What is new is taken from the servers that give it, for it counts as given out, whatever becomes of the others;
+        they are heard of once there is nothing else. A consumer's own claims (XREADGROUP with ids) are all told, or
+        none.
         """
         whole = command[0] == "XREADGROUP" and any(part[-1] != ">" for part in parts)
         block = _block_at(command)
@@ -310,16 +377,18 @@ class ClusterWire(Wire):
             self.converse(units, self._pooled)
             found: list[Any] = []
             away: redis.RedisError | None = None
+            refused: redis.RedisError | None = None
             for unit in units:
                 reply = unit.lost or unit.replies[0]
                 if unit.lost is not None or isinstance(reply, _UNSETTLED):
                     away = reply
                 elif isinstance(reply, redis.RedisError):
-                    raise translate(reply, str(command[0]))
+                    refused = reply
                 else:
                     found += reply or []
-            if away is not None and (whole or not found):
-                raise translate(away, str(command[0])) from away
+            trouble = refused or away
+            if trouble is not None and (whole or not found):
+                raise translate(trouble, str(command[0])) from trouble
             left = deadline - time.monotonic()
             if found or left <= 0:
                 return found or None
@@ -339,7 +408,7 @@ class ClusterWire(Wire):
                 if not isinstance(error.__cause__, AskError):
                     self.suspect(address)
                     raise
-                held = self.call_all(some)
+                held = [reply[0] if isinstance(reply, list) else reply for reply in self.call_all(some)]
                 values = [None if data is None else read(whole_value(data)) for data in held]
             found.update(zip(numbers, values, strict=True))
         return [found[number] for number in range(len(commands))]
@@ -382,7 +451,7 @@ class ClusterWire(Wire):
     def close(self) -> None:
         """Close idle connections."""
         with self._lock:
-            for node in (*self._seeds, *self._nodes.values()):
+            for node in (*self._seeds.values(), *self._nodes.values()):
                 node.close()
 
 
@@ -552,18 +621,27 @@ def _block_at(command: Command) -> int:
     return first + options.index("BLOCK") if "BLOCK" in options else 0
 
 
-def _owners_told(slots: Any, host: str) -> list[Address | None]:
-    """Owners by slot, of a CLUSTER SLOTS reply.
+def _owners_told(slots: Any, host: str) -> tuple[list[Address | None], set[Address]]:
+    """Owners by slot, and all servers that have slots or follow one that has, of a CLUSTER SLOTS reply.
 
     Args:
         host: of the server that said so, which stands for one that it has no name for.
     """
     owners: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
-    for first, last, master, *_ in slots:
-        name = (master[0] or b"").decode()
-        owner = Address(name if name not in ("", "?") else host, int(master[1]))
-        owners[first : last + 1] = [owner] * (last + 1 - first)
-    return owners
+    members: set[Address] = set()
+    for first, last, *nodes in slots:
+        names = [(node[0] or b"").decode() for node in nodes]
+        found = [
+            Address(name if name not in ("", "?") else host, int(node[1]))
+            for name, node in zip(names, nodes, strict=True)
+        ]
+        owners[first : last + 1] = found[:1] * (last + 1 - first)
+        members.update(found)
+    return owners, members
+
+
+def _known(owners: Iterable[Address | None]) -> set[Address]:
+    return {owner for owner in owners if owner is not None}
 
 
 def _raise_lost(units: Sequence[Unit]) -> None:

@@ -1,15 +1,15 @@
 """The command `replay`: steps through what happened to a trajectory, showing it as it was."""
 
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
 import numpy.typing as npt
 
 from trajstore.cli.documents import event_document
-from trajstore.cli.page import SEGMENT_COLUMNS, Strip, letter_strips, positions, runs, segment_row
+from trajstore.cli.page import SEGMENT_COLUMNS, Strip, letter_strips, positions, runs, segment_row, segment_runs
 from trajstore.cli.place import Place, open_reading, place_argument
 from trajstore.cli.strips import print_strips, strip_width
 from trajstore.cli.terminal import local_time, print_json, print_table, print_text, results, say
@@ -34,7 +34,18 @@ from trajstore_replay.steps import Replay, RowChange, Step, row_segments, token_
 __all__ = ["replay"]
 
 _KEYS = "n next, b back, g EVENT go to it, s segments, q quit"
+_PROMPT = "n b g s q"
 _SHOWN = 6
+
+
+class _Drawing(NamedTuple):
+    """Who brought each token and who gives its row: letter by letter, or of a long trajectory in runs."""
+
+    strips: list[Strip]
+    lines: list[str]
+
+
+_BLANK = _Drawing([], [])
 
 
 @click.command()
@@ -68,7 +79,7 @@ def replay(place: Place, policy: Policy, until: str | None, as_json: bool) -> No
     elif by_hand:
         _by_hand(steps)
     else:
-        shown: list[Strip] = []
+        shown = _BLANK
         for step in steps:
             shown = _print(step, place.id, shown)
 
@@ -80,7 +91,7 @@ def _by_hand(steps: Replay) -> None:
         if moved:
             _print(steps.step, steps.id)
         try:
-            asked = input(f"{steps.step.event.id} > ").split()
+            asked = input(f"{steps.step.event.id} ({_PROMPT}) > ").split()
         except EOFError:
             click.echo()
             return
@@ -119,16 +130,15 @@ def _refuse(text: str) -> bool:
     return False
 
 
-def _print(step: Step, id: str, shown: Sequence[Strip] = ()) -> list[Strip]:
+def _print(step: Step, id: str, shown: _Drawing = _BLANK) -> _Drawing:
     """Print a step.
 
     Args:
-        shown: strips of tokens that stand above it already, and are not printed again.
+        shown: what stands above it already of the drawing, and is not printed again.
 
     Returns:
-        Its own, or, without a state, those that stand above it.
+        Its own, or, without a state, what stands above it.
     """
-    strips = list(shown)
     event = step.event
     width = len(str(step.total))
     head = f"{step.index + 1:>{width}}/{step.total}  {event.id}  {event.type}"
@@ -138,13 +148,30 @@ def _print(step: Step, id: str, shown: Sequence[Strip] = ()) -> list[Strip]:
         print_text(f"  {line}")
     if step.plan is None:
         print_text((f"  no state: {step.problem}", "red"))
+        drawing = shown
     else:
         print_text(f"  {_state(step.plan)}")
-        routed = step.plan.history.opened.routing is not None
-        strips = letter_strips(token_segments(step.plan), row_segments(step.plan), strip_width())
-        print_strips([one for one in strips if one not in shown], routed=routed, legend=not shown)
+        drawing = _draw(step.plan)
+        new = [one for one in drawing.strips if one not in shown.strips]
+        print_strips(new, routed=_routed(step.plan), legend=not shown.strips)
+        for line in drawing.lines:
+            if line not in shown.lines:
+                print_text(f"  {line}")
     click.echo()
-    return strips
+    return drawing
+
+
+def _draw(plan: Plan) -> _Drawing:
+    brought, rows_of = token_segments(plan), row_segments(plan)
+    strips = letter_strips(brought, rows_of, strip_width())
+    if strips or not len(brought):
+        return _Drawing(strips, [])
+    told = segment_runs(brought, rows_of)[: 2 if _routed(plan) else 1]
+    return _Drawing([], [f"{name:<9}  {text}" for name, text in told])
+
+
+def _routed(plan: Plan) -> bool:
+    return plan.history.opened.routing is not None
 
 
 def _print_segments(plan: Plan | None) -> None:
@@ -201,6 +228,8 @@ def _happened(event: Event) -> str:
 
 def _changes(step: Step) -> Iterator[str]:
     changes = step.changes
+    if changes.lost is not None:
+        yield f"segment {changes.lost} was lost: its writer had not closed it"
     if changes.rewound is not None:
         yield f"rewound: tokens {positions(*changes.rewound)} leave the trajectory"
     if changes.tokens is not None:
@@ -230,7 +259,7 @@ def _state(plan: Plan) -> str:
         f"{history.status}, {history.length} tokens ({sampled} sampled)",
         f"{len(history.segments)} segments" + (" (one open)" if history.has_open_segment else ""),
     ]
-    if history.opened.routing is not None:
+    if _routed(plan):
         told.append(f"{sum(one.stop - one.start for one in plan.placements)} rows")
     if history.reward is not None:
         told.append(f"reward {history.reward:g}")
@@ -246,6 +275,7 @@ def _document(step: Step) -> dict[str, Any]:
         "changes": {
             "tokens": changes.tokens,
             "rewound": changes.rewound,
+            "lost": changes.lost,
             "rows": [
                 {
                     "start": one.start,
