@@ -24,7 +24,7 @@ from trajstore.log.counts import LATENCY_BOUNDS
 from trajstore.log.lease import Lease
 from trajstore.materializer import Materializer
 from trajstore.metrics import METRICS
-from trajstore.status import RunLook
+from trajstore.status import RunLook, measure_status
 from trajstore_audit.drift import drift_by_layer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
@@ -209,12 +209,15 @@ def test_a_run_whose_server_is_away_is_down_and_shows_nothing_else(own_server, r
         assert shown(RunLook(store)) == {f"trajstore_run_up{{run={run_name}}}": 0}
 
 
-def test_a_scrape_of_a_server_that_hangs_says_that_it_is_down(own_server, run_name, monkeypatch):
+def test_a_scrape_waits_for_a_server_that_hangs_no_longer_than_its_scraper(store, monkeypatch):
+    gate = threading.Event()
     monkeypatch.setattr(metrics, "_LOOK_SECONDS", 0.05)
-    with trajstore.open(own_server.url(run_name), partitions=1, timeout=20.0) as store:
-        own_server.pause()
-        assert shown(RunLook(store)) == {f"trajstore_run_up{{run={run_name}}}": 0}
-        own_server.resume()
+    monkeypatch.setattr("trajstore.status.measure_status", lambda run: gate.wait(20) and measure_status(run))
+    look = RunLook(store)
+    assert shown(look) == {f"trajstore_run_up{{run={store.run}}}": 0}
+    gate.set()
+    monkeypatch.setattr(metrics, "_LOOK_SECONDS", 20.0)
+    assert shown(look)[f"trajstore_run_up{{run={store.run}}}"] == 1
 
 
 def test_the_library_does_without_prometheus_client():
