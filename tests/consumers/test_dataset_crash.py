@@ -135,6 +135,7 @@ def test_each_trajectory_is_in_the_checkpoints_exactly_once_whatever_is_killed(e
             process(TRAIN_WITH_CHECKPOINTS, folder, 1, 2, sources[1], files[1], 2, die_at, 4) as victim,
         ):
             assert victim.wait(120) == -signal.SIGKILL
+            wait_until(files[0].exists, seconds=60)  # the other one may have been slower to start
             materializer.kill()
     before = trained_of(files)
     assert len(set(before)) == len(before)
