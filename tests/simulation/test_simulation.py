@@ -67,7 +67,7 @@ def test_bug_made_on_purpose_is_found(name):
     """What the simulation watches can fail; `--mutants` tries all of them."""
     assert name in MUTANTS
     told = subprocess.run(
-        [sys.executable, "-m", "tests.simulation", "--mutant", name, "--seeds", "0:40"],
+        [sys.executable, "-m", "tests.simulation", "--mutant", name, "--seeds", "0:200"],
         capture_output=True,
         text=True,
         timeout=100,
