@@ -97,7 +97,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         self._prefetch_groups = prefetch_groups
         self._prefetch_bytes = prefetch_bytes
         self._version: int | None = None
-        self._knows_all = True
+        self._knows_all = False
         self._worker = Slot(rank, 0)
         self._workers = 1
         self._process = os.getpid()
@@ -244,7 +244,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         Args:
             state: this rank's state. If the number of ranks has changed, and wherever it is at hand, the states of all
                 ranks, as a list or whatever holds them: rank r of W then goes on with what the ranks r, r + W, r + 2W
-                ... had, and takes over what silent ranks have. With its own state alone it takes over nothing.
+                ... had, and takes over what silent ranks have. With its own state, or none, it takes over nothing.
 
         Raises:
             Conflict: made without checkpoints, or the state is of another run or consumer group.
@@ -375,7 +375,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         """Whether what a silent consumer has may be trained on here.
 
         Only the states of all tell what of it a checkpoint holds; each rank acknowledges that when it starts, and may
-        be about to.
+        be about to. So it is in a job that begins, too: a rank that starved for a lease may have a durable checkpoint.
         """
         return not self._checkpoints or self._knows_all or slot_of(consumer) is None
 

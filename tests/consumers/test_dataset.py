@@ -322,6 +322,17 @@ def test_rank_takes_over_from_others_only_if_it_knows_all_states(store, dataset,
     assert sorted(got) == ["g0", "g1", "g2", "g3"]
 
 
+def test_rank_of_a_job_that_begins_takes_nothing_over_from_another(store, dataset):
+    """It may be silent between a checkpoint that is durable and its commit: what it had would be in two checkpoints."""
+    publish(store, 2)
+    silent = dataset(rank=0, world_size=2, checkpoints=True, lease=0.3)
+    take(silent, 2)
+    silent.close()
+    fresh = dataset(rank=1, world_size=2, checkpoints=True, lease=0.3)
+    assert nothing(fresh)
+    assert fresh.counts.taken_over == 0
+
+
 def test_one_rank_commits_for_all(store, dataset):
     publish(store, 6)
     ranks = [dataset(rank=rank, world_size=2, checkpoints=True, prefetch_groups=1, lease=0.3) for rank in range(2)]
