@@ -14,7 +14,7 @@ from trajstore.ready import EntryPlace
 from trajstore_trainer.claims import Slot
 from trajstore_trainer.filtered import Filtered
 
-__all__ = ["DatasetState", "find_states", "is_complete", "require_own"]
+__all__ = ["DatasetState", "find_states", "require_enough", "require_own"]
 
 _VERSION = 1
 _MARK = "trajstore_dataset"
@@ -96,12 +96,11 @@ def require_own(tree: Any, *, run: str, group: str) -> list[DatasetState]:
     return states
 
 
-def is_complete(states: Iterable[DatasetState], *, rank: int, world_size: int) -> bool:
-    """Whether the states are those of all ranks and workers of the job that made them.
+def require_enough(states: Iterable[DatasetState], *, rank: int, world_size: int) -> None:
+    """The states are those of all ranks and workers of the job that made them, or this rank's own and the job as large.
 
     Raises:
-        SchemaError: they are not, and this rank cannot go on without the others': it has no state among them, or the
-            world has another size than then.
+        SchemaError: they are not.
     """
     states = list(states)
     there = {one.slot for one in states}
@@ -114,7 +113,6 @@ def is_complete(states: Iterable[DatasetState], *, rank: int, world_size: int) -
             f"the state was made by {world} ranks and is loaded by rank {rank} of {world_size}; that needs the states "
             f"of all ranks, and those of rank {ranks} are missing. Load a list of all of them in every rank"
         )
-    return not missing
 
 
 def _slots(rank: int, workers: int) -> list[Slot]:

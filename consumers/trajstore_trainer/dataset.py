@@ -17,7 +17,7 @@ from trajstore.log.run import TRAINER_GROUP
 from trajstore.ready import EntryPlace
 from trajstore.store import Store
 from trajstore.trajectory import Trajectory
-from trajstore_trainer.checkpoint import DatasetState, is_complete, require_own
+from trajstore_trainer.checkpoint import DatasetState, require_enough, require_own
 from trajstore_trainer.claims import Slot, slot_of
 from trajstore_trainer.counts import Counts
 from trajstore_trainer.filtered import Filtered, FilteredLog
@@ -44,7 +44,9 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
     - `checkpoints=True`: save `state_dict()` with each checkpoint, call `commit(state)` once that is durable, and
       `load_state_dict(state)` when training goes on from it: whatever was handed out after the checkpoint comes again,
       and nothing else does, so that the weights have seen each trajectory exactly once. All ranks go on from the same
-      checkpoint, as they do when a rank died; an older one than that committed last misses what was in between.
+      checkpoint, as they do when a rank died; an older one than that committed last misses what was in between. What a
+      rank has stays with it, however long it is silent, until its place in the job is taken again: only then is it
+      known what of it a checkpoint holds.
 
     One thread uses it. It is a context manager; closing it hands back what was read ahead.
 
@@ -56,7 +58,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         checkpoints: see above.
         selection: what to train on.
         lease: seconds after which a consumer that gives no sign of life counts as dead; a thread gives it, so a long
-            step does no harm. At least 0.2.
+            step does no harm. At least 0.2. With checkpoints only those whose place this rank has are followed.
         timeout: seconds to wait for the next group.
         progress_seconds: a line about a wait is logged this often.
         prefetch_groups, prefetch_bytes: how far to read ahead; one group may exceed the bytes.
@@ -97,7 +99,6 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         self._prefetch_groups = prefetch_groups
         self._prefetch_bytes = prefetch_bytes
         self._version: int | None = None
-        self._knows_all = False
         self._worker = Slot(rank, 0)
         self._workers = 1
         self._process = os.getpid()
@@ -139,8 +140,8 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         Raises:
             Unavailable: nothing came before the deadline, the server had no room until then for a decision on a group
                 that may be published again, or does not answer (also a `TimeoutError`).
-            Fenced: with checkpoints, others took over what was handed out here, for this process was silent for longer
-                than the lease or was started again elsewhere. Begin again from the last checkpoint.
+            Fenced: with checkpoints, others have what was handed out here, for this rank was started again elsewhere.
+                Begin again from the last checkpoint.
             SchemaError: the age of a weight version cannot be told; the group stays, and comes again.
             Conflict: this object came through a fork.
         """
@@ -228,7 +229,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
 
         Raises:
             Conflict: made without checkpoints, or the state is of another run or consumer group.
-            Fenced: others took over what it holds; nothing was committed. Begin again from the last checkpoint.
+            Fenced: others have what it holds; nothing was committed. Begin again from the last checkpoint.
             Unavailable: the server does not answer; commit again.
         """
         self._require_checkpoints("commit(state)")
@@ -244,7 +245,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         Args:
             state: this rank's state. If the number of ranks has changed, and wherever it is at hand, the states of all
                 ranks, as a list or whatever holds them: rank r of W then goes on with what the ranks r, r + W, r + 2W
-                ... had, and takes over what silent ranks have. With its own state, or none, it takes over nothing.
+                ... had.
 
         Raises:
             Conflict: made without checkpoints, or the state is of another run or consumer group.
@@ -253,10 +254,9 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         """
         self._require_checkpoints("load_state_dict(state)")
         states = require_own(state, run=self._store.incarnation, group=self._group)
-        knows_all = is_complete(states, rank=self._rank, world_size=self._world_size)
+        require_enough(states, rank=self._rank, world_size=self._world_size)
         self._end()
         self._settle_states(states)
-        self._knows_all = knows_all
 
     # What was passed over
 
@@ -346,7 +346,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
                 store,
                 group=self._group,
                 slot=self._worker,
-                is_predecessor=lambda slot: (slot.rank % self._world_size, slot.worker % self._workers) == self._worker,
+                is_predecessor=self._is_predecessor,
                 may_take_over=self._may_take_over,
                 lease=self._lease,
                 prefetch_groups=self._prefetch_groups,
@@ -371,13 +371,18 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
             self._session = self._handing = None
             self._gathered.clear()
 
+    def _is_predecessor(self, slot: Slot) -> bool:
+        """Whether this consumer follows those of a place in the job, or in one of another size."""
+        return (slot.rank % self._world_size, slot.worker % self._workers) == self._worker
+
     def _may_take_over(self, consumer: str) -> bool:
         """Whether what a silent consumer has may be trained on here.
 
-        Only the states of all tell what of it a checkpoint holds; each rank acknowledges that when it starts, and may
-        be about to. So it is in a job that begins, too: a rank that starved for a lease may have a durable checkpoint.
+        With checkpoints, another rank's never: it may be silent between a checkpoint that is durable and its commit, and
+        what it had would be in two checkpoints.
         """
-        return not self._checkpoints or self._knows_all or slot_of(consumer) is None
+        slot = slot_of(consumer)
+        return not self._checkpoints or slot is None or self._is_predecessor(slot)
 
     def _next(self) -> ReadyTrajectories:
         return self._begin().next(version=self._version, timeout=self._timeout)

@@ -53,7 +53,7 @@ class Settling:
         """What these hold is still their consumers', as far as it was not acknowledged.
 
         Raises:
-            Fenced: others took it over.
+            Fenced: it is others'.
         """
         for one in states:
             lost = [str(place) for place, owner in self._owners(one) if owner not in (None, one.consumer)]
@@ -67,6 +67,6 @@ class Settling:
 def fenced_message(consumer: str, count: int, first: str) -> str:
     """What to say when entries that a consumer handed out are others' now."""
     return (
-        f"{count} entries that {consumer} had handed out, the first {first}, were taken over by others, for it was "
-        "silent for longer than the lease or was started again elsewhere; begin again from the last checkpoint"
+        f"{count} entries that {consumer} had handed out, the first {first}, are others' now, for its place in the job "
+        "was taken again by another process; begin again from the last checkpoint"
     )

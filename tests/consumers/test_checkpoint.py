@@ -6,7 +6,7 @@ import pytest
 
 import trajstore
 from trajstore.ready import EntryPlace
-from trajstore_trainer.checkpoint import DatasetState, find_states, is_complete, require_own
+from trajstore_trainer.checkpoint import DatasetState, find_states, require_enough, require_own
 from trajstore_trainer.filtered import Filtered
 
 pytestmark = pytest.mark.torch
@@ -57,28 +57,25 @@ def test_what_is_no_state_of_this_version_is_refused(broken):
 
 
 @pytest.mark.parametrize(
-    ("there", "rank", "world_size", "complete"),
+    ("there", "world", "rank", "world_size"),
     [
-        ([(0, 0)], 0, 1, True),
-        ([(0, 0), (1, 0)], 1, 2, True),
-        ([(1, 0)], 1, 2, False),
-        ([(0, 0), (1, 0)], 2, 3, True),
-        ([(0, 0), (1, 0)], 0, 1, True),
+        ([(0, 0)], 1, 0, 1),
+        ([(0, 0), (1, 0)], 2, 1, 2),
+        ([(1, 0)], 2, 1, 2),
+        ([(0, 0), (1, 0)], 2, 2, 3),
+        ([(0, 0), (1, 0)], 2, 0, 1),
     ],
 )
-def test_states_of_all_ranks_or_of_this_one_are_enough(there, rank, world_size, complete):
-    states = [state(r, max(2, world_size) if len(there) == 1 and world_size > 1 else len(there), w) for r, w in there]
-    assert is_complete(states, rank=rank, world_size=world_size) is complete
+def test_states_of_all_ranks_or_of_this_one_are_enough(there, world, rank, world_size):
+    require_enough([state(r, world, w) for r, w in there], rank=rank, world_size=world_size)
 
 
-def test_states_of_all_workers_of_a_rank_make_it_complete():
-    workers = [state(worker=worker, workers=2) for worker in range(2)]
-    assert is_complete(workers, rank=0, world_size=1)
-    assert not is_complete(workers[:1], rank=0, world_size=1), "a worker that loads its own state"
+def test_state_of_one_worker_is_enough_for_it():
+    require_enough([state(worker=1, workers=2)], rank=0, world_size=1)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 2), (2, 3), (1, 4)])
 def test_missing_ranks_are_named_where_they_are_needed(rank, world_size):
     states = [state(1, 3), state(2, 3)] if world_size != 3 else [state(0, 3), state(1, 3)]
     with pytest.raises(trajstore.SchemaError, match=f"rank {0 if world_size != 3 else 2} are missing"):
-        is_complete(states, rank=rank, world_size=world_size)
+        require_enough(states, rank=rank, world_size=world_size)

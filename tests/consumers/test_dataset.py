@@ -145,13 +145,13 @@ def test_rank_that_reads_for_longer_than_the_lease_keeps_what_it_has(store, data
         return load(*one, **options)
 
     monkeypatch.setattr(Store, "load", slow_load)
-    slow = dataset(rank=0, world_size=2, lease=0.3, prefetch_groups=1, checkpoints=True)
+    slow = dataset(rank=0, world_size=2, lease=0.3, prefetch_groups=1)
     had = take(slow, 1)
     wait_until(lambda: handed(store) == 2)
-    assert nothing(dataset(rank=1, world_size=2, lease=0.3, checkpoints=True))
+    assert nothing(dataset(rank=1, world_size=2, lease=0.3))
     goes_on.set()
     assert sorted([*had, *take(slow, 1)]) == ["g0", "g1"]
-    slow.commit(slow.state_dict())
+    slow.acknowledge()
     assert look(store) == []
 
 
@@ -294,43 +294,43 @@ def test_rank_that_has_not_started_again_loses_nothing_to_one_that_has(store, da
     assert set(got) < rest
 
 
-@pytest.mark.parametrize("loads", ["its own state", "all states"])
-def test_rank_takes_over_from_others_only_if_it_knows_all_states(store, dataset, loads):
-    """Even from one that it has seen alive: the old job's other rank may end later than this one starts again."""
+@pytest.mark.parametrize("loads", ["no state", "its own state", "all states"])
+def test_what_a_silent_rank_of_a_checkpointing_job_has_stays_with_it(store, dataset, loads):
+    """It may be silent between a checkpoint that is durable and its commit: what it had would be in two checkpoints."""
     publish(store, 4)
     options = {"world_size": 2, "checkpoints": True, "lease": 0.3, "prefetch_groups": 1}
     ranks = [dataset(rank=rank, **options) for rank in range(2)]
     got = [name for one in ranks for name in take(one, 1)]
     wait_until(lambda: handed(store) == 4)
     states = [one.state_dict() for one in ranks]
-    ranks[0].close()
+    for one in ranks:
+        one.close()
+    given = {"no state": None, "its own state": states[0], "all states": states}[loads]
     again = dataset(rank=0, **options)
-    again.load_state_dict(states if loads == "all states" else states[0])
-    got += take(again, 1)
-    assert nothing(again), "the other rank lives"
-    ranks[1].close()
-    if loads == "all states":
-        again._timeout = 10.0
-        got += take(again, 1)
+    if given is not None:
+        again.load_state_dict(given)
+    mine = take(again, 1 if given else 2)
     assert nothing(again)
+    assert again.counts.taken_over == 0
     late = dataset(rank=1, **options)
     late.load_state_dict(states[1])
-    if loads == "its own state":
-        got += take(late, 1)
+    got += [*(name for name in mine if name not in got), *take(late, 1)]
     assert nothing(late)
-    assert again.counts.taken_over == (loads == "all states")
     assert sorted(got) == ["g0", "g1", "g2", "g3"]
 
 
-def test_rank_of_a_job_that_begins_takes_nothing_over_from_another(store, dataset):
-    """It may be silent between a checkpoint that is durable and its commit: what it had would be in two checkpoints."""
+def test_what_a_process_of_an_ended_job_reads_late_is_taken_over_by_whoever_has_its_place(store, dataset):
+    """It was alive when its successor began, so that it had nothing yet that could be taken at once."""
     publish(store, 2)
-    silent = dataset(rank=0, world_size=2, checkpoints=True, lease=0.3)
-    take(silent, 2)
-    silent.close()
-    fresh = dataset(rank=1, world_size=2, checkpoints=True, lease=0.3)
-    assert nothing(fresh)
-    assert fresh.counts.taken_over == 0
+    heir = dataset(rank=1, world_size=2, checkpoints=True, lease=0.3, prefetch_groups=1)
+    assert len(take(heir, 1)) == 1
+    wait_until(lambda: handed(store) == 2)
+    publish(store, 1, first=2)
+    late = dataset(rank=3, world_size=4, checkpoints=True)
+    assert take(late, 1) == ["g2"]
+    late.close()
+    assert "g2" in take(heir, 2)
+    assert heir.counts.taken_over == 1
 
 
 def test_one_rank_commits_for_all(store, dataset):
@@ -351,7 +351,7 @@ def test_rank_that_was_started_again_elsewhere_is_fenced(store, dataset):
     state = zombie.state_dict()
     heir = dataset(checkpoints=True)
     assert set(had) <= set(take(heir, 3))
-    with pytest.raises(trajstore.Fenced, match="started again elsewhere"):
+    with pytest.raises(trajstore.Fenced, match="was taken again by another process"):
         zombie.commit(state)
 
     def is_fenced():

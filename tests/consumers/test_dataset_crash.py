@@ -181,13 +181,13 @@ def counted(journals):
     return Counter(id for journal in journals if journal.exists() for id in journal.read_text().split())
 
 
-def test_rank_that_stood_still_for_longer_than_the_lease_is_fenced(embedded, tmp_path):
-    """It cannot commit what another has been given meanwhile, nor go on."""
+def test_rank_that_stood_still_while_it_was_started_again_elsewhere_is_fenced(embedded, tmp_path):
+    """It cannot commit what its successor has been given meanwhile, nor go on."""
     made = produce(embedded, 0, 1)
     with (
         process(MATERIALIZE, tmp_path / "store"),
         process(HOLD, tmp_path / "store", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as zombie,
-        TrajectoryDataset(embedded, rank=1, world_size=2, checkpoints=True, lease=1.0, timeout=60.0) as heir,
+        TrajectoryDataset(embedded, rank=0, world_size=2, checkpoints=True, lease=1.0, timeout=60.0) as heir,
     ):
         assert zombie.stdout.readline() == "holds\n"
         zombie.send_signal(signal.SIGSTOP)
