@@ -200,12 +200,13 @@ class TrajectoryReader:
         wanted = len(self._held) + count
         while self._former and len(self._held) < wanted:
             partition, after = next(iter(self._former.items()))
+            had = self.in_hand  # another thread may settle some of it while the reply that still has them is on its way
             found, cursor = self._queue.unacknowledged(partition, after=after, count=wanted - len(self._held))
             if cursor is None:
                 del self._former[partition]
             else:
                 self._former[partition] = cursor
-            self._hold(found)
+            self._hold([one for one in found if one.place not in had])
         if self._claim_seconds is not None and len(self._held) < wanted and time.monotonic() >= self._next_claim:
             found = self._queue.take_over(
                 idle=self._claim_seconds,

@@ -11,6 +11,7 @@ from tests.builders import record_seed_case
 from tests.consumers.rollouts import abort, finish, look, materialize, resume, wait_until
 from trajstore.blob import to_blob
 from trajstore.log.wire import reply_fields
+from trajstore.ready_follower import ReadyFollower
 from trajstore_trainer import Selection, TrajectoryReader
 from trajstore_trainer.selection import judge
 
@@ -151,6 +152,28 @@ def test_reader_that_signs_off_keeps_its_name_only_where_it_has_something_in_han
     with TrajectoryReader(store, consumer="holds") as reader:
         assert reader.take(timeout=10.0)
     assert names() == [b"holds"]
+
+
+def test_what_another_thread_settles_while_the_reader_asks_what_it_once_had_comes_no_more(store, monkeypatch):
+    """A dataset's trainer commits while its thread reads ahead: two groups of a checkpoint came twice, now and then."""
+    publish(store, 2)
+    (ready,) = TrajectoryReader(store, consumer="rank-0").take()
+    reader = TrajectoryReader(store, consumer="rank-0", claim_seconds=None)
+    reader.hold([ready.delivery])
+    assert groups(reader.poll(1, 0.0)) == [ready.group]
+    ask = ReadyFollower.unacknowledged
+
+    def asks_too_early(follower, *where, **options):
+        found, cursor = ask(follower, *where, **options)
+        follower.acknowledge(found)
+        reader.settled([one.place for one in found])
+        return found, cursor
+
+    monkeypatch.setattr(ReadyFollower, "unacknowledged", asks_too_early)
+    (other,) = reader.poll(1, 10.0)
+    assert other.group != ready.group
+    assert look(store) != [], "only what was given out before was settled"
+    assert reader.poll(2, 0.1) == []
 
 
 def test_what_a_silent_consumer_had_is_taken_over(store):
