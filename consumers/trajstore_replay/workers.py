@@ -142,8 +142,8 @@ def _of_ready(group: Followers, stale: float, where: str, streams: Sequence[str]
         entries="published entries",
         kinds=("untaken", "claimed"),
         start=start,
-        take_over="a trainer without checkpoints that is alive takes them over once its lease is over; else start the job "
-        "again, with as many ranks or fewer",
+        take_over="a trainer without checkpoints that is alive takes them over once its lease is over; else begin the "
+        "job again, with as many ranks or fewer",
     )
 
 

@@ -378,8 +378,8 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
     def _may_take_over(self, consumer: str) -> bool:
         """Whether what a silent consumer has may be trained on here.
 
-        With checkpoints, another rank's never: it may be silent between a checkpoint that is durable and its commit, and
-        what it had would be in two checkpoints.
+        With checkpoints, another rank's never: it may be silent between a durable checkpoint and its commit, and what
+        it had would be in two checkpoints.
         """
         slot = slot_of(consumer)
         return not self._checkpoints or slot is None or self._is_predecessor(slot)
