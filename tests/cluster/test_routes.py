@@ -183,7 +183,7 @@ def test_replies_that_an_interrupted_caller_left_are_nobody_elses(
 
     for exchange in (wire.exchange, session.exchange):
         with monkeypatch.context() as patch:
-            patch.setattr("trajstore.log.cluster.receive", interrupt)
+            patch.setattr("trajstore.log.slots.receive", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 exchange([("GET", key) for key in keys])
     assert wire.exchange([("STRLEN", key) for key in keys]) == [len(key) for key in keys]

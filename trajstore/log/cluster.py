@@ -11,17 +11,27 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import redis
-from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 from redis.exceptions import AskError, ClusterError, MovedError, TryAgainError
 
 from trajstore.errors import SchemaError, Unavailable
 from trajstore.log.bulk import Value, whole_value
-from trajstore.log.resp import Argument, Command, receive, send
+from trajstore.log.resp import Argument, Command, send
+from trajstore.log.slots import (
+    Address,
+    Unit,
+    block_at,
+    by_slot,
+    having_slots,
+    owners_told,
+    slot_of_key,
+    units_of,
+    urls_of,
+)
 from trajstore.log.wire import Session, Watch, Wire, describe_url, info_fields, translate
 
 __all__ = ["ClusterSession", "ClusterWire", "connect"]
@@ -40,52 +50,7 @@ _QUIET = 1.0
 _PATIENCE = 2.0
 """Seconds that a server gets to say who has which slots, before the next one is asked."""
 
-_KEYLESS = ("PING", "INFO", "CONFIG", "TIME", "SCAN", "EXEC")
 _UNSETTLED = (AskError, ClusterError, TryAgainError)  # MOVED is an ASK, CLUSTERDOWN and MASTERDOWN are ClusterErrors
-
-
-class Address(NamedTuple):
-    """Where a server listens."""
-
-    host: str
-    port: int
-
-
-@dataclass(slots=True, eq=False)
-class Unit:
-    """What one server gets as a whole: a command, or all from `MULTI` to `EXEC`.
-
-    Attributes:
-        slot: of its keys, None for a command without.
-        asked: server that the slot's owner has sent it to, for this once.
-        replies: one for each command.
-        lost: why there are none; it may have run or not.
-    """
-
-    commands: list[Command]
-    slot: int | None
-    asked: Address | None = None
-    replies: list[Any] = field(default_factory=list)
-    lost: redis.RedisError | None = None
-
-    @property
-    def sent(self) -> list[Command]:
-        """What goes out."""
-        return self.commands if self.asked is None else [("ASKING",), *self.commands]
-
-    def redirect(self) -> AskError | None:
-        """The reply that sends it to another server: then none of it has run."""
-        refused = [reply for reply in self.replies if isinstance(reply, AskError)]
-        if not refused or isinstance(self.replies[-1], list):
-            return None
-        return next((reply for reply in refused if isinstance(reply, MovedError)), refused[0])
-
-    def hear(self, line: Any) -> None:
-        """Read the replies."""
-        replies = receive(line, len(self.sent))
-        self.replies = replies[-len(self.commands) :]
-        if self.asked is not None and isinstance(replies[0], redis.RedisError):  # a user may lack the right
-            self.replies = [replies[0]] * len(self.commands)
 
 
 class _NoLine(redis.ConnectionError):
@@ -110,7 +75,7 @@ def connect(url: str, *, timeout: float) -> Wire:
         Unavailable: no server answers; one that loads its log is waited for. Or it is a cluster's, and the user may not
             ask for INFO.
     """
-    seeds = [Wire.to_url(one, timeout=timeout) for one in _each_server(url)]
+    seeds = [Wire.to_url(one, timeout=timeout) for one in urls_of(url)]
     trouble: Unavailable | None = None
     for patient, seed in product((False, True) if len(seeds) > 1 else (True,), seeds):
         try:
@@ -181,7 +146,7 @@ class ClusterWire(Wire):
 
     def at(self, key: str) -> Wire:
         """The server that has a key."""
-        return self.node(self.owner(_slot(key)))
+        return self.node(self.owner(slot_of_key(key)))
 
     def servers(self) -> list[Wire]:
         """Every server that has slots, by a fresh look.
@@ -190,7 +155,7 @@ class ClusterWire(Wire):
             Unavailable: no server tells.
         """
         self._learn(self._begun + 1)
-        return [self.node(address) for address in sorted(_known(self._owners))]
+        return [self.node(address) for address in sorted(having_slots(self._owners))]
 
     def suspect(self, address: Address) -> None:
         """A server does not answer: before a command goes to one of its slots, another is asked who has them now."""
@@ -225,8 +190,8 @@ class ClusterWire(Wire):
             with self._lock:
                 self._owners, self._teller, self._learned = owners, teller, self._begun
                 self._suspects.pop(teller, None)
-                gone = [self._nodes.pop(address) for address in self._nodes.keys() - _known(owners)]
-                for address in self._suspects.keys() - _known(owners) - self._seeds.keys():
+                gone = [self._nodes.pop(address) for address in self._nodes.keys() - having_slots(owners)]
+                for address in self._suspects.keys() - having_slots(owners) - self._seeds.keys():
                     del self._suspects[address]
             for node in gone:
                 node.close()
@@ -240,7 +205,7 @@ class ClusterWire(Wire):
         of no slots, or has a picture of its own: one is believed whose picture has a place for itself, others only
         where there is no such one.
         """
-        known = _known(self._owners)
+        known = having_slots(self._owners)
         order = sorted(known, key=lambda address: (address != self._teller, address))
         order += [seed for seed in self._seeds if seed not in known]
         order.sort(key=lambda address: self._suspects.get(address, 0))
@@ -255,7 +220,7 @@ class ClusterWire(Wire):
                 with self._lock:
                     self._suspects[address] = max(self._begun, self._suspects.get(address, 0))
                 continue
-            owners, members = _owners_told(told, address.host)
+            owners, members = owners_told(told, address.host)
             if members and (not known or address in members):
                 return owners, address
             if members and believed is None:
@@ -280,7 +245,7 @@ class ClusterWire(Wire):
 
     def exchange(self, commands: Sequence[Command]) -> list[Any]:
         """As `Wire.exchange`. Those of one slot run in their order, but for a slot on its way to another server."""
-        units = _units(commands)
+        units = units_of(commands)
         self.converse(units, self._pooled)
         _raise_lost(units)
         return [reply for unit in units for reply in unit.replies]
@@ -357,7 +322,7 @@ class ClusterWire(Wire):
 
     def call(self, *command: Argument) -> Any:
         """As `Wire.call`. XREAD and XREADGROUP may name streams of several slots."""
-        parts = _by_slot(command) if command[0] in ("XREAD", "XREADGROUP") else ()
+        parts = by_slot(command) if command[0] in ("XREAD", "XREADGROUP") else ()
         if len(parts) > 1:
             return self._read_streams(command, parts)
         return super().call(*command)
@@ -370,10 +335,10 @@ class ClusterWire(Wire):
         none.
         """
         whole = command[0] == "XREADGROUP" and any(part[-1] != ">" for part in parts)
-        block = _block_at(command)
+        block = block_at(command)
         deadline = time.monotonic() + (int(command[block + 1]) / 1000 if block else 0.0)
         while True:
-            units = _units(parts)
+            units = units_of(parts)
             self.converse(units, self._pooled)
             found: list[Any] = []
             away: redis.RedisError | None = None
@@ -398,7 +363,7 @@ class ClusterWire(Wire):
         """As `Wire.fetch_each`; `read` may be called twice for a value whose slot is on its way to another server."""
         by_address: dict[Address, list[int]] = {}
         for number, command in enumerate(commands):
-            by_address.setdefault(self.owner(_slot(command[1])), []).append(number)
+            by_address.setdefault(self.owner(slot_of_key(command[1])), []).append(number)
         found: dict[int, T | None] = {}
         for address, numbers in by_address.items():
             some = [commands[number] for number in numbers]
@@ -420,7 +385,7 @@ class ClusterWire(Wire):
         Raises:
             Unavailable: also while the slot is on its way to another server.
         """
-        slot = _slot(keys[0])
+        slot = slot_of_key(keys[0])
         with ExitStack() as stack:
             watch: Watch | None = None
             for _ in range(1 + _REDIRECTS):
@@ -446,7 +411,7 @@ class ClusterWire(Wire):
 
     def session(self, *, timeout: float | None = None, keys: Sequence[str] = ()) -> "ClusterSession":
         """A connection to each server that has some of the keys."""
-        return ClusterSession(self, sorted(set(map(_slot, keys))), timeout=timeout)
+        return ClusterSession(self, sorted(set(map(slot_of_key, keys))), timeout=timeout)
 
     def close(self) -> None:
         """Close idle connections."""
@@ -507,7 +472,7 @@ class ClusterSession(Session):
                 who has one: connect anew.
         """
         self._require_connected()
-        units = _units(commands)
+        units = units_of(commands)
         self._wire.converse(units, self._own)
         _raise_lost(units)
         for unit in units:
@@ -563,100 +528,7 @@ def _hang_up_unless_done(lines: Collection[Any]) -> Callable[..., None]:
     return leave
 
 
-def _units(commands: Sequence[Command]) -> list[Unit]:
-    units: list[Unit] = []
-    whole: list[Command] = []
-    for command in commands:
-        if command[0] == "MULTI" or whole:
-            whole.append(command)
-            if command[0] == "EXEC":
-                units.append(Unit(whole, _slot_of(whole[1])))
-                whole = []
-        else:
-            units.append(Unit([command], _slot_of(command)))
-    return units
-
-
-def _slot_of(command: Command) -> int | None:
-    """The slot of a command's first key; a server refuses a command whose keys have several."""
-    name = str(command[0])
-    if name in _KEYLESS:
-        return None
-    if name in ("XREAD", "XREADGROUP"):
-        return _slot(command[_streams_at(command)])
-    return _slot(command[2 if name in ("XINFO", "XGROUP") else 1])
-
-
-def _slot(key: Argument) -> int:
-    return key_slot(key.encode() if isinstance(key, str) else bytes(key))
-
-
-def _streams_at(command: Command) -> int:
-    """Where the names of the streams begin; a consumer group may be called STREAMS, too."""
-    return list(command).index("STREAMS", 4 if command[0] == "XREADGROUP" else 1) + 1
-
-
-def _by_slot(command: Command) -> list[Command]:
-    """An XREAD or XREADGROUP as one command for each slot; without BLOCK if that makes several."""
-    at = _streams_at(command)
-    names = command[at : at + (len(command) - at) // 2]
-    slots: dict[int, list[int]] = {}
-    for number, name in enumerate(names):
-        slots.setdefault(_slot(name), []).append(number)
-    if len(slots) == 1:
-        return [command]
-    options = command[: at - 1]
-    if block := _block_at(command):
-        options = (*command[:block], *command[block + 2 : at - 1])
-    return [
-        (*options, "STREAMS", *(command[at + n] for n in some), *(command[at + len(names) + n] for n in some))
-        for some in slots.values()
-    ]
-
-
-def _block_at(command: Command) -> int:
-    """Where BLOCK stands; 0 for nowhere."""
-    first = 4 if command[0] == "XREADGROUP" else 1
-    options = list(command[first : _streams_at(command)])
-    return first + options.index("BLOCK") if "BLOCK" in options else 0
-
-
-def _owners_told(slots: Any, host: str) -> tuple[list[Address | None], set[Address]]:
-    """Owners by slot, and all servers that have slots or follow one that has, of a CLUSTER SLOTS reply.
-
-    Args:
-        host: of the server that said so, which stands for one that it has no name for.
-    """
-    owners: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
-    members: set[Address] = set()
-    for first, last, *nodes in slots:
-        names = [(node[0] or b"").decode() for node in nodes]
-        found = [
-            Address(name if name not in ("", "?") else host, int(node[1]))
-            for name, node in zip(names, nodes, strict=True)
-        ]
-        owners[first : last + 1] = found[:1] * (last + 1 - first)
-        members.update(found)
-    return owners, members
-
-
-def _known(owners: Iterable[Address | None]) -> set[Address]:
-    return {owner for owner in owners if owner is not None}
-
-
 def _raise_lost(units: Sequence[Unit]) -> None:
     for unit in units:
         if unit.lost is not None:
             raise translate(unit.lost, str(unit.commands[0][0])) from unit.lost
-
-
-def _each_server(url: str) -> list[str]:
-    """A URL for each server that a URL names."""
-    scheme, mark, rest = url.partition("://")
-    if not mark or scheme == "unix":
-        return [url]
-    place, options = rest.partition("?")[::2]
-    user, at, address = place.rpartition("@")
-    names, slash, path = address.partition("/")
-    tail = slash + path + ("?" + options if options else "")
-    return [f"{scheme}://{user}{at}{name}{tail}" for name in names.split(",")]
