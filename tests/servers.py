@@ -27,7 +27,7 @@ __all__ = ["BACKENDS", "FAKEREDIS_CANNOT_SHOW", "Backend", "FakeServer", "RealSe
 BACKENDS = ("fakeredis", "valkey", "redis")
 """Every backend that the log suite runs on."""
 
-FAKEREDIS_CANNOT_SHOW = "AOF, restart, memory limits, connection faults"
+FAKEREDIS_CANNOT_SHOW = "AOF, restart, memory limits, connection faults, access rules, idle times (docs/testing.md)"
 
 
 class Backend(Protocol):
@@ -139,8 +139,8 @@ class FakeServer:
 class _Handler(_tcp_server.TCPFakeRequestHandler):
     """Serves one connection like a server: one thread that blocks, and an error reply closes nothing.
 
-    fakeredis 2.40 polls a socket that does not block. It drops the connection at an error reply, at a reply larger than
-    the socket's buffer, and now and then under load.
+    fakeredis polls a socket that does not block. It drops the connection at an error reply (2.40), at a reply larger
+    than the socket's buffer, and now and then under load (tests/log/test_fakeredis_differences.py).
     """
 
     disable_nagle_algorithm = True
