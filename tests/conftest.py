@@ -25,19 +25,31 @@ def _require(name: str) -> None:
         pytest.skip(f"backend {name}: no server of that kind on this machine")
 
 
+@pytest.fixture(scope="session")
+def shared_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
+    """Starts a server by name once for the whole session: each file of tests asks for all of them in turn."""
+    started: dict[str, FakeServer | RealServer | Cluster] = {}
+
+    def start(name: str) -> Any:
+        if name not in started:
+            if name == "fakeredis":
+                started[name] = FakeServer()
+            elif name == Cluster.name:
+                started[name] = Cluster(cluster_server(), tmp_path_factory.mktemp("cluster"))
+            else:
+                _require(name)
+                started[name] = RealServer(name, tmp_path_factory.mktemp("srv"))
+        return started[name]
+
+    yield start
+    for server in started.values():
+        server.stop()
+
+
 @pytest.fixture(scope="session", params=(*BACKENDS, Cluster.name))
-def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def backend(request: pytest.FixtureRequest, shared_servers: Callable[[str], Any]) -> Any:
     """Each backend in turn, one server for the whole session; a test keeps apart by its run's name."""
-    server: FakeServer | RealServer | Cluster
-    if request.param == "fakeredis":
-        server = FakeServer()
-    elif request.param == Cluster.name:
-        server = Cluster(cluster_server(), tmp_path_factory.mktemp("cluster"))
-    else:
-        _require(request.param)
-        server = RealServer(request.param, tmp_path_factory.mktemp("srv"))
-    yield server
-    server.stop()
+    return shared_servers(request.param)
 
 
 def cluster_server() -> str:
