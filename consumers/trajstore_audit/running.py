@@ -33,6 +33,9 @@ _LOOK = 5.0
 _WITHOUT_WORKERS = 60.0
 """Seconds that it may have none: a worker that died is started again in fewer."""
 
+_SENT_AGAIN = 3
+"""How often a unit whose part was lost with its worker is sent again."""
+
 _CLOSING = 10.0
 """Seconds that a worker may take to close what it reads, once nobody waits for it."""
 
@@ -100,6 +103,13 @@ def _follow_parent() -> None:
     threading.Thread(target=follow, args=(parent.sentinel,), daemon=True).start()
 
 
+class _Sent(NamedTuple):
+    """A unit in flight, and how often it was sent before."""
+
+    unit: Unit
+    before: int = 0
+
+
 def _in_flight(
     units: Iterator[Unit],
     work: Work | None,
@@ -107,23 +117,34 @@ def _in_flight(
     *,
     limit: int,
     has_workers: Callable[[], bool] | None = None,
+    lost: tuple[type[Exception], ...] = (),
 ) -> Iterator[tuple[Part, bool]]:
-    """Parts as they are done. `has_workers` is asked now and then, where those who audit may vanish without a word."""
-    running: dict[Future[bytes], str] = {}
+    """Parts as they are done.
+
+    Args:
+        limit: how many are in flight.
+        has_workers: asked now and then, where those who audit may vanish without a word.
+        lost: errors that say no more than that the part was lost on its way: the unit is sent again, a few times.
+    """
+    running: dict[Future[bytes], _Sent] = {}
     for unit in units:
         kept = work.get(unit.key) if work is not None else None
         if kept is not None:
             yield kept, True
             continue
         while len(running) >= limit:
-            yield from _done(running, work, has_workers)
-        running[submit(encode_unit(unit))] = unit.key
+            yield from _done(running, work, submit, has_workers, lost)
+        running[submit(encode_unit(unit))] = _Sent(unit)
     while running:
-        yield from _done(running, work, has_workers)
+        yield from _done(running, work, submit, has_workers, lost)
 
 
 def _done(
-    running: dict["Future[bytes]", str], work: Work | None, has_workers: Callable[[], bool] | None
+    running: dict["Future[bytes]", _Sent],
+    work: Work | None,
+    submit: Callable[[bytes], "Future[bytes]"],
+    has_workers: Callable[[], bool] | None,
+    lost: tuple[type[Exception], ...],
 ) -> Iterator[tuple[Part, bool]]:
     """Parts that are done; waits for one.
 
@@ -140,9 +161,16 @@ def _done(
                 "with work= it goes on where it was"
             )
     for future in done:
-        data, key = future.result(), running.pop(future)
+        sent = running.pop(future)
+        try:
+            data = future.result()
+        except lost:
+            if sent.before == _SENT_AGAIN:
+                raise
+            running[submit(encode_unit(sent.unit))] = _Sent(sent.unit, sent.before + 1)
+            continue
         if work is not None:
-            work.put(key, data)
+            work.put(sent.unit.key, data)
         yield decode_part(data), False
 
 
@@ -183,6 +211,9 @@ def run_on_dask(units: Iterator[Unit], work: Work | None, *, scheduler: str) -> 
                 lambda data: executor.submit(run_unit, data),
                 limit=_AHEAD * threads,
                 has_workers=lambda: _threads(client, scheduler) > 0,
+                # What the executor of distributed makes of a part whose worker died while it was fetched: it takes the
+                # part for an error, and unpacks it (cfexecutor.py, `_cascade_future`).
+                lost=(ValueError,),
             )
         except KilledWorker as error:
             raise Unavailable(

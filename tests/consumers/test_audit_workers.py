@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,30 @@ def test_dask_workers_give_the_same_numbers_even_of_a_place_that_was_made_anew(p
         found = audit(place, scheduler=cluster.scheduler_address)
     assert (found.totals.trajectories, found.totals.skipped) == (3, {})
     assert numbers(found) == numbers(audit(place))
+
+
+@pytest.mark.parametrize("times", [2, 99])
+def test_unit_whose_part_was_lost_with_its_dask_worker_is_audited_again(place, monkeypatch, times):
+    """distributed's executor takes a part whose worker died while it was fetched for an error, and unpacks it."""
+    executor = pytest.importorskip("distributed.cfexecutor").ClientExecutor
+    submit, sent = executor.submit, []
+
+    def lose_some(self, run, data):
+        sent.append(data)
+        if sent.count(data) <= times and data == sent[0]:
+            lost = Future()
+            lost.set_exception(ValueError("too many values to unpack (expected 3)"))
+            return lost
+        return submit(self, run, data)
+
+    monkeypatch.setattr(executor, "submit", lose_some)
+    with on_dask(1) as cluster:
+        if times == 2:
+            assert numbers(audit(place, scheduler=cluster.scheduler_address)) == numbers(audit(place))
+        else:
+            with pytest.raises(ValueError, match="unpack"):
+                audit(place, scheduler=cluster.scheduler_address)
+    assert sent.count(sent[0]) == min(times + 1, 4)
 
 
 def test_dask_cluster_that_lost_its_workers_is_told(place, monkeypatch):

@@ -101,12 +101,11 @@ with TrajectoryDataset(sys.argv[1], rank=0, world_size=2, checkpoints=True, leas
 @contextmanager
 def process(code, *arguments, **options):
     """A Python process that does not outlive the block."""
-    started = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], **options)
-    try:
-        yield started
-    finally:
-        started.kill()
-        started.wait(30)
+    with subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], **options) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
 
 
 def produce(store, first, count):
