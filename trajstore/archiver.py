@@ -131,7 +131,7 @@ class Archiver:
             on_step=self._on_step,
         )
         self._compacts = compact
-        self._next_lease = self._next_sweep = self._next_compaction = 0.0
+        self._next_lease = self._next_renewal = self._next_sweep = self._next_compaction = 0.0
         self._cleared = False
 
     def run(
@@ -205,6 +205,9 @@ class Archiver:
         self._notice(hints)
         idle = not hints
         for partition in list(self._waiting):
+            self._stay()
+            if partition not in self._waiting:
+                continue
             ripe = self._ripe(partition, at_once=once)
             idle &= not ripe
             if ripe and not stopped.is_set():
@@ -232,6 +235,7 @@ class Archiver:
         hints: list[Hint] = []
         always = all(server_info(one).fsyncs_always for one in self._store.wire.servers())
         self._horizon = 0.0 if always else FSYNC_HORIZON  # it can be reconfigured
+        self._next_renewal = time.monotonic() + self._lease_seconds / 3
         for partition in range(self._store.partitions):
             held = partition in self._waiting
             if self._lease.acquire(partition):
@@ -245,6 +249,20 @@ class Archiver:
                 self._drop(partition)
         return hints
 
+    def _stay(self) -> None:
+        """What long work calls in between: renews the leases when it is time, and drops what went to others.
+
+        Whoever is silent for as long as a lease lasts loses the partition with all that it has looked at, to one who
+        begins anew: with a backlog two archivers would take turns at that, and archive nothing.
+        """
+        self.pulse.beat()
+        if time.monotonic() < self._next_renewal:
+            return
+        self._next_renewal = time.monotonic() + self._lease_seconds / 3
+        for partition in list(self._waiting):
+            if not self._lease.renew(partition):
+                self._drop(partition)
+
     def _renew(self, partition: int) -> bool:
         """What a long compaction asks for in between."""
         self.pulse.beat()
@@ -255,12 +273,13 @@ class Archiver:
         self._heard(step)
 
     def _drop(self, partition: int) -> None:
+        if self._waiting.pop(partition, None) is None:  # it was dropped before
+            return
         log.warning(
             "the lease of partition %d went to another archiver",
             partition,
             extra={"event": "lease-lost", "partition": partition},
         )
-        del self._waiting[partition]
 
     def _leave(self) -> None:
         for partition in self._waiting:
@@ -290,11 +309,14 @@ class Archiver:
 
     def _sweep(self, *, created_after: float) -> None:
         """Deal with what nobody goes on with, of which no hint tells."""
-        swept = sweep(self._store, self._waiting, after=self._abandon_seconds, created_after=created_after)
-        self.done.abandoned += swept.closed
-        for partition, ids in swept.created.items():
-            waiting = self._waiting[partition]
-            fresh = [id for id in ids if id not in waiting]
+        for partition in list(self._waiting):
+            self._stay()
+            waiting = self._waiting.get(partition)
+            if waiting is None:
+                continue
+            swept = sweep(self._store, [partition], after=self._abandon_seconds, created_after=created_after)
+            self.done.abandoned += swept.closed
+            fresh = [id for id in swept.created.get(partition, ()) if id not in waiting]
             room = max(0, _LOOKED_AT - len(waiting))
             self._look({(partition, id): [] for id in fresh[:room]})
             if len(fresh) > room:
@@ -306,8 +328,12 @@ class Archiver:
             return
         servers = {partition: self._server(partition) for partition, _ in fresh}
         for (partition, id), about in fresh.items():
+            self._stay()
+            waiting = self._waiting.get(partition)
+            if waiting is None:  # its hints come to whoever has it now
+                continue
             try:
-                self._waiting[partition][id] = first_look(
+                waiting[id] = first_look(
                     self._store.hot,
                     self._archive.manifest(partition),
                     id,
@@ -338,6 +364,9 @@ class Archiver:
         server = self._server(partition)
         parts: list[Part] = []
         for id in ripe:
+            self._stay()
+            if partition not in self._waiting:
+                return
             look = self._waiting[partition].pop(id)
             if look.server != server:  # it restarted: what it came back with must ripen anew
                 self._notice([*look.hints, *look.later])
