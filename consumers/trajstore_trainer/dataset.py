@@ -342,6 +342,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
             info = get_worker_info()
             if info is not None:
                 self._worker, self._workers = Slot(self._rank, info.id), info.num_workers
+            settling = self._settling  # asks the server; who has threads already would go on reading if that failed
             self._session = Session(
                 store,
                 group=self._group,
@@ -355,7 +356,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
             self._handing = Handing(
                 store,
                 self._session,
-                self._settling,
+                settling,
                 group=self._group,
                 checkpoints=self._checkpoints,
                 selection=self._selection,

@@ -96,6 +96,28 @@ def test_acknowledged_groups_come_no_more_and_their_entries_go(store, dataset):
     assert nothing(dataset())
 
 
+@pytest.mark.parametrize("question", [1, 2])
+def test_beginning_that_gets_no_answer_leaves_nobody_who_goes_on_reading(store, dataset, monkeypatch, question):
+    """A consumer that nobody knows of would keep what it reads from everybody, for as long as the process lives."""
+    publish(store, 3)
+    first, exchange, asked = dataset(group="others"), store.wire.exchange, []
+
+    def lose(commands):
+        if threading.current_thread() is threading.main_thread() and [one[:2] for one in commands[:1]] == [
+            ("XINFO", "GROUPS")
+        ]:
+            asked.append(commands)
+            if len(asked) == question:
+                raise trajstore.Unavailable("no answer")
+        return exchange(commands)
+
+    monkeypatch.setattr(store.wire, "exchange", lose)
+    with pytest.raises(trajstore.Unavailable, match="no answer"):
+        take(first, 1)
+    assert [thread.name for thread in threading.enumerate() if "rank-0.0:" in thread.name] == []
+    assert take(first, 3) == ["g0", "g1", "g2"]
+
+
 def test_unacknowledged_groups_come_again_at_once_to_the_next_process_of_their_rank(store, dataset):
     publish(store, 4)
     first = dataset(rank=1, world_size=2, prefetch_groups=1)
