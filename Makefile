@@ -4,14 +4,15 @@ BIN := .venv/bin
 SEEDS ?= 10000
 MINUTES ?= 30
 KILLS ?= 300
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(16, 3 * (os.cpu_count() or 1) // 2))')
 
 .PHONY: demo test engines-live check bench soak clean
 
 demo: .venv/installed ## run the main job end to end over an embedded store
 	@$(BIN)/trajstore demo $(DIR)
 
-test: .venv/installed ## the test suite
-	@$(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
+test: .venv/installed ## the test suite; half of its time is waiting, so by more workers than there are cores
+	@$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 engines-live: ## the suites over a real vLLM, SGLang and verl on this CPU; builds their environments (13 GB; ENGINES=vllm for one)
 	@PYTHON=$(PYTHON) tests/live/run.sh $(ENGINES)

@@ -130,7 +130,7 @@ class Proxy(AbstractContextManager["Proxy"]):
 
     def __init__(self, server: S3Server, rule: Rule) -> None:
         self.requests: list[Request] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server.port, rule, self.requests))
+        self._server = _Listener(("127.0.0.1", 0), _handler(server.port, rule, self.requests))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
@@ -141,6 +141,12 @@ class Proxy(AbstractContextManager["Proxy"]):
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(30)
+
+
+class _Listener(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # a client that was killed is no news
+            super().handle_error(request, client_address)
 
 
 def _handler(port: int, rule: Rule, requests: list[Request]) -> type[BaseHTTPRequestHandler]:

@@ -62,6 +62,11 @@ class FaultyProxy:
         self._arm("hold", word, gate)
         return gate
 
+    def disarm(self) -> None:
+        """What was armed and has not happened yet will not."""
+        with self._lock:
+            self._armed = None
+
     def cut_all(self) -> None:
         """Cut every connection there is."""
         with self._lock:

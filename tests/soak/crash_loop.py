@@ -20,6 +20,8 @@ import msgspec
 
 import trajstore
 from tests.servers import RealServer
+from tests.soak.ledger import read_ledger
+from tests.waiting import until
 
 __all__ = ["Kills", "crash_loop"]
 
@@ -28,6 +30,10 @@ PARTITIONS = 4
 LEASE = 0.6
 WRITERS = 2
 ARCHIVERS = 2
+
+AT_WORK = 30
+"""Turns that each writer has had acknowledged before the first kill: on a busy machine the kills could be over before
+anybody has written anything."""
 
 CUT = 0.9
 """Seconds that a power cut takes at most. The server promises 2; how late it writes to its log must fit in, too."""
@@ -102,6 +108,7 @@ class CrashLoop:
     def start(self) -> None:
         self._archivers = [self._start_archiver() for _ in range(ARCHIVERS)]
         self._writers = [self._start_writer() for _ in range(WRITERS)]
+        until(self._at_work, seconds=120, what="that all writers are at work")
 
     def stop(self) -> None:
         """Let the writers finish and enter what they are told, then end the archivers as they stand."""
@@ -158,6 +165,11 @@ class CrashLoop:
         threading.Event().wait(away)
         self._server.start()
         self._sizes = Sizes(self._server)
+
+    def _at_work(self) -> bool:
+        self._revive()
+        told = map(read_ledger, self.kills.ledgers)
+        return all(sum(about.acknowledged for about in one.values()) >= AT_WORK for one in told)
 
     def _revive(self) -> None:
         for which, archiver in enumerate(self._archivers):

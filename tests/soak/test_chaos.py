@@ -7,6 +7,7 @@ import trajstore
 from tests.servers import binary_of
 from tests.soak.chaos.account import settle
 from tests.soak.chaos.ledger import Journal, TrainedOn
+from tests.soak.chaos.processes import RUN, cast, what_all_are_at
 from tests.soak.chaos.round import one_round
 from tests.soak.chaos.trainer import Checkpoint
 from tests.soak.chaos.turns import Turn, create, play
@@ -24,6 +25,23 @@ def test_every_acknowledged_event_is_there_once_whatever_goes_wrong_at_once(tmp_
     assert sum(count for name, count in done.happened.items() if name.startswith("killed")) >= 10
     assert done.account.trajectories > 20
     assert ack == "memory" or done.account.lost == 0
+
+
+def test_what_the_processes_of_a_failed_round_were_at_is_told_with_their_stacks(own_server, tmp_path):
+    with trajstore.open(own_server.url(RUN), archive=tmp_path / "archive", partitions=1) as store:
+        processes = cast(tmp_path, own_server.port, seed=1, ack="memory", environment={}, mutant=None)
+        archiver = next(process for process in processes if process.kind == "archiver")
+        try:
+            archiver.in_peace = True
+            archiver.start()
+            until(lambda: store.wire.call("XPENDING", store.keys.lease(0), "archiver")[0], seconds=60)
+            told = what_all_are_at(processes)
+        finally:
+            for process in processes:
+                process.abandon()
+    assert "archiver0, life 1, is alive:" in told
+    assert "trajstore/archiver.py" in told
+    assert "writer0 was not started" in told
 
 
 # What the account finds wrong
@@ -63,6 +81,7 @@ def account_of(store, folder, entered, *, checkpoint=(PLACE,), journal=(PLACE,),
     return settle(
         store,
         archive=str(folder / "store"),
+        options={},
         ledgers=[folder / "ledger"],
         checkpoints=[folder / "checkpoint"],
         journals=[folder / "trained"],

@@ -1,11 +1,12 @@
-"""The chaos run: `python -m tests.soak.chaos --seed N --minutes M [--ack memory|fsync] [--server redis|valkey]`.
+"""The chaos run: `python -m tests.soak.chaos --seed N --minutes M`; `--help` has what else may be chosen.
 
-Rounds on fresh servers, over both acknowledgement levels and kinds of server, until the time is over; then a table. A
-round that fails says how to run it again, and leaves its files.
+Rounds on fresh servers, over both acknowledgement levels, kinds of server and places of the archive, until the time is
+over; then a table. A round that fails says how to run it again and what its processes were at, and leaves its files.
 """
 
 import argparse
 import itertools
+import shlex
 import shutil
 import sys
 import tempfile
@@ -17,9 +18,13 @@ from pathlib import Path
 import msgspec
 
 from tests.servers import binary_of
+from tests.simulation.mutants import MUTANTS
 from tests.soak.chaos.round import Round, one_round
 
 ACKS = ("fsync", "memory")
+ARCHIVES = {"local": 1.0, "s3": 1 / 3}
+"""Where the archive is, and how much of `--round` the faults last: the account reads everything, which the S3 server of
+the tests is slow at."""
 PACE = 1.2
 SERVERS = ("redis", "valkey")
 
@@ -29,28 +34,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.soak.chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="of the first round; the next ones count on")
     parser.add_argument("--minutes", type=float, default=10.0, help="no further round is begun after")
-    parser.add_argument("--round", type=float, default=90.0, help="seconds of faults in one round")
+    parser.add_argument("--round", type=float, default=90.0, help="seconds of faults in one round; a third with s3")
     parser.add_argument("--ack", choices=ACKS, help="only this level; default both in turn")
     parser.add_argument("--server", choices=SERVERS, help="only this one; default both in turn")
+    parser.add_argument("--archive", choices=ARCHIVES, help="only this one; default both in turn")
+    parser.add_argument("--mutant", choices=sorted(MUTANTS), help="a bug made on purpose, which a round should find")
     chosen = parser.parse_args()
     names = [name for name in SERVERS if chosen.server in (None, name) and binary_of(name) is not None]
-    kinds = itertools.product(names, [ack for ack in ACKS if chosen.ack in (None, ack)])
+    acks = [ack for ack in ACKS if chosen.ack in (None, ack)]
+    archives = [archive for archive in ARCHIVES if chosen.archive in (None, archive)]
+    kinds = itertools.cycle(itertools.product(names, acks, archives))
     deadline = time.monotonic() + 60 * chosen.minutes
     done: dict[str, list[Round]] = {}
-    for seed, (server, ack) in zip(itertools.count(chosen.seed), itertools.cycle(kinds), strict=False):
+    for seed, (server, ack, archive) in zip(itertools.count(chosen.seed), kinds, strict=False):
         if time.monotonic() > deadline and done:
             break
         folder = Path(tempfile.mkdtemp(prefix=f"chaos-{seed}-"))
         try:
-            one = one_round(folder, seed=seed, ack=ack, server=server, seconds=chosen.round, pace=PACE)
+            one = one_round(
+                folder,
+                seed=seed,
+                ack=ack,
+                server=server,
+                archive=archive,
+                seconds=chosen.round * ARCHIVES[archive],
+                pace=PACE,
+                mutant=chosen.mutant,
+            )
         except BaseException as error:
             again = f"python -m tests.soak.chaos --seed {seed} --minutes 0 --round {chosen.round:g}"
-            again += f" --ack {ack} --server {server}"
+            again += f" --ack {ack} --server {server} --archive {archive}"
+            again += "" if chosen.mutant is None else f" --mutant {shlex.quote(chosen.mutant)}"
             error.add_note(f"again: {again}   (its files: {folder})")
             raise
         done.setdefault(ack, []).append(one)
         _say(
-            f"seed {seed} ({server}, {ack}): {sum(one.happened.values())} faults, "
+            f"seed {seed} ({server}, {ack}, {archive}): {sum(one.happened.values())} faults, "
             f"{one.account.trajectories} trajectories, {one.account.lost} events lost; "
             f"faults, drain and account took {', '.join(f'{seconds:.0f}' for seconds in one.seconds)} s"
         )

@@ -72,6 +72,7 @@ def settle(
     store: trajstore.Store,
     *,
     archive: str,
+    options: Mapping[str, str],
     ledgers: Iterable[Path],
     checkpoints: Iterable[Path],
     journals: Iterable[Path],
@@ -83,6 +84,7 @@ def settle(
 
     Args:
         store: of the run; all of it is archived.
+        archive, options: where, to be opened by itself.
         ledgers, checkpoints, journals: of writers, of ranks by checkpoint, of ranks by acknowledgement.
         losses: when the server died, monotonic seconds.
         killed: lives of writers that were killed. A writer that lives writes again what its server lost.
@@ -96,7 +98,7 @@ def settle(
     account.errors = dict(Counter(line.kind for line in errors))
     unexpected = [line for line in errors if line.kind not in (EXPECTED if durable else EXPECTED | TOLD)]
     assert not unexpected, f"writers were told what nobody expects: {unexpected[:3]}"
-    offline = trajstore.open_archive(archive)
+    offline = trajstore.open_archive(archive, options=options)
     final: dict[str, str] = {}
     for id, entered in told.items():
         about = [line for line in errors if line.id == id]
@@ -104,7 +106,7 @@ def settle(
         if newest:
             final[id] = newest
     assert {one.id for one in store.list(status=None)} <= set(told), "nobody wrote these"
-    found = [finding for finding in verify(store) if finding.severity != "information"]
+    found = [finding for finding in verify(store, options=options) if finding.severity != "information"]
     assert found == [], found
     _check_hot(store)
     _check_training(final, checkpoints, journals, durable=durable, account=account)
@@ -164,7 +166,7 @@ def _check(
     log.notes = notes
     log.payloads |= dict(zip([note.id for note in notes], store.archive.payloads(id, notes), strict=True))
     for policy in POLICIES:
-        fold = to_blob(plan(log.events, policy, notes=notes).apply(log.fetch, id=id))
+        fold = to_blob(plan(events, policy, notes=notes).apply(log.fetch, id=id))
         for place in (store, offline):
             assert to_blob(place.load(id, policy=policy)) == fold, f"{id}: {policy} folds to something else"
     return log.events[-1].id

@@ -18,6 +18,7 @@ import redis
 from tests.log.proxy import FaultyProxy
 from tests.servers import RealServer
 from tests.soak.chaos.disk import Disk
+from tests.soak.chaos.objects import HOWS, ObjectStore
 from tests.soak.chaos.processes import LEASE, Process
 from tests.soak.crash_loop import CUT, Sizes
 
@@ -27,6 +28,9 @@ DECK = (
     ["kill"] * 8 + ["connection"] * 8 + ["pause"] * 2 + ["kill the server"] * 2
     + ["kill the server twice", "stop the server from answering", "fill memory", "fill the disk", "jump clocks"]
 )  # fmt: skip
+OBJECTS = ["spoil the object store"] * 5 + ["stop the object store from answering"]
+"""Also in the deck where the archive is an object store."""
+
 WORDS = (b"XADD", b"XTRIM", b"XACK", b"HSET", b"HDEL", b"XREADGROUP", b"XCLAIM", b"XAUTOCLAIM", b"EXEC", b"XRANGE")
 DAY = 86400
 
@@ -44,6 +48,7 @@ class Director:
         processes: Sequence[Process],
         server: RealServer,
         disk: Disk,
+        objects: ObjectStore | None,
         *,
         seed: int,
     ) -> None:
@@ -52,6 +57,7 @@ class Director:
         self._processes = processes
         self._server = server
         self._disk = disk
+        self._objects = objects
         self._durable = server.options["appendfsync"] == "always"
         self._rng = Random(seed)
         self._deck: list[str] = []
@@ -77,7 +83,7 @@ class Director:
     def draw(self) -> str:
         """The next fault."""
         if not self._deck:
-            self._deck = list(DECK)
+            self._deck = DECK + (OBJECTS if self._objects is not None else [])
             self._rng.shuffle(self._deck)
         return self._deck.pop()
 
@@ -97,8 +103,11 @@ class Director:
         for process in self._processes:
             process.go_on()
             process.in_peace = True
+            process.proxy.disarm()
             process.proxy.accept()
             process.proxy.cut_all()  # what a swallowed reply has left silent
+        if self._objects is not None:
+            self._objects.make_peace()
         if not self._alive():
             self._bring_back("the server died of a full disk")
         self._sizes.stop()
@@ -135,6 +144,16 @@ class Director:
                 self._fill_memory()
             case "fill the disk":
                 self._fill_disk()
+            case "spoil the object store":
+                assert self._objects is not None
+                how = self._rng.choice(HOWS)
+                self._objects.spoil(how, self._rng.randint(1, 20))
+                self.happened[f"object store: {how}"] += 1
+            case "stop the object store from answering":
+                assert self._objects is not None
+                self._objects.pause()
+                self._later(self._rng.uniform(0.3, 3.0), self._objects.resume)
+                self.happened["object store stood still"] += 1
             case "jump clocks":
                 for process in self._processes:
                     if process.has_clock:

@@ -1,8 +1,9 @@
 """One round of the chaos run: a fresh server and archive, the cast at work, faults; then a drain and the account."""
 
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,26 @@ from tests.soak.chaos.account import Account, settle
 from tests.soak.chaos.director import Director
 from tests.soak.chaos.disk import small_disk
 from tests.soak.chaos.ledger import Journal, read_ledgers
-from tests.soak.chaos.processes import LEASE, RUN, Process, cast
+from tests.soak.chaos.objects import object_store
+from tests.soak.chaos.processes import LEASE, RUN, Process, cast, what_all_are_at
 from tests.soak.chaos.trainer import CONSUMERS
 from tests.soak.chaos.turns import Turn, create, members_of
+from tests.soak.chaos.worker import STEPS
 from trajstore.archiver import Archiver
+from trajstore.events import EventId
+from trajstore.log.feed import MATERIALIZER
+from trajstore.log.wire import reply_fields
 
 __all__ = ["Round", "one_round"]
 
 PARTITIONS = 4
-PATIENCE = 180.0
+PATIENCE = {"local": 180.0, "s3": 600.0}
+"""Seconds of peace, by where the archive is, until nothing may be left: the S3 server of the tests is slow."""
+
+AT_WORK = 20
+"""Turns that each writer has had acknowledged before the first fault: on a busy machine the faults could be over before
+anybody has written anything."""
+
 PEAK = {"writer": 400, "archiver": 400, "materializer": 400, "checkpoint": 900, "acknowledge": 900}
 """Most resident memory, in MiB, that a process may come to: the two last ones hold torch."""
 
@@ -45,44 +57,66 @@ class Round(msgspec.Struct):
     seconds: tuple[float, float, float]
 
 
-def one_round(folder: Path, *, seed: int, ack: str, server: str, seconds: float, kills: int = 0, pace: float) -> Round:
+def one_round(
+    folder: Path,
+    *,
+    seed: int,
+    ack: str,
+    server: str,
+    archive: str = "local",
+    seconds: float,
+    kills: int = 0,
+    pace: float,
+    mutant: str | None = None,
+) -> Round:
     """Faults for so many seconds, and until there were so many kills; then the account.
 
     Args:
         folder: for all files; new.
         pace: seconds from one fault to the next, on average.
         ack: "fsync": the server syncs each command; "memory": it syncs each second, and may lose what it had not.
+        archive: "local": in `folder`; "s3": on a server of the S3 protocol, which has faults of its own.
+        mutant: a bug of the simulation's list, in all processes.
 
     Raises:
-        AssertionError: a promise does not hold, or a process has failed.
+        AssertionError: a promise does not hold, or a process has failed. A note says what the processes were at; their
+            logs and the server's stay in `folder`.
     """
-    archive = str(folder / "archive")
-    options = {"appendfsync": "always" if ack == "fsync" else "everysec", "auto-aof-rewrite-percentage": "0"}
-    with small_disk(folder / "disk") as disk, running(server, disk.folder, **options) as real:
-        with trajstore.open(real.url(RUN), archive=archive, partitions=PARTITIONS) as store:
+    settings = {"appendfsync": "always" if ack == "fsync" else "everysec", "auto-aof-rewrite-percentage": "0"}
+    with (
+        object_store(wanted=archive == "s3") as objects,
+        small_disk(folder / "disk") as disk,
+        running(server, disk.folder, **settings) as real,
+    ):
+        location = str(folder / "archive") if objects is None else objects.location
+        options = {} if objects is None else objects.options
+        with trajstore.open(real.url(RUN), archive=location, archive_options=options, partitions=PARTITIONS) as store:
             for group in CONSUMERS.values():  # from the beginning, whoever comes when
                 for partition in range(PARTITIONS):
                     stream = store.keys.ready(partition)
                     store.wire.exchange([("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")])
-        processes = cast(folder, real.port, seed=seed, ack=ack)
-        director = Director(processes, real, disk, seed=seed)
-        begun = time.monotonic()
+        environment = {} if objects is None else objects.environment
+        processes = cast(folder, real.port, seed=seed, ack=ack, environment=environment, mutant=mutant)
+        director = Director(processes, real, disk, objects, seed=seed)
         try:
             for process in processes:
                 process.start()
+            _until(lambda: _not_at_work(processes), director.tend, seconds=PATIENCE[archive])
+            begun = time.monotonic()
             director.run(until=begun + seconds, kills=kills, pace=pace)
             director.stop()
             faults = time.monotonic()
-            final = _bring_to_an_end(folder, processes, director, real, ack=ack)
+            final = _bring_to_an_end(folder, processes, real, ack=ack, options=options, patience=PATIENCE[archive])
             drained = time.monotonic()
             logs = [path for process in processes for path in process.tracebacks()]
             assert not logs, f"errors that nobody expected: {logs}"
             peaks = {kind: max(process.peak for process in processes if process.kind == kind) for kind in PEAK}
             assert all(peaks[kind] <= most for kind, most in PEAK.items()), f"memory grew to {peaks} MiB"
-            with trajstore.open(real.url(RUN), create=False) as store:
+            with trajstore.open(real.url(RUN), archive_options=options, create=False) as store:
                 account = settle(
                     store,
-                    archive=archive,
+                    archive=location,
+                    options=options,
                     ledgers=[*_files(processes, "writer"), final],
                     checkpoints=_files(processes, "checkpoint"),
                     journals=_files(processes, "acknowledge"),
@@ -90,6 +124,10 @@ def one_round(folder: Path, *, seed: int, ack: str, server: str, seconds: float,
                     killed={life for process in processes for life in process.killed},
                     durable=ack == "fsync",
                 )
+        except BaseException as error:
+            error.add_note(what_all_are_at(processes))
+            shutil.copy(disk.folder / "server.log", folder)
+            raise
         finally:
             director.abandon()
             for process in processes:
@@ -103,28 +141,58 @@ def one_round(folder: Path, *, seed: int, ack: str, server: str, seconds: float,
     )
 
 
+def _not_at_work(processes: Sequence[Process]) -> str:
+    """Writers that have hardly begun."""
+    idle = []
+    for process in processes:
+        if process.kind == "writer":
+            told, _ = read_ledgers(process.files)
+            turns = [one for entered in told.values() for one in entered]
+            if sum(one.acknowledged is not None for one in turns) < AT_WORK:
+                idle.append(process.name)
+    return f"{idle} have hardly begun" if idle else ""
+
+
 def _bring_to_an_end(
-    folder: Path, processes: Sequence[Process], director: Director, server: RealServer, *, ack: Any
+    folder: Path,
+    processes: Sequence[Process],
+    server: RealServer,
+    *,
+    ack: Any,
+    options: Mapping[str, str],
+    patience: float,
 ) -> Path:
     """Let the writers end, close what they left open, and wait until all is archived and trained on; the ledger of
-    what was closed."""
+    what was closed.
+
+    What is closed here gets one hint each, and no later one that could make up for it. So it is left to materializers
+    that kill themselves, between them at every step of a publish, and then to others that finish it.
+    """
     writers = [process for process in processes if process.kind == "writer"]
     for process in writers:
         process.ask_to_end()
     for process in writers:
         process.end(seconds=60)
-    others = [process for process in processes if process.kind != "writer"]
+    materializers = [process for process in processes if process.kind == "materializer"]
+    others = [process for process in processes if process not in writers]
 
-    def tend() -> None:
+    def tend(*, without: Sequence[Process] = ()) -> None:
         for process in others:
-            process.revive()
+            if process not in without:
+                process.revive()
 
     path = folder / "final.ledger"
-    with trajstore.open(server.url(RUN), ack=ack, create=False) as store:
+    with trajstore.open(server.url(RUN), ack=ack, archive_options=options, create=False) as store:
         told, _ = read_ledgers(_files(processes, "writer"))
+        _until(lambda: _left(store, MATERIALIZER), tend, seconds=patience)
+        for process in materializers:
+            process.kill()
         with Journal(path) as ledger:
-            _complete(store, ledger, told, tend)
-        _until(lambda: _left(store), tend)
+            _complete(store, ledger, told, lambda: tend(without=materializers))
+        for i, process in enumerate(materializers):
+            process.last_steps = list(STEPS["materializer"][i :: len(materializers)])
+            process.start()
+        _until(lambda: _left(store), tend, seconds=patience)
         for process in others:
             process.ask_to_end()
         for process in others:
@@ -159,34 +227,36 @@ def _complete(store: trajstore.Store, ledger: Journal, told: Iterable[str], tend
         ledger.acknowledge(turn)
 
 
-def _left(store: trajstore.Store) -> str:
-    """What is still on its way to the archive or to a trainer."""
+def _left(store: trajstore.Store, *groups: str) -> str:
+    """What is still on its way to the archive or to a trainer; with `groups`, what these have not worked on yet."""
     for partition in range(PARTITIONS):
         for stream in (store.keys.feed(partition), store.keys.ready(partition)):
             newest = store.wire.call("XREVRANGE", stream, "+", "-", "COUNT", 1)
-            for group in store.wire.call("XINFO", "GROUPS", stream):
-                fields = dict(zip(group[::2], group[1::2], strict=True))
-                if fields[b"pending"] or (newest and fields[b"last-delivered-id"] < newest[0][0]):
+            for fields in map(reply_fields, store.wire.call("XINFO", "GROUPS", stream)):
+                if groups and fields[b"name"].decode() not in groups:
+                    continue
+                delivered = EventId.parse(fields[b"last-delivered-id"])
+                if fields[b"pending"] or (newest and delivered < EventId.parse(newest[0][0])):
                     return f"{stream} has {newest} and {fields}"
     backlog = store.backlog()
-    return f"{backlog}" if backlog.trajectories else ""
+    return f"{backlog}" if backlog.trajectories and not groups else ""
 
 
 def _keys(store: trajstore.Store) -> str:
     """Keys of trajectories that should have gone by now."""
     prefixes = [store.keys.entries_prefix(partition) for partition in range(PARTITIONS)]
     found = [store.wire.call("KEYS", prefix.replace("{", "\\{") + "*") for prefix in prefixes]
-    return f"{found}" if any(found) else ""
+    return f"there are keys: {found}" if any(found) else ""
 
 
 def _files(processes: Sequence[Process], kind: str) -> list[Path]:
     return [path for process in processes if process.kind == kind for path in process.files]
 
 
-def _until(left: Callable[[], str], tend: Callable[[], None], *, seconds: float = PATIENCE) -> None:
+def _until(left: Callable[[], str], tend: Callable[[], None], *, seconds: float) -> None:
     """Wait until nothing is left."""
     deadline = time.monotonic() + seconds
     while what := left():
         tend()
-        assert time.monotonic() < deadline, f"left after {seconds:g} s of peace: {what}"
+        assert time.monotonic() < deadline, f"after {seconds:g} s: {what}"
         threading.Event().wait(0.2)

@@ -18,6 +18,7 @@ import msgspec
 
 import trajstore
 from tests.soak.chaos.ledger import Journal, TrainedOn
+from tests.soak.chaos.stacks import tell_when_asked
 from tests.soak.patience import once_there
 from trajstore_trainer import ReadyTrajectories, Selection, TrajectoryDataset
 
@@ -66,6 +67,7 @@ def train_by_acknowledgement(dataset: TrajectoryDataset, path: Path, stop: threa
     journal = Journal(path)
     while not stop.is_set():
         with contextlib.suppress(trajstore.Unavailable):
+            dataset.acknowledge()  # what the server did not answer to the last time; nothing new may come after it
             for ready in dataset:
                 journal.write(_trained_on(ready))
                 dataset.acknowledge()
@@ -89,6 +91,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 def main(how: str, url: str, rank: str, world: str, path: str, lease: str) -> None:
     """Train until SIGTERM."""
+    tell_when_asked()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())

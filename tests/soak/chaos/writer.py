@@ -17,6 +17,7 @@ import numpy as np
 import trajstore
 from tests.soak.chaos.clock import follow
 from tests.soak.chaos.ledger import Journal
+from tests.soak.chaos.stacks import tell_when_asked
 from tests.soak.chaos.turns import Turn, create, draw, play
 from tests.soak.patience import once_there
 from tests.soak.writer import errors_of
@@ -127,6 +128,7 @@ class Writer:
 def main(url: str, name: str, seed: str, ack: Any, path: str) -> None:
     """Write until SIGTERM."""
     follow()
+    tell_when_asked()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
