@@ -2,9 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +34,7 @@ def measure_payloads(scale: HotScale, folder: Path) -> Topic:
     """Recordings of 1.5 MB, written until acknowledged and read back, beside bare HSETs and HGETs of the same bytes.
 
     Trajectories of several, each recording of other rows, show what a payload costs; those of one, what a rollout adds.
+    What is read is checksummed; the same with zlib's CRC-32 shows what that costs where isal is missing.
     """
     count, shapes = scale.payloads, (scale.together, 1)
     recorded = _rows(PAYLOAD // SPEC.row_bytes)
@@ -56,6 +59,10 @@ def measure_payloads(scale: HotScale, folder: Path) -> Topic:
         def read(several: int) -> None:
             for id in ids[several]:
                 store.load_routing(id)
+
+        def read_by_zlib() -> None:
+            with mock.patch("trajstore.log.reader.crc32", zlib.crc32):
+                read(scale.together)
 
         def bare_write() -> None:
             for key in keys:
@@ -85,17 +92,16 @@ def measure_payloads(scale: HotScale, folder: Path) -> Topic:
             write(several)
         bare_write()
         tidy(store)
-        reads = in_turns(
-            {names[several]: partial(read, several) for several in shapes}
-            | {"redis-py, HGET": bare_read, "raw frames": partial(raw.receive, gets, len(payload))},
-            repeats=scale.repeats,
-        )
+        ways: dict[str, Callable[[], object]] = {names[several]: partial(read, several) for several in shapes}
+        ways |= {"redis-py, HGET": bare_read, "raw frames": partial(raw.receive, gets, len(payload))}
+        ways[f"{names[scale.together]}, zlib's CRC"] = read_by_zlib
+        reads = in_turns(ways, repeats=scale.repeats)
         raw.close()
         client.close()
     tables, goals = [], []
     for verb, found in (("Appending", writes), ("Reading", reads)):
         rates = {name: count * len(payload) / 1e6 / statistics.median(seconds) for name, seconds in found.items()}
-        ours, _, bare, _ = rates.values()
+        ours, _, bare, *_ = rates.values()
         tables.append(
             Table(
                 f"{verb} {count} recordings of {len(payload) / 1e6:.1f} MB",

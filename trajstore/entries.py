@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias, get_args
 
 import msgspec
 
+from trajstore.crc import crc32
 from trajstore.errors import UNREADABLE, Corrupt, SchemaError
 from trajstore.events import SCHEMA_VERSION, EventId, Header, PayloadInfo, UnknownEvent, payload_of
 from trajstore.limits import EVENTS, HEADER_BYTES
@@ -215,7 +216,7 @@ def check_payload(data: Buffer, info: PayloadInfo, *, what: str, crc: int | None
     Raises:
         Corrupt: other length or CRC; `what` says whose.
     """
-    if len(data) != info.nbytes or (zlib.crc32(data) if crc is None else crc) != info.crc:
+    if len(data) != info.nbytes or (crc32(data) if crc is None else crc) != info.crc:
         raise Corrupt(f"{what} does not match its header: {len(data)} bytes of {info.nbytes}, or another CRC-32")
 
 

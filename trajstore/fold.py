@@ -6,6 +6,7 @@ are pure, and the only fold there is: `load`, the materializer, provenance and a
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -27,6 +28,8 @@ __all__ = [
     "Placement",
     "Plan",
     "Policy",
+    "ReadRows",
+    "WantedRows",
     "decide",
     "input_digest",
     "plan",
@@ -46,8 +49,18 @@ array that is all there is of it gives the array away."""
 Room: TypeAlias = Callable[[int], RoutingArray]
 """Where rows go, by their number of layers: `[rows, layers, K]`, uninitialized."""
 
-ReadRows: TypeAlias = Callable[[Event, int, int, Room], RoutingArray | None]
-"""Rows `[first, last)` of an event's payload; None if they are in the room. What owns its memory is given away."""
+
+class WantedRows(NamedTuple):
+    """Rows `[first, stop)` of an event's payload, and room for them."""
+
+    event: Event
+    first: int
+    stop: int
+    room: Room
+
+
+ReadRows: TypeAlias = Callable[[Sequence[WantedRows]], Iterable[RoutingArray | None]]
+"""Rows for each, in order; None if they are in the room. What owns its memory is given away."""
 
 
 class Placement(NamedTuple):
@@ -175,8 +188,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         """The routing of rows `[start, stop)` alone; nothing else is fetched.
 
         Args:
-            read: gives rows `[first, last)` of a recording's payload, `[last - first, layers, K]`, all with the same
-                layers; or puts them where there is room for them.
+            read: gives wanted rows, `[stop - first, layers, K]`, all with the same layers; or puts them where there is
+                room for them. Called once.
 
         Raises:
             SchemaError: the trajectory has no routing, or no such rows.
@@ -191,25 +204,28 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         source = np.full(stop - start, -1, np.int16)
         routed: RoutingArray | None = None
 
-        def room(layers: int) -> RoutingArray:
+        def room(at: slice, layers: int) -> RoutingArray:
             nonlocal routed
             if routed is None:
                 routed = np.empty((shape[0], layers, shape[1]), dtype)
             return routed[at]
 
+        places, wanted = [], []
         for placement in self.placements:
             low, high = max(placement.start, start), min(placement.stop, stop)
             if low >= high:
                 continue
             recording, at = placement.recording, slice(low - start, high - start)
             event = self.history.carriers[recording.event]
-            rows = read(event, low - recording.start, high - recording.start, room)
+            places.append(at)
+            wanted.append(WantedRows(event, low - recording.start, high - recording.start, partial(room, at)))
+            mask[at] = True
+            source[at] = recording.segment
+        for at, rows in zip(places, read(wanted), strict=True):
             if rows is not None and len(rows) == stop - start and rows.flags.owndata:
                 routed = rows
             elif rows is not None:
-                room(rows.shape[1])[:] = rows
-            mask[at] = True
-            source[at] = recording.segment
+                room(at, rows.shape[1])[:] = rows
         if routed is None:
             routed = spec.empty(stop - start)
         routed[~mask] = 0

@@ -6,6 +6,7 @@ between the two reads would lose events silently.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import TypeVar
 
 import msgspec
@@ -17,7 +18,7 @@ from trajstore.archive.reader import ArchiveReader
 from trajstore.entries import Buffer, Event, check_payload, entry_digest
 from trajstore.errors import Corrupt, NotFound, SchemaError
 from trajstore.events import EventId, TrajectoryOpened
-from trajstore.fold import Plan, Policy, Room, plan
+from trajstore.fold import Plan, Policy, WantedRows, plan
 from trajstore.history import Recording, deleted_error, find_tombstone
 from trajstore.ingest import check_count
 from trajstore.log.reader import HotEntry, HotReader
@@ -190,9 +191,7 @@ class View:
             first, last = start - recording.start, stop - recording.start
             if first == last:
                 return opened.routing.empty(0)
-            rows = self._routed(id, opened.routing, slice(None), {}, carrier, first, last)
-            assert rows is not None
-            return rows.copy()
+            return self._rows(id, opened.routing, slice(None), carrier, first, last, kept={}).copy()
 
         return _settled(id, fetch)
 
@@ -245,34 +244,54 @@ class View:
 
         def fold() -> RoutedRows:
             decided = self.plan(id, policy, until)
-            hot: dict[str, Buffer] = {}
             spec = decided.history.opened.routing
             start, stop = bounds or (0, decided.history.length)
             if spec is None or ids is None:
-                return decided.routed(start, stop, lambda *wanted: self._routed(id, spec, slice(None), hot, *wanted))
+                return decided.routed(start, stop, lambda wanted: self._routed(id, spec, slice(None), wanted))
             columns = _columns(spec, ids)
             span = slice(min(columns), max(columns) + 1)
-            found = decided.routed(start, stop, lambda *wanted: self._routed(id, spec, span, hot, *wanted))
+            found = decided.routed(start, stop, lambda wanted: self._routed(id, spec, span, wanted))
             return found.only([column - span.start for column in columns])
 
         return _settled(id, fold)
 
     def _routed(
+        self, id: str, spec: RoutingSpec | None, layers: slice, wanted: Sequence[WantedRows]
+    ) -> Iterator[RoutingArray | None]:
+        """As `trajstore.fold.ReadRows`; hot payloads that are wanted whole are received in their rooms, together."""
+
+        def is_received(one: WantedRows) -> bool:
+            info = one.event.payload
+            whole = spec is not None and info is not None and info.nbytes == (one.stop - one.first) * spec.row_bytes
+            return whole and one.event.stored == "hot" and layers == slice(None)
+
+        kept: dict[str, Buffer] = {}
+        for received, run in groupby(wanted, is_received):
+            if received and spec is not None and self._hot is not None:
+                events, rooms = [], []
+                for one in run:
+                    events.append(one.event)
+                    rooms.append(one.room(spec.num_layers).data.cast("B"))
+                for event, there in zip(events, self._hot.payloads_into(id, events, rooms), strict=True):
+                    if not there:
+                        raise _Gone(event.id)
+                    yield None
+            else:
+                for event, first, stop, _ in run:
+                    yield self._rows(id, spec, layers, event, first, stop, kept=kept)
+
+    def _rows(
         self,
         id: str,
         spec: RoutingSpec | None,
         layers: slice,
-        hot: dict[str, Buffer],
         event: Event,
         first: int,
         stop: int,
-        room: Room | None = None,
-    ) -> RoutingArray | None:
-        """Rows of a recording; `hot` keeps a few hot payloads, for recordings may lie interleaved.
-
-        Args:
-            room: where a whole hot payload is received; then None is returned.
-        """
+        *,
+        kept: dict[str, Buffer],
+    ) -> RoutingArray:
+        """Rows of a recording; `kept` are a few hot payloads, for recordings may lie interleaved."""
         archive = self._archive()
         if event.stored != "hot" and archive is not None:
             rows = archive.routed(id, event, [(first, stop)], layers)
@@ -280,17 +299,12 @@ class View:
                 raise _Gone(event.id)
             return rows
         assert spec is not None
-        data = hot.pop(event.id, None)
-        whole = event.payload is not None and event.payload.nbytes == (stop - first) * spec.row_bytes
-        if data is None and whole and room is not None and self._hot is not None and layers == slice(None):
-            if not self._hot.payload_into(id, event, room(spec.num_layers).data.cast("B")):
-                raise _Gone(event.id)
-            return None
+        data = kept.pop(event.id, None)
         if data is None:
             data = next(iter(self._payloads(id, [event])))
-        hot[event.id] = data
-        if len(hot) > _KEPT:
-            del hot[next(iter(hot))]  # the one that was used longest ago
+        kept[event.id] = data
+        if len(kept) > _KEPT:
+            del kept[next(iter(kept))]  # the one that was used longest ago
         return spec.from_bytes(data)[first:stop, layers]
 
     def summaries(self, partition: int, *, on_corrupt: Callable[[Corrupt], None] | None = None) -> Iterable[Summary]:

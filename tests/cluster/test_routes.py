@@ -20,6 +20,7 @@ from tests.servers import free_port
 from tests.waiting import until
 from trajstore.archiver import Archiver
 from trajstore.health import ready
+from trajstore.log.bulk import Value
 from trajstore.log.cluster import ClusterWire, connect
 from trajstore.recovery import recover
 from trajstore.status import RunLook
@@ -67,9 +68,14 @@ def test_keys_on_their_way_are_found_at_either_server(cluster: Cluster, run_name
     wire.call_all([("SET", key, key) for key in keys])
     seen = []
 
+    def read(value: Value) -> bytes:
+        data = value.read()
+        assert value.command == ("GET", data.decode())
+        return data
+
     def look() -> None:
         seen.append(wire.call_all([("GET", key) for key in keys]))
-        seen.append(wire.fetch(keys, lambda value: value.read()))
+        seen.append(wire.fetch(keys, read))
         wire.call("INCR", f"{{{run_name}}}-count")
 
     cluster.move(key_slot(keys[0].encode()), other(cluster, cluster.owner(keys[0])), between=look)

@@ -122,6 +122,68 @@ def test_partial_read_of_interleaved_recordings_fetches_each_payload_once(store,
     assert len(asked) == len(set(asked))
 
 
+def record_three(store):
+    """A trajectory with three recordings after each other, too large for their headers; its rows."""
+    trajectory, recorded = store.create(routing=SPEC), rows(1200)
+    with trajectory.segment(context=list(range(1200))) as segment:
+        for start in range(0, 1200, 400):
+            segment.routing(recorded[start : start + 400], start=start)
+    store.flush()
+    return trajectory, recorded
+
+
+def test_recordings_that_are_wanted_whole_are_asked_for_together(store, monkeypatch):
+    """One after the other, the way to the server is waited for each time."""
+    trajectory, recorded = record_three(store)
+    asked = []
+    receive = HotReader.payloads_into
+
+    def counting(self, id, events, into):
+        asked.append([event.id for event in events])
+        return receive(self, id, events, into)
+
+    monkeypatch.setattr(HotReader, "payloads_into", counting)
+    np.testing.assert_array_equal(store.load_routing(trajectory.id).routed_experts, recorded)
+    assert asked == [["2-1", "2-2", "2-3"]]
+    found = store.load_routing(trajectory.id, rows=(100, 1200))
+    np.testing.assert_array_equal(found.routed_experts, recorded[100:])
+    assert asked[1:] == [["2-2", "2-3"]], "of the first only a part is wanted"
+
+
+@pytest.mark.parametrize("whose", ["2-1", "2-2", "2-3"])
+@pytest.mark.parametrize("bytes_now", [None, b"\0" * 1600, b"", b"\0" * 1601])
+def test_of_several_payloads_the_one_that_is_gone_or_was_changed_is_named(store, bytes_now, whose):
+    trajectory, _ = record_three(store)
+    key = store.keys.payloads(trajectory.id)
+    (field,) = (name for name in store.wire.call("HKEYS", key) if name.startswith(whose.encode() + b":"))
+    if bytes_now is None:
+        store.wire.call("HDEL", key, field)
+        what = f"the payload of event {whose} is neither in the hot log nor in the archive"
+    else:
+        store.wire.call("HSET", key, field, bytes_now)
+        what = f"the payload of event {whose} in the hot log does not match its header"
+    for read in (store.load, store.load_routing):
+        with pytest.raises(trajstore.Corrupt, match=what):
+            read(trajectory.id)
+
+
+def test_what_is_moved_away_from_between_others_is_read_where_it_lies_now(store, monkeypatch):
+    trajectory, recorded = record_three(store)
+    receive, gone = HotReader.payloads_into, iter([1, 0, 2])
+
+    def moving(self, id, events, into):
+        there = receive(self, id, events, into)
+        away = next(gone, None)
+        if away is not None:
+            into[away][:] = bytes(len(into[away]))
+            there[away] = False
+        return there
+
+    monkeypatch.setattr(HotReader, "payloads_into", moving)
+    np.testing.assert_array_equal(store.load_routing(trajectory.id).routed_experts, recorded)
+    assert next(gone, None) is None
+
+
 def test_payload_that_was_changed_is_corrupt(store):
     trajectory = store.create(routing=SPEC)
     with trajectory.segment(context=list(range(200))) as segment:

@@ -25,6 +25,17 @@ def in_two_buffers(value):
     return bytes(first + second[:count])
 
 
+def as_it_comes(value):
+    found = bytearray()
+    while len(found) < value.nbytes:
+        room = bytearray(700)
+        count = value.readinto1(memoryview(room))
+        assert 0 < count <= 700
+        found += room[:count]
+    assert value.readinto1(memoryview(bytearray(5))) == 0, "no byte of the next value"
+    return bytes(found)
+
+
 def reply_to(value):
     return b"$-1\r\n" if value is None else b"$%d\r\n%s\r\n" % (len(value), value)
 
@@ -64,7 +75,7 @@ def answered(ends, replies, piece, read):
     return found
 
 
-@pytest.mark.parametrize("read", [WHOLE, in_two_buffers])
+@pytest.mark.parametrize("read", [WHOLE, in_two_buffers, as_it_comes])
 @pytest.mark.parametrize("piece", [1, 3, 4096, 1 << 20])
 def test_values_arrive_whole_however_their_bytes_are_cut(ends, piece, read):
     assert answered(ends, b"".join(map(reply_to, VALUES)), piece, read) == VALUES
@@ -74,6 +85,28 @@ def test_values_arrive_whole_however_their_bytes_are_cut(ends, piece, read):
 def test_what_a_reader_leaves_of_a_value_is_not_taken_for_the_next(ends, piece):
     found = answered(ends, b"".join(map(reply_to, VALUES)), piece, lambda value: value.read(2))
     assert found == [None if value is None else value[:2] for value in VALUES]
+
+
+def test_what_has_come_of_a_value_is_given_before_the_rest_arrives(ends):
+    connection, server = ends
+    server.sendall(b"$200000\r\n" + b"a" * 1000)
+    first = []
+
+    def read(value):
+        room = bytearray(value.nbytes)
+        first.append(value.readinto1(memoryview(room)))
+        server.sendall(b"b" * 199_000 + b"\r\n")
+        value.readinto(memoryview(room)[first[0] :])
+        return bytes(room)
+
+    assert fetch(connection, [("GET", "k")], read) == [b"a" * 1000 + b"b" * 199_000]
+    assert first == [1000]
+
+
+@pytest.mark.parametrize("piece", [1, 1 << 20])
+def test_each_value_says_which_command_it_answers_whatever_is_missing_before_it(ends, piece):
+    found = answered(ends, b"".join(map(reply_to, VALUES)), piece, lambda value: value.command)
+    assert found == [None if value is None else ("GET", f"k{i}") for i, value in enumerate(VALUES)]
 
 
 def test_several_are_asked_for_ahead_and_no_more_than_several(ends):

@@ -32,7 +32,7 @@ LAYERS = (
     {"server", "locks", "binaries"},
     {"log", "deletion"},
     {"fold", "history", "overlaps", "standing", "summary", "trajectory"},
-    {"events", "entries", "upcast", "routing", "ingest", "limits", "errors", "chance", "slabs"},
+    {"events", "entries", "upcast", "routing", "ingest", "limits", "errors", "chance", "crc", "slabs"},
 )
 """Modules and folders of the library from the top down."""
 

@@ -30,10 +30,12 @@ class Value:
 
     Attributes:
         nbytes: its size.
+        command: that asked for it; empty for one that was not asked for.
     """
 
-    def __init__(self, stream: "_Stream | _Held", nbytes: int) -> None:
+    def __init__(self, stream: "_Stream | _Held", nbytes: int, command: Command = ()) -> None:
         self.nbytes = nbytes
+        self.command = command
         self._stream = stream
         self._left = nbytes
 
@@ -41,6 +43,13 @@ class Value:
         """Fill a buffer of bytes, as far as the value goes; how many that were."""
         count = min(len(buffer), self._left)
         self._stream.fill(buffer[:count])
+        self._left -= count
+        return count
+
+    def readinto1(self, buffer: memoryview) -> int:
+        """As `readinto`, but waits only for the first of these bytes, and goes on with what has come."""
+        room = buffer[: self._left]
+        count = self._stream.take(room) if room else 0
         self._left -= count
         return count
 
@@ -59,13 +68,18 @@ class _Held:
 
     def fill(self, buffer: memoryview) -> None:
         """The next bytes, as many as there is room."""
+        self.take(buffer)
+
+    def take(self, buffer: memoryview) -> int:
+        """As `fill`; how many that were."""
         buffer[:] = self._data[: len(buffer)]
         self._data = self._data[len(buffer) :]
+        return len(buffer)
 
 
-def whole_value(data: bytes) -> Value:
+def whole_value(data: bytes, command: Command = ()) -> Value:
     """A value that has come already, to be read like one on its way."""
-    return Value(_Held(data), len(data))
+    return Value(_Held(data), len(data), command)
 
 
 def fetch(connection: Any, commands: Sequence[Command], read: Callable[[Value], T]) -> list[T | None]:
@@ -82,12 +96,12 @@ def fetch(connection: Any, commands: Sequence[Command], read: Callable[[Value], 
     found: list[T | None] = []
     try:
         send(connection, commands[:_AHEAD])
-        for number in range(len(commands)):
-            nbytes = stream.length(in_list=commands[number][0] == "HMGET")
+        for number, command in enumerate(commands):
+            nbytes = stream.length(in_list=command[0] == "HMGET")
             if nbytes is None:
                 found.append(None)
             else:
-                value = Value(stream, nbytes)
+                value = Value(stream, nbytes, command)
                 found.append(read(value))
                 value.read()
                 stream.fill(memoryview(line_end))
@@ -138,17 +152,20 @@ class _Stream:
 
     def fill(self, buffer: memoryview) -> None:
         """The next bytes, as many as there is room."""
-        at, size = 0, len(buffer)
-        while at < size:
-            if self._start == self._stop and size - at >= _BUFFER // 2:
-                at += self._receive(buffer[at:])
-                continue
-            if self._start == self._stop:
-                self._start, self._stop = 0, self._receive(self._view)
-            count = min(size - at, self._stop - self._start)
-            buffer[at : at + count] = self._view[self._start : self._start + count]
-            self._start += count
-            at += count
+        at = 0
+        while at < len(buffer):
+            at += self.take(buffer[at:])
+
+    def take(self, buffer: memoryview) -> int:
+        """What has come of the next bytes, at least one; how many that were."""
+        if self._start == self._stop:
+            if len(buffer) >= _BUFFER // 2:
+                return self._receive(buffer)
+            self._start, self._stop = 0, self._receive(self._view)
+        count = min(len(buffer), self._stop - self._start)
+        buffer[:count] = self._view[self._start : self._start + count]
+        self._start += count
+        return count
 
     def _line(self) -> bytes:
         """Up to the next line end, which is left out."""

@@ -374,7 +374,8 @@ class ClusterWire(Wire):
                     self.suspect(address)
                     raise
                 held = [reply[0] if isinstance(reply, list) else reply for reply in self.call_all(some)]
-                values = [None if data is None else read(whole_value(data)) for data in held]
+                pairs = zip(some, held, strict=True)
+                values = [None if data is None else read(whole_value(data, command)) for command, data in pairs]
             found.update(zip(numbers, values, strict=True))
         return [found[number] for number in range(len(commands))]
 

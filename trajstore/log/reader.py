@@ -1,11 +1,11 @@
 """Reading the hot log: entries, notes, payloads and summaries of one run."""
 
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from trajstore.crc import crc32
 from trajstore.entries import Buffer, Entry, Event, check_payload, decode_entry, decode_known
 from trajstore.errors import Corrupt
 from trajstore.events import EventId
@@ -14,7 +14,7 @@ from trajstore.log.batch import payload_field
 from trajstore.log.bulk import Value, whole_value
 from trajstore.log.keys import Keys
 from trajstore.log.stream import parse_entries
-from trajstore.log.wire import Wire
+from trajstore.log.wire import Argument, Wire
 from trajstore.summary import Summary, decode_summary
 
 __all__ = ["HotEntry", "HotReader"]
@@ -23,7 +23,10 @@ _PAGE = 1000
 _FETCH_BYTES = 16 << 20
 
 _LARGE = 1 << 16
-"""Bytes of a payload that is read as it arrives, in pieces of as many, which are still in the cache when summed."""
+"""Bytes of a payload that is read as it arrives."""
+
+_PIECE = 1 << 18
+"""Bytes that are summed at once, at most: they are still in the cache then."""
 
 
 class HotEntry(NamedTuple):
@@ -84,25 +87,30 @@ class HotReader:
                 page, nbytes = [], 0
         yield from self._fetch(id, page)
 
-    def payload_into(self, id: str, event: Event, into: memoryview) -> bool:
-        """Receive the payload of a hot event, checked, where it is wanted; False if it is gone.
+    def payloads_into(self, id: str, events: Sequence[Event], into: Sequence[memoryview]) -> list[bool]:
+        """Receive the payloads of hot events, checked, where they are wanted; False for one that is gone.
 
         Args:
-            into: as many bytes as the header says that it has.
+            into: for each as many bytes as its header says that it has.
 
         Raises:
             Corrupt: bytes that are not what the header says.
         """
-        info = event.payload
-        assert info is not None
-        if info.inline is not None:
-            found: tuple[memoryview, int] | None = _summed(whole_value(info.inline), into)
-        else:
-            command = ("HMGET", self._keys.payloads(id), _field(event))
-            (found,) = self._wire.fetch_each([command], lambda value: _summed(value, into))
-        if found is not None:
-            check_payload(found[0], info, crc=found[1], what=_whose(id, event))
-        return found is not None
+        key = self._keys.payloads(id)
+        rooms: dict[Argument, memoryview] = {_field(event): room for event, room in zip(events, into, strict=True)}
+        beside = [_field(event) for event in events if event.payload and event.payload.inline is None]
+        commands = [("HMGET", key, field) for field in beside]
+        received = self._wire.fetch_each(commands, lambda value: _summed(value, rooms[value.command[2]]))
+        found = dict(zip(beside, received, strict=True))
+        there = []
+        for event, room in zip(events, into, strict=True):
+            info = event.payload
+            assert info is not None
+            one = found[_field(event)] if info.inline is None else _summed(whole_value(info.inline), room)
+            if one is not None:
+                check_payload(one[0], info, crc=one[1], what=_whose(id, event))
+            there.append(one is not None)
+        return there
 
     def _fetch(self, id: str, events: Sequence[Event]) -> Iterator[Buffer | None]:
         """Small ones in one reply; large ones as they arrive, each part summed while the next is on its way."""
@@ -113,7 +121,7 @@ class HotReader:
         found: dict[str, tuple[Buffer, int] | None] = {}
         if small:
             for field, data in zip(small, self._wire.call("HMGET", key, *small), strict=True):
-                found[field] = None if data is None else (data, zlib.crc32(data))
+                found[field] = None if data is None else (data, crc32(data))
         if large:
             commands = [("HMGET", key, field) for field in large]
             found.update(zip(large, self._wire.fetch_each(commands, _summed), strict=True))
@@ -122,7 +130,7 @@ class HotReader:
                 yield b""
                 continue
             inline = event.payload.inline
-            one = (inline, zlib.crc32(inline)) if inline is not None else found[_field(event)]
+            one = (inline, crc32(inline)) if inline is not None else found[_field(event)]
             if one is not None:
                 check_payload(one[0], event.payload, crc=one[1], what=_whose(id, event))
             yield None if one is None else one[0]
@@ -165,9 +173,10 @@ def _summed(value: Value, into: memoryview | None = None) -> tuple[memoryview, i
         raise Corrupt(f"a payload in the hot log has {value.nbytes} bytes, the limit is {EVENT_BYTES}")
     if into is None or len(into) != value.nbytes:
         into = np.empty(value.nbytes, np.uint8).data  # not zeroed first, as a bytearray is
-    crc = 0
-    for at in range(0, value.nbytes, _LARGE):
-        piece = into[at : at + _LARGE]
-        value.readinto(piece)
-        crc = zlib.crc32(piece, crc)
+    crc = at = 0
+    while at < value.nbytes:
+        piece = into[at : at + _PIECE]
+        count = value.readinto1(piece)
+        crc = crc32(piece[:count], crc)
+        at += count
     return into, crc
