@@ -34,6 +34,30 @@ def test_slab_goes_with_its_last_array():
     assert slab() is None
 
 
+def test_arrays_begin_at_whole_cache_lines_of_their_slab():
+    slabs = Slabs()
+    places = [np.asarray(slabs.cut(size)).ctypes.data for size in (65_537, 70_001, 1_572_863, 99_999)]
+    assert {(place - places[0]) % 64 for place in places} == {0}
+
+
+def test_thread_that_cuts_while_another_does_gets_memory_of_its_own_and_one_rest_is_kept(monkeypatch):
+    slabs, empty, between = Slabs(), np.empty, []
+
+    def interrupted(*arguments):
+        if not between:
+            between.append(None)
+            between[0] = slabs.cut(1 << 20)
+        return empty(*arguments)
+
+    monkeypatch.setattr(np, "empty", interrupted)
+    first = slabs.cut(1 << 20)
+    second = slabs.cut(1 << 20)
+    for number, array in enumerate((first, between[0], second)):
+        array.fill(number)
+    assert [array.max() for array in (first, between[0], second)] == [0, 1, 2]
+    assert len(slabs._rests) == 1
+
+
 def test_what_is_small_or_large_by_itself_keeps_no_slab():
     slabs = Slabs()
     assert all(np.asarray(slabs.cut(size)).base is None for size in (1, 65_535, 4 << 20, 100 << 20))

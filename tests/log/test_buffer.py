@@ -1,6 +1,7 @@
 """The bounded buffer, deadlines, and errors of the background writer: sticky, told once, and never in another's way."""
 
 import threading
+from collections import deque
 
 import pytest
 
@@ -51,6 +52,33 @@ def test_append_does_not_wait_until_the_buffer_is_full_and_goes_on_when_there_is
     segment.close("stop")
     store.flush()
     assert store.load(trajectory.id).token_ids.tolist() == [1] * 20 * LARGE + [2] * 60 * LARGE
+
+
+class _Interrupted(deque):
+    """A queue of events at which Ctrl-C is pressed, once the first has been put there."""
+
+    def append(self, item):
+        super().append(item)
+        if len(self) == 1:
+            raise KeyboardInterrupt
+
+
+def test_interrupted_call_takes_no_later_event_with_it(own_server, open_at):
+    store = open_at(own_server)
+    trajectory = store.create()
+    segment = trajectory.segment(context=[1])
+    store.flush()
+    trajectory._lane.queue = _Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        segment.no_routing("none")
+    trajectory._lane.queue = deque(trajectory._lane.queue)
+    segment.close("stop")
+    store.flush()
+    trajectory.close("completed")
+    store.flush()
+    assert not trajectory._lane.queue
+    assert store.load(trajectory.id).status == "completed"
+    assert store._flusher._buffered == 0
 
 
 def test_append_raises_at_the_deadline_when_the_buffer_stays_full(own_server, open_at):

@@ -1,5 +1,7 @@
 """Lost replies and cut connections: an ambiguous write is resolved by reading it back, never repeated blindly."""
 
+import contextlib
+
 import pytest
 
 import trajstore
@@ -7,6 +9,7 @@ from tests.builders import SPEC, record_seed_case, rows
 from tests.log.looking import dense, entries, until, write_one
 from tests.log.proxy import FaultyProxy
 from trajstore.archiver import Archiver
+from trajstore.log.resp import send
 
 TOKENS = list(range(300))
 
@@ -159,6 +162,51 @@ def test_many_trajectories_in_one_round_survive_a_cut_in_the_middle(own_server, 
     for trajectory in trajectories:
         assert dense(entries(own_client, store, trajectory.id)) == 4
         assert store.load(trajectory.id).reward == 55.0
+
+
+@pytest.mark.parametrize("beside", ["payloads", "summaries", "feed"])
+def test_entry_of_which_a_part_was_refused_is_not_acknowledged(own_server, own_client, open_at, beside):
+    """What a server refuses within EXEC holds up nothing else of it: the entry is in, without what belongs to it."""
+    store = open_at(own_server, partitions=1)
+    trajectory = store.create()
+    store.flush()
+    key = store.keys.payloads(trajectory.id) if beside == "payloads" else getattr(store.keys, beside)(0)
+    held = own_client.dump(key)
+    own_client.set(key, "foreign")
+    rounds = store._flusher.counts().rounds
+    trajectory.segment(context=TOKENS).close("stop")
+    until(lambda: store._flusher.counts().rounds >= rounds + 4, what="it is sent again and again")
+    assert trajectory._lane.busy
+    own_client.delete(key)
+    if held is not None:
+        own_client.restore(key, 0, held)
+    store.flush()
+    assert store.load(trajectory.id).token_ids.tolist() == TOKENS
+    assert dense(entries(own_client, store, trajectory.id)) == 3
+    assert [summary.finish_reason for summary in store.list()] == ["stop"]
+
+
+def test_part_that_stays_refused_is_told_at_the_deadline(own_server, own_client, open_at):
+    store = open_at(own_server, partitions=1, timeout=1.0)
+    trajectory = store.create()
+    store.flush()
+    own_client.set(store.keys.payloads(trajectory.id), "foreign")
+    trajectory.segment(context=TOKENS)
+    with pytest.raises(trajstore.Corrupt, match="refused HSET: a key of trajstore's holds something else"):
+        store.flush(trajectory.id)
+
+
+def test_call_that_is_interrupted_leaves_no_reply_to_the_next(own_server, own_client, proxy, open_at):
+    """Ctrl-C between the request and its reply."""
+    wire = open_at(proxy, timeout=2.0).wire
+    gate = proxy.hold_before(b"first")
+    with contextlib.suppress(KeyboardInterrupt), wire.connection() as connection:
+        send(connection, [("ECHO", "first")])
+        raise KeyboardInterrupt
+    assert proxy.fired.wait(10)
+    assert wire.call("ECHO", "second") == b"second"
+    gate.set()
+    assert wire.call("ECHO", "third") == b"third"
 
 
 def test_connection_that_swallows_replies_is_given_up_before_the_deadline(own_server, own_client, proxy, open_at):

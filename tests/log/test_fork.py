@@ -2,11 +2,13 @@
 
 import os
 import signal
+import threading
 
+import numpy as np
 import pytest
 
 import trajstore
-from tests.builders import SPEC, record_seed_case
+from tests.builders import SPEC, record_seed_case, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -66,6 +68,27 @@ def test_handles_do_not_hang_in_a_child_forked_while_the_flusher_was_busy(store)
     assert told[0].startswith("Conflict: this store was opened before a fork")
     segment.close("stop")
     store.flush()
+
+
+def test_handles_do_not_hang_in_a_child_forked_while_a_thread_took_memory_for_a_payload(store, monkeypatch):
+    segment = store.create(routing=SPEC).segment(context=[0] * 40_000)
+    slabs, empty = store._flusher.slabs, np.empty
+    inside, leave = threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        if threading.current_thread() is thread:
+            inside.set()
+            leave.wait(20)
+        return empty(*arguments)
+
+    thread = threading.Thread(target=slabs.cut, args=(3 << 20,))
+    monkeypatch.setattr(np, "empty", slow)
+    thread.start()
+    assert inside.wait(20)
+    told = in_child(lambda: segment.routing(rows(40_000), start=0))
+    leave.set()
+    thread.join(20)
+    assert told[0].startswith("Conflict: this store was opened before a fork")
 
 
 def test_child_can_open_a_store_of_its_own(own_server, open_at):

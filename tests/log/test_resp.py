@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -95,18 +96,82 @@ def test_what_nobody_asked_for_is_seen(ends):
         b"\r\n",
         b"$x\r\n",
         b":1.5\r\n",
+        b": 1\r\n",
+        b"$1_0\r\n0123456789\r\n",
+        b"$-5\r\n",
+        b"$1\r\nabc\r\n",
+        b"$200000\r\n" + b"a" * 200_002,
         b"*y\r\n",
         b"$9999999999\r\n",
         b"*1\r\n" * 20_000,
         b"-LOADING soon\r\n",
+        b"-READONLY You can't write against a read only replica.\r\n",
     ],
 )
 def test_no_reply_closes_the_connection(ends, reply):
     connection, server = ends
     server.sendall(reply)
-    with pytest.raises(redis.RedisError):
+    with pytest.raises((redis.InvalidResponse, redis.ConnectionError, redis.ReadOnlyError)):
         receive(connection, 1)
     assert connection._sock.fileno() == -1, "nobody reads on in the middle of a reply"
+
+
+NESTED = st.recursive(
+    st.one_of(st.none(), st.integers(-(1 << 63), (1 << 63) - 1), st.binary(max_size=9), st.just(LARGE[:100_000])),
+    lambda inner: st.lists(inner, max_size=4),
+    max_leaves=9,
+)
+
+
+def reply_of(value):
+    """As a server says it."""
+    match value:
+        case None:
+            return b"$-1\r\n"
+        case int():
+            return b":%d\r\n" % value
+        case bytes():
+            return b"$%d\r\n%b\r\n" % (len(value), value)
+    return b"*%d\r\n" % len(value) + b"".join(map(reply_of, value))
+
+
+class _Pieces:
+    """A socket on which bytes arrive in pieces of these sizes, then nothing."""
+
+    def __init__(self, data, sizes):
+        ends = [0, *accumulate(sizes), len(data)]
+        self._left = [data[at:end] for at, end in pairwise(ends) if data[at:end]]
+
+    def recv(self, count):
+        if not self._left:
+            raise TimeoutError
+        piece, self._left[0] = self._left[0][:count], self._left[0][count:]
+        if not self._left[0]:
+            del self._left[0]
+        return piece
+
+    def recv_into(self, buffer):
+        piece = self.recv(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def heard(data, sizes, count):
+    """What a connection makes of the bytes; `redis.TimeoutError` if it waits for more."""
+    connection = SimpleNamespace(
+        _sock=_Pieces(data, sizes), socket_timeout=1, disconnect=lambda: None, _parser=ReplyParser(0)
+    )
+    connection._parser.on_connect(connection)
+    return receive(connection, count)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(NESTED, min_size=1, max_size=4), st.lists(st.integers(1, 70_000) | st.integers(1, 5), max_size=20))
+def test_replies_are_what_was_said_and_one_byte_less_is_waited_for(values, sizes):
+    data = b"".join(map(reply_of, values))
+    assert heard(data, sizes, len(values)) == values
+    with pytest.raises(redis.TimeoutError):
+        heard(data[:-1], sizes, len(values))
 
 
 def test_server_that_ends_or_says_nothing_is_told_by_redis_py_s_errors(ends):

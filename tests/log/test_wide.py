@@ -4,7 +4,7 @@ import pytest
 
 import trajstore
 from trajstore.errors import Unavailable
-from trajstore.log.wide import WideSession
+from trajstore.log.wide import WideSession, _dealt
 from trajstore.log.wire import info_fields
 
 
@@ -47,6 +47,12 @@ def test_what_is_no_transaction_runs_in_its_order(wide, run_name):
     assert (replies[4], replies[9]) == (9, 4)
 
 
+def test_only_transactions_are_dealt_to_several_connections():
+    one, other = transaction("a", "1"), transaction("b", "2")
+    assert _dealt([*one, *other, *one], 2) == [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7]]
+    assert _dealt([*one, ("INCR", "a"), *other], 2) == [list(range(9))]
+
+
 def test_refusals_are_values_in_their_place(wide, run_name):
     wide.exchange([("LPUSH", f"{run_name}-1", "x")])
     replies = wide.exchange([command for i in range(3) for command in transaction(f"{run_name}-{i}", "y")])
@@ -62,6 +68,21 @@ def test_one_lost_connection_is_the_loss_of_all(wide, run_name):
     assert not any(session.connected for session in wide._sessions)
     with pytest.raises(Unavailable, match="not connected"):
         wide.exchange(transaction(run_name, "y") * 2)
+
+
+def test_connections_that_are_not_all_there_are_none(own_server, own_client, open_at):
+    """Else one older than the others would be written over, and what the server lost before them would go unseen."""
+    wire = open_at(own_server).wire
+    wide = WideSession([wire.session() for _ in range(3)])
+    own_client.config_set("maxclients", own_client.info("clients")["connected_clients"] + 2)
+    with pytest.raises(Unavailable, match="max number of clients"):
+        wide.connect()
+    assert not any(session.connected for session in wide._sessions)
+    own_client.config_set("maxclients", 100)
+    wide.connect()
+    wide._sessions[1].disconnect()
+    assert not wide.connected
+    wide.disconnect()
 
 
 def test_store_that_fsyncs_writes_over_several_and_reads_back_the_same(tmp_path):

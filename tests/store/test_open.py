@@ -227,6 +227,7 @@ def test_an_open_that_fails_after_the_server_was_started_stops_it(folder, tmp_pa
         ("http://localhost/?run=a", "no usable Redis URL"),
         ("redis://localhost:port/0?run=a", "no usable Redis URL"),
         ("redis://localhost:1/0?run=a&colour=blue", "no usable Redis URL"),
+        ("redis://localhost:1/0?run=a&retry=3", "its option 'retry' can be given in code only"),
     ],
 )
 def test_a_url_that_cannot_be_right_is_refused(location, message):

@@ -154,18 +154,19 @@ class ReplyParser(BaseParser):
             case b"+":
                 return line[1:]
             case b"$":
-                return self._value(int(line[1:]))
+                return self._value(_size(line))
             case b":":
-                return int(line[1:])
+                return _number(line)
             case b"*":
-                count = int(line[1:])
+                count = _size(line)
                 return None if count < 0 else [self._reply() for _ in range(count)]
             case b"-":
                 error = self.parse_error(line[1:].decode(errors="replace"))  # type: ignore[no-untyped-call]
-                if isinstance(error, redis.ConnectionError):
+                # READONLY: a master that was made a replica. Its address may lead to the new one by now.
+                if isinstance(error, redis.ConnectionError | redis.ReadOnlyError):
                     raise error
                 return error
-        raise redis.InvalidResponse(f"a reply begins with {line[:100]!r}")
+        raise _unknown(line)
 
     def _line(self) -> bytes:
         while (end := self._data.find(b"\r\n", self._at)) < 0:
@@ -184,8 +185,9 @@ class ReplyParser(BaseParser):
             return self._large(size)
         while left > 0:
             left -= self._more()
-        value = self._data[self._at : self._at + size]
+        value, end = self._data[self._at : self._at + size], self._data[self._at + size : self._at + size + 2]
         self._at += size + 2
+        _require_end(end)
         return value
 
     def _large(self, size: int) -> bytes:
@@ -200,6 +202,7 @@ class ReplyParser(BaseParser):
             if not received:
                 raise redis.ConnectionError(_CLOSED)
             at += received
+        _require_end(bytes(view[size:]))
         return bytes(view[:size])
 
     def _more(self) -> int:
@@ -211,3 +214,27 @@ class ReplyParser(BaseParser):
         self._data = self._data[self._at :] + chunk if self._at < len(self._data) else chunk
         self._at = 0
         return len(chunk)
+
+
+def _number(line: bytes) -> int:
+    digits = line[1:]
+    if not digits.isdigit() and not digits.removeprefix(b"-").isdigit():  # int() takes spaces and underscores, too
+        raise _unknown(line)
+    return int(digits)
+
+
+def _size(line: bytes) -> int:
+    """Of a value or a list; -1 for none."""
+    size = _number(line)
+    if size < -1:
+        raise _unknown(line)
+    return size
+
+
+def _require_end(end: bytes) -> None:
+    if end != b"\r\n":
+        raise redis.InvalidResponse(f"a value goes on with {end!r}")
+
+
+def _unknown(line: bytes) -> redis.InvalidResponse:
+    return redis.InvalidResponse(f"a reply begins with {line[:100]!r}")

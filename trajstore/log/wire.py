@@ -60,6 +60,12 @@ _REST_OF_PASSWORD = re.compile(r"[^=&]*@")
 
 _NAMED_OPTION = re.compile(r"(?:Invalid value for|unexpected keyword argument) '(\w+)'")
 
+_OBJECTS = (
+    "command_packer", "credential_provider", "driver_info", "event_dispatcher", "parser_class", "redis_connect_func",
+    "retry", "socket_keepalive_options", "ssl_ocsp_context",
+)  # fmt: skip
+"""Options of redis-py that are objects, and take any text without a word until they are used."""
+
 FULL_AT = 0.9
 """Share of `maxmemory` at which writing stops, so that what drains the server keeps room to work."""
 
@@ -91,7 +97,7 @@ class Wire:
         try:
             pool = redis.ConnectionPool.from_url(url, **pool_options(timeout))
             pool.make_connection()
-            problem = _missing_file(pool.connection_kwargs)
+            problem = _no_text(pool.connection_kwargs) or _missing_file(pool.connection_kwargs)
             if not problem:
                 return cls(pool, timeout=timeout)
         except (ValueError, TypeError, redis.RedisError) as error:
@@ -162,9 +168,12 @@ class Wire:
     @contextmanager
     def connection(self) -> Iterator[Any]:
         """One of redis-py's connections, which goes back to the pool afterwards; its errors are redis-py's."""
-        connection = self._pool.get_connection()
+        connection: Any = self._pool.get_connection()
         try:
             yield connection
+        except BaseException:  # a reply may be on its way, which would be taken for the reply to something else
+            connection.disconnect()
+            raise
         finally:
             self._pool.release(connection)
 
@@ -458,7 +467,7 @@ def reply_fields(reply: Sequence[Any]) -> dict[Any, Any]:
 
 def info_fields(info: bytes) -> dict[str, str]:
     """The fields of an INFO reply."""
-    lines = (line.partition(":") for line in info.decode().splitlines())
+    lines = (line.partition(":") for line in info.decode(errors="replace").splitlines())  # it tells paths, too
     return {name: value for name, colon, value in lines if colon}
 
 
@@ -511,6 +520,12 @@ def describe_url(url: str) -> str:
     if _PLACE.fullmatch(shown) is None or _REST_OF_PASSWORD.match(options):
         shown = "***"
     return scheme + mark + shown
+
+
+def _no_text(options: Mapping[str, Any]) -> str:
+    """What is wrong with options that are no text; "" if none was given."""
+    given = sorted(name for name in _OBJECTS if isinstance(options.get(name), str))
+    return f"its option {given[0]!r} can be given in code only" if given else ""
 
 
 def _missing_file(options: Mapping[str, Any]) -> str:
