@@ -3,6 +3,7 @@
 How long is measured by the server's clock and remembered beside the log, so it survives the archivers that measure it.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from trajstore.archive.trim import free
 from trajstore.errors import NotFound, StoreFull, TrajstoreError
 from trajstore.store import Store
-from trajstore.summary import Summary
+from trajstore.summary import Summary, summarize
 
 __all__ = ["Swept", "sweep"]
 
@@ -77,13 +78,17 @@ def _is_bare(summary: Summary) -> bool:
 
 def _close(store: Store, summary: Summary) -> bool:
     try:
-        if store.events(summary.id)[-1].id != summary.last:  # it has moved since the summary was read
+        now = summarize(summary.id, store.events(summary.id))
+        if now is None or now.last != summary.last or not now.has_open_segment:
+            store.repair_summary(summary.id)  # it has moved since, or the loser of a race had left its own
             return False
         store.get(summary.id).close("aborted", takeover=True)
         store.flush(summary.id)
     except NotFound as error:
         if store.archive is not None and store.archive.is_dropped(summary.id):
             free(store.wire, store.keys, [summary.id])
+        with contextlib.suppress(StoreFull):  # it is a hint
+            store.repair_summary(summary.id)
         log.warning(
             "%s could not be closed as abandoned: %s",
             summary.id,

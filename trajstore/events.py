@@ -5,11 +5,11 @@ them. How headers travel together is in `entries.py`, what they mean together in
 """
 
 import re
-import zlib
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import msgspec
 
+from trajstore.crc import crc32
 from trajstore.errors import SchemaError
 from trajstore.limits import (
     COMPONENTS,
@@ -104,7 +104,7 @@ class PayloadInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     @classmethod
     def of(cls, data: bytes | memoryview) -> Self:
         """Of these bytes, which it holds itself if they are short enough."""
-        return cls(nbytes=len(data), crc=zlib.crc32(data), inline=bytes(data) if len(data) < INLINE_LIMIT else None)
+        return cls(nbytes=len(data), crc=crc32(data), inline=bytes(data) if len(data) < INLINE_LIMIT else None)
 
 
 class WeightVersionSpan(msgspec.Struct, frozen=True, gc=False):
@@ -220,13 +220,18 @@ class RoutingObserved(_Header, frozen=True):
 
 
 class LateRouting(_Header, frozen=True):
-    """Note: a recording that arrived after its segment's epoch was over; folds as that segment's last one."""
+    """Note: a recording that arrived after its segment's epoch was over; folds as that segment's last one.
+
+    `turn` is the nonce of that epoch, 16 hex digits: a server that lost its tail may hold another writer's segment in
+    its place, of which the note says nothing. "" where none was told.
+    """
 
     segment: Count
     start: Position
     rows: Position
     payload: PayloadInfo
     origin: Origin = "computed"
+    turn: Digest = ""
 
 
 class UnknownEvent(msgspec.Struct, frozen=True):

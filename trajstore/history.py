@@ -175,7 +175,8 @@ def read_history(events: Sequence[Event], *, notes: Iterable[Event] = (), until:
 
     Args:
         events: all of them, by id, without repeats.
-        notes: observations and late recordings, by id. A late recording counts once its segment is over.
+        notes: observations and late recordings, by id. A late recording counts once its segment is over, and does not
+            where a server has lost that segment or its end.
         until: stop after this event.
 
     Raises:
@@ -238,6 +239,7 @@ class _OpenSegment:
     def __init__(self, event: Event, opened: SegmentOpened, index: int) -> None:
         self.index = index
         self.epoch = event.at.epoch
+        self.turn = f"{event.nonce:016x}"
         self.opened = opened
         self.output = 0
         self.closed: SegmentClosed | None = None
@@ -266,6 +268,10 @@ class _OpenSegment:
             source=source,
             epoch=self.epoch,
         )
+
+    def is_of(self, note: LateRouting) -> bool:
+        """True unless a server has lost what the note is about: then another's segment stands here, or less of it."""
+        return not note.turn or (note.turn == self.turn and note.start + note.rows <= self.end)
 
     @property
     def weight_version(self) -> str:
@@ -430,7 +436,7 @@ class Walk:
                 if header.segment >= len(self.segments):
                     continue  # of a segment after `until`
                 segment = self.segments[header.segment]
-                if segment.closed is not None or segment.superseded:
+                if (segment.closed is not None or segment.superseded) and segment.is_of(header):
                     carriers[note.id] = note
                     found = segment.recording(note, header.start, header.rows, header.origin, "late")
                     late.setdefault(segment.index, []).append(found)

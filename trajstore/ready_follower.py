@@ -67,8 +67,9 @@ class ReadyFollower:
             "XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", count, "STREAMS", stream, ">"
         )
         entries = taken[0][1] if taken else []
+        seen = entries[-1][0].decode() if entries else self._last_delivered(stream)
         del self._seen[partition]  # to the end: its turn comes again after the others'
-        self._seen[partition] = entries[-1][0].decode() if entries else self._last_delivered(stream)
+        self._seen[partition] = seen
         return parse_deliveries(partition, entries)
 
     def unacknowledged(self, partition: int, *, after: str, count: int) -> tuple[list[Delivery], str | None]:

@@ -82,6 +82,7 @@ class TrajectoryWriter:
         self._length = 0
         self._held: list[tuple[int, int]] = []
         self._ends: list[int] = []
+        self._turns: list[str] = []  # of the segments, as late recordings name them
         self._open: SegmentWriter | None = None
         self._foreign_open = False
         self._claiming = threading.Lock()
@@ -118,6 +119,8 @@ class TrajectoryWriter:
         self._length = history.length
         self._held = history.held
         self._ends = [segment.end for segment in history.segments]
+        nonces = {event.at.epoch: event.nonce for event in log.events}
+        self._turns = [f"{nonces[segment.epoch]:016x}" for segment in history.segments]
         self._foreign_open = history.has_open_segment
         self._last_note = log.notes[-1].at if log.notes else None
         return self
@@ -211,6 +214,7 @@ class TrajectoryWriter:
         self._length = start + len(ids)
         self._held = merge_spans((first, min(stop, start)) for first, stop in self._held)
         self._ends.append(self._length)
+        self._turns.append(f"{turn.nonce:016x}")
         self._open = SegmentWriter(self, turn, len(self._ends) - 1, self._length, header)
         return self._open
 
@@ -283,8 +287,8 @@ class TrajectoryWriter:
     def late_routing(self, rows: npt.ArrayLike, *, segment: int, start: int, origin: Origin = "computed") -> None:
         """Record rows that arrived after their segment's epoch was over; they fold as that segment's last recording.
 
-        Waits until what this handle has written is acknowledged: a note stays, so it must not name a segment that
-        another writer's takes the place of.
+        Waits until what this handle has written is acknowledged: of a segment that another writer's has taken the place
+        of, a note says nothing.
 
         Raises:
             RoutingError: bad rows, or past the segment's end.
@@ -306,7 +310,9 @@ class TrajectoryWriter:
             self._require_unfenced()
             for at, part in parts:
                 info, payload = with_payload(part.reshape(-1).view(np.uint8).data)
-                header = LateRouting(segment=segment, start=at, rows=len(part), payload=info, origin=origin)
+                header = LateRouting(
+                    segment=segment, start=at, rows=len(part), payload=info, origin=origin, turn=self._turns[segment]
+                )
                 self._note(header, payload)
 
     # Shared with the open segment

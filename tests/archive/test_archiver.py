@@ -7,6 +7,7 @@ import threading
 import time
 from functools import partial
 
+import msgspec
 import numpy as np
 import pytest
 from ulid import ULID
@@ -15,11 +16,13 @@ import trajstore
 from tests import waiting
 from tests.archive.places import age
 from tests.builders import SPEC, record_seed_case, rows, seed_rows
+from trajstore.archive.ripening import ripe_prefix
 from trajstore.archiver import Archiver
 from trajstore.blob import to_blob
 from trajstore.entries import Entry, encode_entry
-from trajstore.events import SCHEMA_VERSION, TrajectoryClosed, TrajectoryOpened
+from trajstore.events import SCHEMA_VERSION, EventId, TrajectoryClosed, TrajectoryOpened
 from trajstore.log.lease import Lease
+from trajstore.summary import encode_summary
 from trajstore.writing import TrajectoryWriter
 
 POLICIES = ("last_segment_wins", "as_sampled")
@@ -472,6 +475,37 @@ def test_segment_that_moved_on_is_not_abandoned(durable, archive):
     segment.tokens([3])
     assert archive(abandon_seconds=3600.0).abandoned == 0
     assert durable.list()[0].has_open_segment
+
+
+def test_entry_that_was_written_anew_between_the_two_looks_must_ripen_anew():
+    """Also where the server does not tell that it restarted, or another has taken its place."""
+    now = [(EventId(epoch, 0), digest) for epoch, digest in ((1, "a"), (2, "another"), (3, "c"))]
+    seen = {EventId(1, 0): "a", EventId(2, 0): "b", EventId(3, 0): "c"}
+    assert ripe_prefix(now, seen, None) == [EventId(1, 0)]
+
+
+@pytest.mark.parametrize("ended", ["closed", "deleted"])
+def test_summary_that_says_open_of_what_has_ended_is_mended(durable, archive, ended):
+    """Found by the simulation: the loser of a race had left its own, and was cut off before it could mend it."""
+    with durable.create(id="mine", routing=SPEC).segment(context=[1, 2]) as segment:
+        durable.flush()
+        (before,) = durable.list(status="open")
+        segment.tokens([3])
+    durable.flush()
+    if ended == "closed":
+        durable.get("mine").close("completed")
+        durable.flush()
+    else:
+        durable.delete("mine")
+    archive(grace_seconds=0.001)
+    until(lambda: durable.wire.call("EXISTS", durable.keys.entries("mine")) == 0)
+    losers = encode_summary(msgspec.structs.replace(before, last="3-0"))
+    durable.wire.call("HSET", durable.keys.summaries(0), "mine", losers)
+    durable.wire.call("HSET", durable.keys.quiet(0), "mine", "3-0 1000")
+    assert [one.id for one in durable.list(status="open")] == ["mine"]
+    assert archive(abandon_seconds=3600.0).abandoned == 0
+    assert durable.list(status="open") == []
+    assert durable.wire.call("HGET", durable.keys.summaries(0), "mine") is None
 
 
 def test_zombie_whose_lease_went_to_another_cannot_publish(durable, folder):

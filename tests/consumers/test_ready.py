@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
+import trajstore
 from tests.builders import record_seed_case
 from tests.consumers.rollouts import finish, laid, look, members, wait_until
+from tests.log.proxy import FaultyProxy
 from trajstore.blob import from_blob, to_blob
 from trajstore.errors import Corrupt
 from trajstore.ready import ReadyMember, ReadyQueue
@@ -148,6 +150,24 @@ def test_consumer_finds_again_what_the_server_has_forgotten_that_it_gave_out(que
     ready = store.keys.ready(given.partition)
     store.wire.call_all([("XACK", ready, "trainer", given.at), ("XGROUP", "SETID", ready, "trainer", "0")])
     assert ids([*follower.poll(count=1), *follower.poll(count=1)]) == ["t"]
+
+
+def test_consumer_that_was_cut_off_while_it_asked_goes_on_with_that_partition(own_server, run_name):
+    """Found by simulation seed 368: it never looked there again."""
+    with (
+        FaultyProxy(own_server.port) as proxy,
+        trajstore.open(own_server.url(run_name), partitions=1) as store,
+        trajstore.open(proxy.url(run_name)) as far,
+    ):
+        queue = ReadyQueue(store.wire, store.keys)
+        publish(queue, "theirs")
+        assert ids(ReadyFollower(store.wire, store.keys, "trainer", "one").poll(count=1)) == ["theirs"]
+        follower = ReadyFollower(far.wire, far.keys, "trainer", "two")
+        proxy.drop_reply(b"GROUPS")  # with which it asks how far the others are, for it got nothing
+        with pytest.raises(trajstore.Unavailable):
+            follower.poll(count=1)
+        publish(queue, "mine")
+        assert ids(follower.poll(count=1)) == ["mine"]
 
 
 def test_poll_waits_for_the_first(queue, follow):

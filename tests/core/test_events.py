@@ -187,6 +187,14 @@ def test_observation_of_before_notes_named_an_epoch_reads_and_one_that_does_read
     assert header_from(later, SCHEMA_VERSION, at=EventId(1, 0)) == untold
 
 
+def test_late_recording_of_before_notes_named_a_turn_reads_and_is_written_as_it_was():
+    told = LateRouting(segment=1, start=0, rows=1, payload=INFO, turn="00000000000000ff")
+    fields = msgspec.msgpack.decode(msgspec.msgpack.encode(told))
+    assert fields.pop("turn") == told.turn
+    untold = header_from(msgspec.msgpack.encode(fields), SCHEMA_VERSION, at=EventId(1, 0))
+    assert (untold.turn, msgspec.msgpack.decode(msgspec.msgpack.encode(untold))) == ("", fields)
+
+
 def test_newer_schema_version_is_unknown_even_where_the_type_is_known():
     (event,) = decode_entry(EventId(4, 2), entry({"type": "Rewarded", "reward": 1.0}, v=SCHEMA_VERSION + 1))
     assert event.header == UnknownEvent(type="Rewarded", version=SCHEMA_VERSION + 1, fields={"reward": 1.0})

@@ -242,6 +242,34 @@ def test_late_recording_counts_once_its_segment_is_over():
     np.testing.assert_array_equal(log.load("as_sampled").routed_experts[:6], rows(6, 7))
 
 
+@pytest.mark.parametrize("count", [6, 9], ids=["within the segment", "past its end"])
+def test_late_recording_of_a_turn_in_whose_place_a_server_holds_anothers_does_not_fold(count):
+    log = two_segments()
+    mine, lost = (f"{nonce:016x}" for nonce in (log.events[1].nonce, 99))
+    log.late(0, rows(count, 7), 0, turn=lost)
+    assert [r.source for s in log.plan().history.segments for r in s.recordings] == ["", ""]
+    np.testing.assert_array_equal(log.load("as_sampled").routed_experts[:6], rows(6, 1))
+    log.late(0, rows(6, 8), 0, turn=mine)
+    np.testing.assert_array_equal(log.load("as_sampled").routed_experts[:6], rows(6, 8))
+
+
+def test_late_recording_past_what_a_server_has_left_of_its_segment_does_not_fold():
+    """It is the same turn, but the rows may be of tokens that are lost: which, nobody can tell."""
+    log = two_segments()
+    log.late(1, rows(10, 7), 0, turn=f"{log.events[-1].nonce:016x}")
+    np.testing.assert_array_equal(log.load().routed_experts[:8], rows(8, 2))
+
+
+def test_late_recording_that_tells_no_turn_is_of_whatever_segment_has_its_number():
+    """So they were written before notes told it, and one that does not fit is an error, as it was."""
+    log = two_segments()
+    log.late(0, rows(6, 7), 0)
+    np.testing.assert_array_equal(log.load("as_sampled").routed_experts[:6], rows(6, 7))
+    log.late(0, rows(9, 8), 0)
+    with pytest.raises(trajstore.RoutingError, match=r"note 2-0 has rows 0 to 8, but segment 0 ends at 7"):
+        log.load()
+
+
 def test_rows_past_the_segments_end_are_refused_and_the_surplus_row_is_legal():
     log = Log()
     log.segment(0, [1, 2])

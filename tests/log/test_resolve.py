@@ -160,6 +160,18 @@ def test_lost_turn_is_not_sent_again_above_what_another_wrote_anew_in_the_place_
     assert fenced(decide(seen("3-0", first=None, last_nonce=MINE), acked="4-0", kept=[lost]))
 
 
+def test_lost_turn_is_not_sent_again_above_anothers_that_was_archived_and_trimmed_meanwhile():
+    """Found by the simulation: an epoch with two writers, for the hot log does not tell any more whose its end is."""
+    kept = [batch("3-0", before="2-0"), batch("3-1", before="3-0")]
+    kept[1].before_nonce = MINE
+    theirs, mine = (Archived(kept[0], nonce=nonce) for nonce in (THEIRS, MINE))
+    verdict = decide(seen("3-0", first=None), acked="3-1", kept=kept, holds_open=False, archive=theirs)
+    assert isinstance(verdict, Refused)
+    assert isinstance(verdict.error, Fenced)
+    verdict = decide(seen("3-0", first=None), acked="3-1", kept=kept, holds_open=False, archive=mine)
+    assert verdict == Resend(kept[1:], EventId(3, 0))
+
+
 def test_loss_above_which_another_has_gone_on_is_told_though_nothing_is_in_question():
     """Found by simulation seed 101: the handle's segment was closed and acknowledged, so it would never have asked."""
     lost = batch("5-2", before="5-0")
@@ -171,6 +183,28 @@ def test_loss_above_which_another_has_gone_on_is_told_though_nothing_is_in_quest
     deleted = dataclasses.replace(seen("6-0"), is_deleted=True)
     assert decide(deleted, acked="5-2", kept=[lost], holds_open=False) == Nothing()
     assert decide(seen("6-0"), acked="5-2", kept=[lost], holds_open=False, archive=Archived(lost)) == Nothing()
+
+
+@pytest.mark.parametrize("last", ["4-0", "2-0", None], ids=["in a longer log", "in a shorter log", "no stream left"])
+def test_loss_is_told_though_the_archive_has_an_entry_of_that_id_if_it_is_anothers(last):
+    """Found by the simulation: what had been written anew was archived and trimmed before the writer looked again."""
+    kept = [batch("2-0", before="1-0"), batch("3-0", before="2-0")]
+    theirs = Archived(batch("3-0", before="2-0"), nonce=THEIRS)
+    mine = Archived(batch("3-0", before="2-0"), nonce=MINE)
+    for archive, verdict in ((theirs, Refused), (mine, Nothing)):
+        found = decide(seen(last, first=None), acked="3-0", kept=kept, holds_open=False, archive=archive)
+        assert isinstance(found, verdict)
+    told = decide(seen(last, first=None), acked="3-0", kept=kept, holds_open=False, archive=theirs)
+    assert isinstance(told.error, SequenceGap)
+    assert "another writer has gone on" in str(told.error)
+
+
+def test_trajectory_that_was_lost_whole_is_not_created_again_where_anothers_is_archived():
+    kept = [batch("1-0", creates=True), batch("2-0", before="1-0")]
+    archive = Archived(batch("1-0", creates=True), nonce=THEIRS)
+    verdict = decide(seen(None), acked="2-0", kept=kept, archive=archive)
+    assert isinstance(verdict, Refused)
+    assert isinstance(verdict.error, SequenceGap)
 
 
 def test_whole_trajectory_that_is_kept_is_created_again():

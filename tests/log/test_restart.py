@@ -185,6 +185,39 @@ def test_idle_writer_is_told_of_a_loss_above_which_another_has_gone_on(own_serve
     assert other.load(trajectory.id).token_ids.tolist() == [4, 4]
 
 
+@pytest.mark.parametrize("goes_on", [False, True], ids=["idle", "goes on"])
+def test_loss_is_not_written_above_nor_forgotten_while_the_archive_cannot_be_asked_about_it(
+    own_server, own_client, open_at, tmp_path, monkeypatch, goes_on
+):
+    """Found by the simulation: what is not in the hot log may have been archived, and only the archive can tell."""
+    monkeypatch.setattr("trajstore.store.FSYNC_HORIZON", 2.0)
+    archive = tmp_path / "archive"
+    store = open_at(own_server, archive=archive)
+    trajectory, other = store.create(), store.create()
+    segment = trajectory.segment(context=[1, 2])
+    store.flush()
+    before = newest_id(own_client, store, trajectory.id)
+    segment.tokens([3])
+    store.flush()
+    lost = newest_id(own_client, store, trajectory.id)
+    lose(own_server, b"XADD", store.keys.entries(trajectory.id).encode(), lost.encode())
+    archive.rename(tmp_path / "away")
+    archive.symlink_to(archive)  # whoever asks goes round in circles
+    own_server.start()
+    if goes_on:
+        segment.tokens([4])
+    other.reward(1.0)
+    store.flush(other.id)  # so it has looked, and holds up nobody else
+    assert newest_id(own_client, store, trajectory.id) == before
+    if not goes_on:
+        until(lambda: own_client.info("commandstats")["cmdstat_ping"]["calls"] >= 4, what="longer than the horizon")
+    archive.unlink()
+    (tmp_path / "away").rename(archive)
+    until(lambda: newest_id(own_client, store, trajectory.id) >= lost, what="it is written again")
+    store.flush()
+    assert store.load(trajectory.id).token_ids.tolist() == [1, 2, 3] + [4] * goes_on
+
+
 def test_last_good_id_counts_every_event_of_the_last_entry(own_server, own_client, open_at):
     """The id of an entry is that of its first event; what is left of the log reaches to its last."""
     store = open_at(own_server, buffer_bytes=1 << 20)
@@ -304,6 +337,33 @@ def test_notes_lost_by_the_server_are_written_again(own_server, own_client, open
     assert [note.header.rows for note in store.notes(trajectory.id)] == [40, 80, 120, 160, 200, 7]
     observed = store.plan(trajectory.id).history.observations
     assert [len(store.recorded_rows(trajectory.id, one)) for one in observed] == [40, 80, 120, 160, 200, 7]
+
+
+@pytest.mark.parametrize("sampled", [1, 6], ids=["shorter", "longer"])
+def test_late_recording_written_again_says_nothing_of_what_another_wrote_in_the_place_of_its_segment(
+    own_server, own_client, proxy, open_at, sampled
+):
+    """Found by the simulation: where the other's segment was shorter, the trajectory did not fold any more."""
+    store, other = open_at(proxy), open_at(own_server)
+    trajectory = store.create(routing=SPEC)
+    store.flush()
+    with trajectory.segment(context=[1, 2]) as segment:
+        segment.tokens([3, 4])
+        segment.close("stop")
+    trajectory.late_routing(rows(4), segment=0, start=0)
+    store.flush()
+    proxy.refuse()
+    lose(own_server, b"XADD", store.keys.entries(trajectory.id).encode(), b"2-0")
+    own_server.start()
+    with other.get(trajectory.id).segment(context=[9]) as theirs:
+        theirs.tokens([8] * sampled)
+        theirs.close("stop")
+    other.flush()
+    proxy.accept()
+    until(lambda: other.notes(trajectory.id), what="the note is written again")
+    loaded = other.load(trajectory.id)
+    assert loaded.token_ids.tolist() == [9] + [8] * sampled
+    assert not loaded.routing_mask.any()
 
 
 def test_flush_waits_for_what_is_being_written_again(own_server, own_client, proxy, open_at):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tests.builders import SPEC, rows
-from tests.simulation.invariants import name_of
+from tests.simulation.invariants import ABANDON_SECONDS, GROUP_SECONDS, name_of
 from tests.simulation.scheduler import Process
 from trajstore.archiver import Archiver
 from trajstore.errors import Conflict, Corrupt, Fenced, NotFound, SequenceGap, StoreFull, Unavailable
@@ -17,7 +17,10 @@ from trajstore.ready_follower import ReadyFollower
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
-__all__ = ["ROLES"]
+__all__ = ["MISFORTUNES", "ROLES", "TURNS"]
+
+TURNS = {"segment": 50, "reward": 8, "close": 14, "observe": 12, "late": 12, "delete": 2, "nothing": 5}
+"""What a writer does with a turn, and how often in a hundred or so."""
 
 _EXPECTED = (Unavailable, StoreFull, Fenced, Conflict, NotFound, SequenceGap)
 """What a writer may be told while things go wrong; anything else is a bug."""
@@ -45,15 +48,19 @@ class Writer:
     def run(self) -> None:
         world = self.world
         while not world.winding_down:
+            if world.actions_left <= 0:  # idle, while things go wrong
+                world.scheduler.sleep(0.5)
+                continue
             try:
                 if self.store is None:
                     self.store = world.open()
                     world.stores.append(self.store)
-                world.actions_left -= 1
-                self._act(self.rng.choice(world.ids))
+                for id in self.rng.sample(world.ids, min(len(world.ids), self.rng.choice([1, 1, 1, 3]))):
+                    world.actions_left -= 1
+                    self._act(id)
             except (ExceptionGroup, *_EXPECTED) as error:
                 self._told(error)
-            world.scheduler.sleep(self.rng.random() * self.rng.choice([0.05, 0.5, 1.5]))
+            world.scheduler.sleep(self.rng.random() * self.rng.choice([0.05, 0.5, 1.5]) * world.plan.pace)
         self._leave()
 
     def _leave(self) -> None:
@@ -64,7 +71,10 @@ class Writer:
                 self._flush(id)
             except (ExceptionGroup, *_EXPECTED) as error:
                 self._told(error)
-        self.world.scheduler.sleep(8.0)  # nothing goes wrong any more: then it has seen what the server came back with
+        scheduler = self.world.scheduler
+        begun = scheduler.now
+        while scheduler.now < max(begun, self.process.stalled_until) + 8.0:
+            scheduler.sleep(1.0)  # nothing goes wrong any more: then it has seen what the server came back with
         self.world.require_told(self.process)
         try:
             self.store.close()
@@ -94,6 +104,8 @@ class Writer:
         self.segments.pop(id, None)
         number = int(id[1:])
         try:
+            if self.rng.random() < 0.1:
+                raise NotFound("it did not look")
             handle = self.store.get(id)
         except NotFound:
             group = None if number % 3 == 0 else f"g{number // 2}"
@@ -104,11 +116,8 @@ class Writer:
         return handle
 
     def _turn(self, id: str, handle: Any) -> None:
-        # What a late recording names may be lost, and written anew by another: see docs/guarantees.md.
-        late = 12 if self.world.plan.always else 0
-        kind = self.rng.choices(
-            ["segment", "reward", "close", "observe", "late", "delete", "nothing"], [50, 8, 14, 12, late, 2, 5]
-        )[0]
+        turns = self.world.plan.turns
+        kind = self.rng.choices(list(turns), list(turns.values()))[0]
         takeover = self.rng.random() < 0.5
         if kind == "segment":
             length = len(handle)
@@ -153,8 +162,8 @@ class Writer:
         counts = [lane.queued for lane in lanes]
         self.store.flush(id)
         for lane, count in zip(lanes, counts, strict=True):
-            if lane.error is None:
-                self.world.ledger.acknowledge(lane, count)
+            assert lane.error is None, f"{id}: flushed, and nothing is said of {lane.error!r}"
+            self.world.ledger.acknowledge(lane, count)
         flusher = self.store._flusher
         if not any(lane.busy for lane in flusher._lanes):
             assert flusher._buffered == 0, f"{flusher._buffered} bytes are counted, and nothing waits"
@@ -189,10 +198,10 @@ def archiver(world: "World", process: Process) -> None:
                 pack_bytes=world.rng.choice([2000, 64 << 20]),
                 pack_seconds=world.rng.choice([0.0, 0.5, 2.0]),
                 lease_seconds=3.0,
-                abandon_seconds=world.rng.choice([8.0, 30.0]),
+                abandon_seconds=world.rng.choice([ABANDON_SECONDS, 30.0]),
                 grace_seconds=7.0,  # longer than any request stays on its way
                 compact=world.rng.random() < 0.5,
-                on_step=lambda step: world.scheduler.pause(),
+                on_step=lambda step: _step(world, process),
             )
         except Unavailable:
             world.scheduler.sleep(0.5)
@@ -203,13 +212,15 @@ def archiver(world: "World", process: Process) -> None:
 def materializer(world: "World", process: Process) -> None:
     """Materializes for as long as it lives."""
     store = _opened(world)
+    if world.rng.random() < 0.5:
+        world.hasten.add(process)
     Materializer(
         store,
         claim_seconds=4.0,
-        blob_seconds=20.0,
+        blob_seconds=world.rng.choice([20.0, 3600.0]),
         assembly_seconds=3600.0,
-        group_seconds=world.rng.choice([None, 6.0]),
-        on_step=lambda step: world.scheduler.pause(),
+        group_seconds=GROUP_SECONDS if process in world.hasten else None,
+        on_step=lambda step: _step(world, process),
     ).run()
 
 
@@ -249,7 +260,8 @@ def _train(world: "World", store: Any, follower: Any, delivery: Any) -> None:
         except SequenceGap:
             assert world.invariants.lost.get(member.id)
             continue
-        if found is not None and not noted:
+        # Of two materializers at work on one version, the other may have laid its fold last; readers look at that, too.
+        if found is not None and found.at == member.at and not noted:
             assert to_blob(found) == to_blob(folded) or world.invariants.lost.get(member.id), f"{member} lies otherwise"
     world.invariants.used.add((name_of(delivery.group), delivery.group.version))
 
@@ -259,20 +271,31 @@ def chaos(world: "World", process: Process) -> None:
     rng, scheduler = world.rng, world.scheduler
     if not world.plan.chaos:
         return
-    kinds: list[Callable[[World], None]] = [*[_kill] * 3, *[_crash_server] * 2, *[_stall] * 2, _away, _skew]
-    if world.plan.full:
-        kinds += [_fill, _fill]
-    while not world.calm:
+    often = world.plan.misfortunes
+    while not world.calm and any(often.values()):
         scheduler.sleep(rng.random() * 2 * world.plan.chaos)
         if not world.calm:
-            rng.choice(kinds)(world)
+            _KINDS[rng.choices(list(often), list(often.values()))[0]](world)
+
+
+def _at_work(world: "World", process: Process) -> None:
+    """Wait, in half of all cases, until a process is in the middle of something: else it mostly waits itself."""
+    if world.rng.random() < 0.5:
+        steps = process.steps + world.rng.randrange(100)
+        world.scheduler.wait(lambda: process.dead or process.steps >= steps, 2.0)
 
 
 def _kill(world: "World") -> None:
     name = world.rng.choice(sorted(world.processes))
     process = world.processes[name]
-    if process.dead:
-        return
+    _at_work(world, process)
+    if not process.dead and not world.calm:
+        _end(world, name)
+
+
+def _end(world: "World", name: str) -> None:
+    """Kill a process; another takes its place after a while."""
+    process = world.processes[name]
     world.count(f"killed {name.partition('-')[0]}")
     world.kill(process)
     role, _, number = name.rpartition("-")
@@ -283,6 +306,16 @@ def _kill(world: "World") -> None:
             world.begin(role, int(number))
 
     world.scheduler.spawn("nurse", Process("nurse"), revive)
+
+
+def _step(world: "World", process: Process) -> None:
+    """Between two steps of an archiver's or a materializer's work somebody else may be next, or it may be its last."""
+    if not world.calm and world.rng.random() < world.plan.stumbles:
+        if world.rng.random() < 0.5:
+            _end(world, next(name for name, one in world.processes.items() if one is process))
+        else:
+            process.stalled_until = world.scheduler.now + world.rng.choice([1.0, 4.0, 8.0])
+    world.scheduler.pause()
 
 
 def _crash_server(world: "World") -> None:
@@ -305,6 +338,25 @@ def _crash_server(world: "World") -> None:
         network.loading = False
 
 
+def _crash_unseen(world: "World") -> None:
+    """The server dies and comes back while a process stands still, which finds another server when it goes on."""
+    _stall(world)
+    if world.rng.random() < 0.5:  # while others write
+        writers = [process for name, process in sorted(world.processes.items()) if name.startswith("writer")]
+        world.rng.choice(writers).stalled_until = world.scheduler.now + world.rng.choice([4.0, 8.0])
+    _crash_server(world)
+
+
+def _crash_twice(world: "World") -> None:
+    """The server dies again before it has synced what it was told again; the first time goes unseen by an archiver."""
+    archiver = world.rng.choice([process for name, process in sorted(world.processes.items()) if name[0] == "a"])
+    archiver.stalled_until = world.scheduler.now + 4.0
+    _crash_server(world)
+    world.scheduler.sleep(max(0.0, archiver.stalled_until - world.scheduler.now) + world.rng.random() * 1.5)
+    if not world.calm:
+        _crash_server(world)
+
+
 def _away(world: "World") -> None:
     """Every connection is cut; the server itself is well."""
     world.count("connections cut")
@@ -322,15 +374,55 @@ def _stall(world: "World") -> None:
     """A process stands still for longer than a lease, and goes on as if nothing had happened."""
     world.count("stalled")
     process = world.processes[world.rng.choice(sorted(world.processes))]
+    _at_work(world, process)
     process.stalled_until = world.scheduler.now + world.rng.choice([1.0, 4.0, 8.0])
 
 
 def _fill(world: "World") -> None:
     """The server is short of memory for a while."""
+    if not world.plan.full:
+        return
     world.count("memory short")
     world.server.limit = world.server.used + world.rng.choice([0, 2000, world.plan.full])
     world.scheduler.sleep(world.rng.random() * 6.0)
     world.server.limit = 0
+
+
+def _archive_away(world: "World") -> None:
+    """The archive answers nobody for a while, whatever becomes of the server meanwhile."""
+    world.count("archive away")
+    world.disk.away = True
+
+    def back() -> None:
+        world.scheduler.sleep(world.rng.random() * 8.0)
+        world.disk.away = False
+
+    world.scheduler.spawn("operator", Process("operator"), back)
+
+
+_KINDS: dict[str, Callable[..., None]] = {
+    "kill": _kill,
+    "crash": _crash_server,
+    "crash_unseen": _crash_unseen,
+    "crash_twice": _crash_twice,
+    "stall": _stall,
+    "away": _away,
+    "skew": _skew,
+    "fill": _fill,
+    "archive_away": _archive_away,
+}
+MISFORTUNES = {
+    "kill": 3,
+    "crash": 3,
+    "crash_unseen": 3,
+    "crash_twice": 1,
+    "stall": 2,
+    "away": 1,
+    "skew": 1,
+    "fill": 2,
+    "archive_away": 1,
+}
+"""What goes wrong, and how often beside the others."""
 
 
 def closer(world: "World", process: Process) -> None:

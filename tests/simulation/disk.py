@@ -19,6 +19,10 @@ class Disk:
 
     Args:
         loss: share of the calls that write and fail, before or after they have had an effect.
+
+    Attributes:
+        calm: nothing fails any more.
+        away: it answers nobody.
     """
 
     def __init__(self, scheduler: Scheduler, rng: random.Random, *, loss: float) -> None:
@@ -26,11 +30,14 @@ class Disk:
         self.rng = rng
         self.loss = loss
         self.calm = False
+        self.away = False
         self.files: dict[str, bytes] = {}
         self.counts: dict[str, int] = {}
         self.on_create: Callable[[str], None] = lambda path: None
 
     def fails(self, kind: str) -> bool:
+        if self.away and not self.calm:
+            return True
         if self.calm or self.rng.random() >= self.loss:
             return False
         self.counts[kind] = self.counts.get(kind, 0) + 1
@@ -103,7 +110,7 @@ class Files:
         if not self._fails:
             return
         self._disk.scheduler.maybe_pause()
-        if self._disk.rng.random() < 0.1 and self._disk.fails(kind):
+        if (self._disk.away or self._disk.rng.random() < 0.1) and self._disk.fails(kind):
             raise Unavailable(f"{self.location}: no answer")
 
     def _file(self, path: str) -> bytes:

@@ -18,14 +18,21 @@ from trajstore.archive.root import ArchiveRoot
 from trajstore.blob import to_blob
 from trajstore.entries import Event, decode_known, entry_digest
 from trajstore.errors import NotFound, SequenceGap
-from trajstore.events import EventId, TrajectoryDeleted
+from trajstore.events import EventId, LateRouting, SegmentOpened, TrajectoryClosed, TrajectoryDeleted, TrajectoryOpened
 from trajstore.fold import POLICIES, plan
+from trajstore.history import read_history
 from trajstore.log.feed import ARCHIVER
 from trajstore.log.keys import Keys
 from trajstore.ready import ReadyGroup, assembly_name
 from trajstore.store import Store
 
-__all__ = ["Invariants"]
+__all__ = ["ABANDON_SECONDS", "GROUP_SECONDS", "Invariants"]
+
+ABANDON_SECONDS = 8.0
+"""For how long nothing must have come of a segment, at least, that an archiver closes as abandoned."""
+
+GROUP_SECONDS = 6.0
+"""How long a group waits, by the server's clock, where somebody publishes it without those that are late."""
 
 _CLOSING = ("TrajectoryOpened", "SegmentClosed", "Rewarded", "TrajectoryClosed", "TrajectoryDeleted")
 """Events with which an epoch is finished."""
@@ -41,6 +48,7 @@ class Invariants:
         archived: digest of each archived entry, by (trajectory, note, id).
         lost: by trajectory, how often the server has forgotten entries of it.
         published: ready entries in the server's file: version by name, newest.
+        newest: the newest of them by name, whole.
         used: (name, version) that some trainer has trained on.
     """
 
@@ -56,6 +64,9 @@ class Invariants:
         self.deleted: set[str] = set()
         self.lost: dict[str, int] = {}
         self.published: dict[str, int] = {}
+        self.newest: dict[str, ReadyGroup] = {}
+        self._waits: dict[str, int] = {}
+        self._written: dict[str, int] = {}
         self.deliveries: dict[tuple[int, Id], ReadyGroup] = {}
         self.used: set[tuple[str, int]] = set()
         self.offered_ever: set[tuple[str, int]] = set()
@@ -80,6 +91,8 @@ class Invariants:
         elif name == b"UNLINK":
             for one in command[1:]:
                 self._require_stored(one, b"18446744073709551615-0")
+                for field in self.server.keys.get(one, ()) if b":p:" in one else ():
+                    self._require_payload_unneeded(one, field)
         elif name == b"HDEL" and b":p:" in key:
             for field in command[2:]:
                 self._require_payload_unneeded(key, field)
@@ -98,6 +111,10 @@ class Invariants:
                 self._entry(_name(key), at, command[-1], checked=True)
             elif b":n:" in key:
                 self._note(_name(key), at, command[-1], checked=True)
+        elif name == b"HSETNX" and key.endswith(b":waiting") and reply:
+            self._waits[command[2].decode()] = self.server.ms
+        elif name == b"HDEL" and key.endswith(b":waiting"):
+            self._waits.pop(command[2].decode(), None)
 
     def _entry(self, id: str, at: Id, data: bytes, *, checked: bool) -> None:
         mine = self.log.setdefault(id, {})
@@ -106,6 +123,11 @@ class Invariants:
             issued = self.ledger.turns.get((id, entry.nonce), [])
             wanted = [issue.header for issue in issued[at[1] : at[1] + len(entry.events)]]
             assert list(entry.events) == wanted, f"{id}: entry {at} is not what its writer handed in"
+            by_archiver = str(self.ledger.owner_of(issued[at[1]].lane)).startswith("archiver")
+            if by_archiver and id in self._written and not self.lost.get(id):  # else it may have been written again
+                quiet = (self.server.ms - self._written[id]) / 1000
+                assert quiet > ABANDON_SECONDS - 1.0, f"{id} is closed as abandoned {quiet} s after its last event"
+            self._written[id] = self.server.ms
             before = self._newest(id)
             if before is None:
                 assert at == (1, 0), f"{id} begins with {at}"
@@ -147,11 +169,15 @@ class Invariants:
         if checked:
             before = self.published.get(name, 0)
             assert group.version > before, f"{name} was published as {group.version} after {before}"
+            if group.late and name in self._waits:
+                waited = (self.server.ms - self._waits[name]) / 1000
+                assert waited >= GROUP_SECONDS, f"{name} was published without {group.late} after {waited} s"
             for member in group.members:
                 assert self._closes(member.id, EventId.parse(member.at)) == member.version, (
                     f"{name}: {member} is published under a version that its log does not have"
                 )
         self.published[name] = group.version
+        self.newest[name] = group
         self.deliveries[self._readies[key], at] = group
         self.offered_ever.add((name, group.version))
 
@@ -238,6 +264,7 @@ class Invariants:
             assert (id, note, at) not in self.archived, f"{id}: {at} was archived before it was safe, and is lost now"
             self.lost[id] = self.lost.get(id, 0) + 1
         self.log, self.notes, self.published, self.deliveries, self.deleted = {}, {}, {}, {}, set()
+        self.newest, self._waits, self._written = {}, {}, {}
         for unit in self.server.aof:
             for command in unit.commands:
                 key = command[1]
@@ -253,6 +280,7 @@ class Invariants:
                     if command[0].upper() == b"XADD" and command[1] == key:
                         group = _group.decode(command[-1])
                         self.published[name_of(group)] = group.version
+                        self.newest[name_of(group)] = group
             stream = self.server.stream(key)
             for at in stream.ids if stream is not None else ():
                 self.deliveries[partition, at] = _group.decode(stream.data[at][-1])
@@ -271,6 +299,47 @@ class Invariants:
             elif any(self._lags(held, group) for group in held.groups.values()):
                 return False
         return True
+
+    def holds_nothing_finished(self) -> bool:
+        """The hot log has no entry and no note that could be archived, but of trajectories that somebody writes to.
+
+        Of one that was only created no hint tells, and who looks for those writes down when; a full server takes none.
+        """
+        for key, held in self.server.keys.items():
+            if not isinstance(held, Stream) or not (b":e:" in key or b":n:" in key) or not held.ids:
+                continue
+            id = _name(key)
+            entries = self.server.stream(self.keys.entries(id).encode())
+            is_bare = entries is not None and entries.ids == [(1, 0)]
+            is_open = entries is not None and bool(entries.ids) and self._is_open(entries)
+            if not (is_bare or is_open or self._is_stray(id)):
+                return False
+        return True
+
+    def unpublished(self, *, late_too: bool) -> list[str]:
+        """Closed trajectories that lie in no ready entry as they are, though nothing is left to wait for.
+
+        Args:
+            late_too: a group waits for its members for a while only.
+        """
+        if any(self.lost.values()):
+            return []  # a group may wait for one that is lost
+        found = []
+        ended: dict[str, list[str]] = {}
+        for id, entries in self.log.items():
+            headers = [header for at in sorted(entries) for header in decode_known(entries[at]).events]
+            opened, turns = headers[0], [one for one in headers if isinstance(one, SegmentOpened | TrajectoryClosed)]
+            assert isinstance(opened, TrajectoryOpened)
+            name = assembly_name(id, opened.group, opened.group_size)
+            is_closed = bool(turns) and isinstance(turns[-1], TrajectoryClosed)
+            if is_closed or id in self.deleted:
+                ended.setdefault(name, []).append(id)
+            closes = sum(isinstance(one, TrajectoryClosed) for one in turns)
+            newest = self.newest.get(name)
+            lies = newest is not None and any((one.id, one.version) == (id, closes) for one in newest.members)
+            if is_closed and id not in self.deleted and not lies:
+                found.append((id, name, opened.group_size or 1))
+        return [id for id, name, size in found if late_too or len(ended[name]) >= size]
 
     def _lags(self, stream: Stream, group: Group) -> bool:
         pending = [stream.data[at] for at in group.pending if at in stream.data]
@@ -307,8 +376,15 @@ class Invariants:
         assert place not in self.archived, f"{place} is archived twice"
         held = (self.notes if entry.note else self.log).get(id, {}).get(tuple(entry.at))
         assert held is not None, f"{place} is archived, and the log never had it: the archive ran ahead"
+        assert entry.note or self._is_finished(id, tuple(entry.at)), f"{place} is archived, and its epoch goes on"
         assert entry_digest(held) == entry.digest, f"{place} is archived as something else"
         self.archived[place] = entry.digest
+
+    def _is_finished(self, id: str, at: Id) -> bool:
+        """A newer epoch has begun, or this one has its closing event."""
+        mine = [decode_known(data) for one, data in self.log[id].items() if one[0] == at[0]]
+        closed = any(type(header).__name__ in _CLOSING for entry in mine for header in entry.events)
+        return closed or max(self.log[id])[0] > at[0]
 
     def _archive(self) -> ArchiveReader:
         if self._reader is None:
@@ -340,12 +416,23 @@ class Invariants:
             except SequenceGap:
                 assert self.lost.get(id), f"{id} has a gap, and the server forgot nothing of it"
                 continue
+            self._require_own_notes(id, events, notes)
             try:
                 loaded = store.load(id, policy=policy, until=events[-1].id)
             except NotFound:
                 return
             if not [note for note in store.notes(id) if note.id not in payloads]:
                 assert to_blob(loaded) == to_blob(expected), f"{id} folds as something else under {policy}"
+
+    def _require_own_notes(self, id: str, events: Sequence[Event], notes: Sequence[Event]) -> None:
+        """What folds as a late recording is of the segment that its writer meant."""
+        nonces = {event.at.epoch: event.nonce for event in events}
+        meant = {note.id: note.header.turn for note in notes if isinstance(note.header, LateRouting)}
+        for segment in read_history(events, notes=notes).segments:
+            for recording in segment.recordings:
+                if recording.event in meant:
+                    mine = f"{nonces[segment.epoch]:016x}"
+                    assert meant[recording.event] == mine, f"{id}: {recording.event} is of another's segment"
 
     def _numbered(self, id: str, events: Sequence[Event]) -> list[tuple[int, Event]]:
         """Events with their place in their epoch: without a gap there, and by one writer."""

@@ -1,5 +1,6 @@
 """What writers asked for, and what they were told of it. Kept beside the run, by hand of the simulation."""
 
+import weakref
 from typing import Any
 
 import msgspec
@@ -39,6 +40,7 @@ class Ledger:
         turns: of entries, by trajectory and nonce, in order.
         notes: by trajectory.
         errors: what stopped a lane, by its key.
+        largest: bytes that one event took in a buffer, at most.
     """
 
     def __init__(self) -> None:
@@ -46,12 +48,18 @@ class Ledger:
         self.notes: dict[str, list[Issue]] = {}
         self.by_lane: dict[int, list[Issue]] = {}
         self.errors: dict[int, BaseException] = {}
+        self.largest = 0
         self._lanes = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
         self._owners: dict[int, Any] = {}
 
     def own(self, lane: Any, owner: Any) -> None:
         """A lane belongs to a process."""
         self._owners[self.key_of(lane)] = owner
+
+    def owner_of(self, lane: int) -> Any:
+        """The process that a lane belongs to."""
+        return self._owners.get(lane)
 
     def lanes_of(self, owner: Any) -> set[int]:
         """Keys of a process's lanes."""
@@ -63,7 +71,12 @@ class Ledger:
         if key is None:
             self._lanes += 1
             key = lane.simulated_key = self._lanes
+            self._alive[key] = weakref.ref(lane)
         return key
+
+    def lane_of(self, key: int) -> Any:
+        """The lane, as long as somebody holds it, who can be told."""
+        return self._alive[key]() if key in self._alive else None
 
     def issue(self, lane: Lane, turn: Turn, header: Header, payload: Any) -> Issue:
         """An event is handed in."""
@@ -75,6 +88,7 @@ class Ledger:
         else:
             mine.append(issue)
         self.by_lane.setdefault(key, []).append(issue)
+        self.largest = max(self.largest, 256 + len(issue.payload))
         return issue
 
     def withdraw(self, issue: Issue) -> None:

@@ -257,6 +257,9 @@ class InOrder:
     def discard(self, member: Any) -> None:
         self._members = [one for one in self._members if one() is not member]
 
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
     def __contains__(self, member: Any) -> bool:
         return any(one() is member for one in self._members)
 

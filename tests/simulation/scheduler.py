@@ -27,6 +27,7 @@ class Process:
     Attributes:
         skew: how far its wall clock is off, in seconds.
         stalled_until: it stands still until then, like one that is swapped out or stopped.
+        steps: turns that its tasks have had.
     """
 
     def __init__(self, name: str) -> None:
@@ -34,6 +35,7 @@ class Process:
         self.dead = False
         self.skew = 0.0
         self.stalled_until = 0.0
+        self.steps = 0
 
     def __repr__(self) -> str:
         return self.name
@@ -118,6 +120,7 @@ class Scheduler:
                 continue
             task = self.rng.choice(able)
             self.steps += 1
+            task.process.steps += 1
             self.now += self.rng.random() * 0.002
             task.ready = task.deadline = None
             self.current = task

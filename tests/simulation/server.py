@@ -69,7 +69,8 @@ class Server:
         changes: how many writes there have been.
         fsync: `appendfsync`, "always" or "everysec".
         limit: `maxmemory`, 0 for none.
-        watchers: called with each write command before it is executed.
+        ms: when it last did something, by its clock.
+        watchers: called with each write command before it is executed; of a key that expires, as if it were unlinked.
         observers: called with each write command that was executed, and its reply.
     """
 
@@ -85,7 +86,7 @@ class Server:
         self.starts = 1
         self.watchers: list[Callable[[Arguments], None]] = []
         self.observers: list[Callable[[Arguments, Any], None]] = []
-        self._ms = 0
+        self.ms = 0
         self._replaying = False
         self._used_at = (-1, 0)
 
@@ -96,7 +97,7 @@ class Server:
         self.starts += 1
         self._replaying = True
         for unit in kept:
-            self._ms = unit.ms
+            self.ms = unit.ms
             self._expire()
             for command in unit.commands:
                 self._run(command)
@@ -107,7 +108,7 @@ class Server:
 
     def execute(self, commands: Sequence[Arguments]) -> list[Any]:
         """Run commands as one unit: one command, or those of a transaction. An error reply is a value."""
-        self._ms = self._now()
+        self.ms = self._now()
         self._expire()
         replies: list[Any] = []
         logged: list[Arguments] = []
@@ -127,7 +128,7 @@ class Server:
                         observer(command, reply)
             replies.append(reply)
         if logged:
-            self.aof.append(Unit(self._ms, logged))
+            self.aof.append(Unit(self.ms, logged))
             self.changes += 1
         return replies
 
@@ -158,14 +159,17 @@ class Server:
         return known(self, *command[1:])
 
     def _expire(self) -> None:
-        for key in [key for key, at in self.expires.items() if at <= self._ms]:
+        for key in [key for key, at in self.expires.items() if at <= self.ms]:
+            if not self._replaying:
+                for watcher in self.watchers:
+                    watcher([b"UNLINK", key])
             self._unlink(key)
 
     def _touch(self, key: bytes) -> None:
         self.versions[key] = self.versions.get(key, 0) + 1
 
     def _of(self, key: bytes, kind: type, *, make: bool = False) -> Any:
-        if key in self.expires and self.expires[key] <= self._ms:
+        if key in self.expires and self.expires[key] <= self.ms:
             self._unlink(key)
         found = self.keys.get(key)
         if found is None and make:
@@ -189,7 +193,7 @@ class Server:
         return b"PONG"
 
     def _time(self) -> Any:
-        return [b"%d" % (self._ms // 1000), b"%d" % (self._ms % 1000 * 1000)]
+        return [b"%d" % (self.ms // 1000), b"%d" % (self.ms % 1000 * 1000)]
 
     def _info(self, section: bytes = b"") -> Any:
         fields = {"run_id": f"{self.starts:040x}", "used_memory": self.used, "maxmemory": self.limit}
@@ -208,7 +212,7 @@ class Server:
         self.keys[key] = value
         self.expires.pop(key, None)
         if b"PX" in options:
-            self.expires[key] = self._ms + int(options[options.index(b"PX") + 1])
+            self.expires[key] = self.ms + int(options[options.index(b"PX") + 1])
         self._touch(key)
         return b"OK"
 
@@ -218,7 +222,7 @@ class Server:
     def _pexpire(self, key: bytes, ms: bytes, *_: bytes) -> Any:
         if key not in self.keys:
             return 0
-        self.expires[key] = self._ms + int(ms)
+        self.expires[key] = self.ms + int(ms)
         return 1
 
     def _persist(self, key: bytes) -> Any:
@@ -278,7 +282,7 @@ class Server:
             return None
         last = stream.last if stream is not None else (0, 0)
         if at == b"*":
-            new = (self._ms, 0) if self._ms > last[0] else (last[0], last[1] + 1)
+            new = (self.ms, 0) if self.ms > last[0] else (last[0], last[1] + 1)
         else:
             new = _id(at)
             if new == (0, 0):
@@ -356,7 +360,7 @@ class Server:
         found = self._group(key, group)
         owners = [consumer for consumer, _, _ in found.pending.values()]
         return [
-            [b"name", name, b"pending", owners.count(name), b"idle", max(0, self._ms - seen)]
+            [b"name", name, b"pending", owners.count(name), b"idle", max(0, self.ms - seen)]
             for name, seen in sorted(found.consumers.items())
         ]
 
@@ -386,18 +390,18 @@ class Server:
             self._group(key, group)
         for key, start in zip(keys, starts, strict=True):
             stream, found = self._stream(key), self._group(key, group)
-            found.consumers[consumer] = self._ms
+            found.consumers[consumer] = self.ms
             if start == b">":
                 fresh = stream.span(_after(found.last), (_TOP, _TOP))[:count]
                 for at in fresh:
-                    found.pending[at] = [consumer, self._ms, 1]
+                    found.pending[at] = [consumer, self.ms, 1]
                     found.last = at
                 if fresh:
                     reply.append([key, [_entry(stream, at) for at in fresh]])
             else:
                 mine = [at for at in sorted(found.pending) if found.pending[at][0] == consumer and at > _id(start)]
                 for at in mine[:count]:
-                    found.pending[at][1:] = [self._ms, found.pending[at][2] + 1]
+                    found.pending[at][1:] = [self.ms, found.pending[at][2] + 1]
                 reply.append([key, [_entry(stream, at) for at in mine[:count]]])
         return reply or None
 
@@ -422,7 +426,7 @@ class Server:
         reply = []
         for at in sorted(found.pending):
             consumer, since, times = found.pending[at]
-            quiet = max(0, self._ms - since)
+            quiet = max(0, self.ms - since)
             if _bound(first) <= at <= _bound(last, end=True) and quiet >= idle and who in ([], [consumer]):
                 reply.append([_text(at), consumer, quiet, times])
         return reply[: int(count)]
@@ -430,7 +434,7 @@ class Server:
     def _xautoclaim(self, key: bytes, group: bytes, consumer: bytes, least: bytes, start: bytes, *rest: bytes) -> Any:
         stream, found = self._stream(key), self._group(key, group)
         count = int(rest[rest.index(b"COUNT") + 1]) if b"COUNT" in rest else 100
-        found.consumers[consumer] = self._ms
+        found.consumers[consumer] = self.ms
         claimed, gone = [], []
         ids = [at for at in sorted(found.pending) if at >= _id(start)]
         tried = 0
@@ -442,9 +446,9 @@ class Server:
                 del found.pending[at]
                 gone.append(_text(at))
                 continue
-            if self._ms - one[1] < int(least):
+            if self.ms - one[1] < int(least):
                 continue
-            one[:] = [consumer, self._ms, one[2] + 1]
+            one[:] = [consumer, self.ms, one[2] + 1]
             claimed.append(_entry(stream, at))
         else:
             return [b"0-0", claimed, gone]
@@ -454,8 +458,8 @@ class Server:
         stream, found = self._stream(key), self._group(key, group)
         ids = [at for at in rest if b"-" in at]
         options = rest[len(ids) :]
-        found.consumers[consumer] = self._ms
-        since = self._ms - (int(options[options.index(b"IDLE") + 1]) if b"IDLE" in options else 0)
+        found.consumers[consumer] = self.ms
+        since = self.ms - (int(options[options.index(b"IDLE") + 1]) if b"IDLE" in options else 0)
         claimed = []
         for at in map(_id, ids):
             one = found.pending.get(at)
@@ -464,7 +468,7 @@ class Server:
             if at not in stream.data:
                 del found.pending[at]
                 continue
-            if self._ms - one[1] < int(least):
+            if self.ms - one[1] < int(least):
                 continue
             just = b"JUSTID" in options
             one[:] = [consumer, since, one[2] + (not just)]

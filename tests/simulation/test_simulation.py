@@ -1,38 +1,34 @@
-"""Seeds of the simulation: a few hundred at each run of the suite, the same ones each time.
+"""Seeds of the simulation, the same ones at each run of the suite, and bugs made on purpose that they find.
 
 A seed that fails fails again by itself, step for step: `python -m tests.simulation --seed N`.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.simulation.mutants import MUTANTS
+from tests.simulation.mutants import KNOWN, MUTANTS
 from tests.simulation.world import Account, simulate
 
 SEEDS = 200
 TOGETHER = 20
+PARTS = 4
+LOOKED_AT = 30
+"""Seeds that are tried for a mutant which the seed that is written down does not find."""
 
-FOUND = {
-    55: "a tombstone expired with the keys of the trajectory that it deleted",
-    213: "a writer to a trajectory that was deleted and removed was told of a loss that was none",
-    389: "a lost turn was sent again above what another had written anew in the place of the turn before it",
-    101: "a loss above which another had gone on was told to nobody, if the handle wrote no more",
-    241: "a trainer looked behind what the server knew, after a loss, that it had given out",
-    253: "a writer that stood still while the server crashed had dropped by the clock what it kept against that",
-    47: "hints that a request took after the archiver had given it up were archived only by the next archiver",
-    119: "hints of a refused trajectory stayed unacknowledged when it could be archived again",
-}
-"""Seeds that found a bug when they were first run, and which; each bug has a test of its own beside the code it was in.
-(Seeds play other stories once the library or the simulation has changed, so they are not that test.)"""
+pytestmark = pytest.mark.timeout(450)
+
+PAGE = (Path(__file__).parents[2] / "docs" / "guarantees.md").read_text()
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, TOGETHER))
 def test_every_invariant_holds_after_every_step(first):
-    for seed in [*range(first, first + TOGETHER), *(list(FOUND) if first == 0 else ())]:
+    for seed in range(first, first + TOGETHER):
         run(seed)
 
 
@@ -62,15 +58,25 @@ def test_seed_plays_the_same_story_in_every_process():
         assert json.loads(told.stdout) == here
 
 
-@pytest.mark.parametrize("name", ["writes above a gap", "acknowledged before it is recorded", "published twice"])
-def test_bug_made_on_purpose_is_found(name):
-    """What the simulation watches can fail; `--mutants` tries all of them."""
-    assert name in MUTANTS
+@pytest.mark.parametrize("part", range(PARTS))
+def test_bugs_made_on_purpose_are_found(part):
+    """Each by the seed that is written down in `mutants.py`, or by one of a few others.
+
+    A change of the library gives every seed another story, and a rare one may then be found elsewhere only.
+    """
+    arguments = ["--mutants", "--known", "--part", f"{part}:{PARTS}", "--seeds", f"0:{LOOKED_AT}"]
     told = subprocess.run(
-        [sys.executable, "-m", "tests.simulation", "--mutant", name, "--seeds", "0:200"],
-        capture_output=True,
-        text=True,
-        timeout=100,
+        [sys.executable, "-m", "tests.simulation", *arguments], capture_output=True, text=True, timeout=400
     )
-    assert told.returncode == 1, told.stdout
-    assert told.stdout.startswith("seed "), told.stderr
+    missed = [line for line in told.stdout.splitlines() if line.startswith("NOT FOUND")]
+    assert told.returncode == 0, (
+        f"{told.stderr}\n{chr(10).join(missed)}\n\n"
+        "Where a change of the library moved it: `python -m tests.simulation --mutants --seeds 0:400` tells which seed "
+        "finds it now; write that to KNOWN in tests/simulation/mutants.py, and to the table in docs/guarantees.md. "
+        "Where no seed does, the simulation sees less than it did."
+    )
+
+
+def test_page_lists_every_bug_made_on_purpose_with_the_seed_that_is_known_to_find_it():
+    rows = re.findall(r"^\| ([^|`]+) \| (\d+|none known) \|$", PAGE, re.MULTILINE)
+    assert dict(rows) == {name: str(KNOWN.get(name, "none known")) for name in MUTANTS}

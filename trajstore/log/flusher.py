@@ -115,6 +115,7 @@ class Flusher:
         self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
         self._ready: deque[Lane] = deque()  # lanes with work, none of it in flight
         self._taken: list[Lane] = []  # in flight
+        self._undecided: weakref.WeakSet[Lane] = weakref.WeakSet()  # the archive could not be asked about them
         self._kept: deque[tuple[float, int, Lane]] = deque()
         self._kept_now = 0
         self._heard = float("-inf")  # when the server was last asked and has answered since, over one connection
@@ -135,7 +136,7 @@ class Flusher:
         lines = 1 if horizon or not wire.one_server else _LINES
         sessions = [wire.session(timeout=timeout * _PATIENCE, keys=feeds) for _ in range(lines)]
         self._session = WideSession(sessions) if lines > 1 else sessions[0]
-        self._next_memory_check = 0.0
+        self._next_memory_check = self._next_decision = 0.0
         self._thread = threading.Thread(target=self._run, name="trajstore-flusher", daemon=True)
         self._thread.start()
 
@@ -174,11 +175,12 @@ class Flusher:
             nbytes = item.nbytes
             if self._buffered + nbytes > self._buffer_bytes and self._buffered:
                 self._wait_for_room(lane, nbytes)
-            lane.queue.append(item)
+            # Counted first: Ctrl-C comes after a call, as of `append`, and what is not counted is not waited for.
             lane.queued += 1
             self._buffered += nbytes
             if lane.since is None:
                 lane.since = item.since
+            lane.queue.append(item)
             self._schedule(lane)
 
     def flush(self, id: str | None = None) -> None:
@@ -299,14 +301,14 @@ class Flusher:
             while True:
                 with self._lock:
                     if not self._ready and not self._stopping:
-                        self._wake.wait(None if self._unsafe is None else 1.0)
+                        self._wake.wait(1.0 if self._unsafe is not None or self._undecided else None)
                     self._drop_kept()
                     while self._ready and not self._ready[0].busy:  # failed while it waited
                         self._ready.popleft().scheduled = False
                     if self._stopping and not self._ready:
                         return
                     idle = not self._ready
-                if not idle or self._unsafe is not None:
+                if not idle or self._unsafe is not None or self._undecided:
                     self._round()
         finally:  # closed, or a bug ended the thread: nobody may wait for it any more
             with self._lock:
@@ -321,7 +323,11 @@ class Flusher:
             self._connect()
             self._hear()
             self._require_memory()
+            self._decide()
             taken = self._take()
+            if not taken and self._undecided:
+                self._set_back()
+                return
             if not taken:
                 self._trouble, self._pause = None, _BACKOFF[0]
                 return
@@ -342,6 +348,8 @@ class Flusher:
                 self._settle_doubts(doubtful)
             if any(lane.frozen and lane.frozen[0] is batch for lane, batch in taken):
                 self._set_back()
+            elif self._undecided:  # the others are not held up
+                self._give_up_late()
             else:
                 self._trouble, self._pause = None, _BACKOFF[0]
         except TrajstoreError as error:  # of the server as a whole; what is wrong with one lane is dealt with there
@@ -370,7 +378,8 @@ class Flusher:
         now = time.monotonic()
         if self._unsafe is not None and now - self._heard >= _ASKED_EVERY:
             self._session.ask_each("PING")
-            self._heard = now
+            if not self._undecided:  # what these have lost, perhaps, is still needed
+                self._heard = now
 
     def _recover(self) -> None:
         """At each connection, before anything is sent: is what was acknowledged, or read by a handle, still there?"""
@@ -383,6 +392,13 @@ class Flusher:
                     self._schedule(lane)
         self._settle_doubts([lane for lane in lanes if lane.acked is not None or (lane.frozen and lane.frozen[0].sent)])
 
+    def _decide(self) -> None:
+        """The archive may answer by now about those of which only it can tell."""
+        now = time.monotonic()
+        if self._undecided and now >= self._next_decision:
+            self._next_decision = now + _ASKED_EVERY
+            self._settle_doubts(list(self._undecided))
+
     def _take(self) -> list[tuple[Lane, Batch]]:
         taken: list[tuple[Lane, Batch]] = []
         nbytes = 0
@@ -392,6 +408,8 @@ class Flusher:
                     break
                 lane = self._ready.popleft()
                 self._taken.append(lane)
+                if lane in self._undecided:  # it may have lost something, and nothing is written above that
+                    continue
                 items = lane.take()
             batch = lane.next_batch(items, time.time())
             if batch is not None:  # else it failed while it waited
@@ -407,7 +425,7 @@ class Flusher:
         first = [lane for lane, batch in taken if lane.note and lane.acked is None and not batch.creates]
         if first:
             self._settle_doubts(first)
-        return [(lane, lane.mark_sent()) for lane, _ in taken if lane.frozen]
+        return [(lane, lane.mark_sent()) for lane, _ in taken if lane.frozen and lane not in self._undecided]
 
     def _landed(self, lane: Lane, batch: Batch) -> None:
         now = time.monotonic()
@@ -454,6 +472,7 @@ class Flusher:
         if looks and all(isinstance(seen, Unavailable) for seen in looks):  # it is the server, not a lane
             raise next(seen for seen in looks if isinstance(seen, Unavailable))
         for lane, seen in zip(lanes, looks, strict=True):
+            self._undecided.discard(lane)
             head = lane.frozen[0] if lane.frozen and (lane.frozen[0].sent or lane.note) else None
             verdict = self._verdict(lane, head, seen)
             if head is not None and head.sent:
@@ -494,8 +513,9 @@ class Flusher:
                 holds_open=lane.holds_open,
                 archive=self._archive,
             )
-        except OSError as error:  # the archive's disk. The doubt remains: sent again, the batch is refused again
+        except OSError as error:  # the archive's disk: the doubt remains
             self._trouble = Unavailable(f"the archive cannot be asked about {lane.id}: {error}")
+            self._undecided.add(lane)
             return Nothing()
         except TrajstoreError as error:  # what the archive holds of it is damaged
             return Refused(error)
@@ -545,6 +565,7 @@ class Flusher:
 
     def _fail(self, lane: Lane, error: TrajstoreError) -> None:
         with self._lock:
+            self._undecided.discard(lane)
             self._failed[lane.id, lane.note] = error
             self._counts.failed[type(error).__name__] += 1
             self._unreported.append(error)
@@ -574,7 +595,13 @@ class Flusher:
         self._next_memory_check = now + (0.25 if limit else 5.0)
 
     def _set_back(self) -> None:
-        """Nothing could be written: give up lanes past their deadline (all of them when closing), and wait a little."""
+        """Nothing could be written: wait a little."""
+        self._give_up_late()
+        self._stopped.wait(min(self._pause, self._timeout / 8))
+        self._pause = min(self._pause * 2, _BACKOFF[1])
+
+    def _give_up_late(self) -> None:
+        """Give up lanes past their deadline, all of them when closing."""
         now = time.monotonic()
         error = self._trouble or Unavailable("the server took none of the events")
         with self._lock:
@@ -585,13 +612,15 @@ class Flusher:
             doubt = "; whether the last batch arrived is not known" if unsure else ""
             within = "before the store was closed" if self._stopping else f"within {self._timeout:g} s"
             self._fail(lane, type(error)(f"{lane.id}: not written {within}{doubt}. {error}"))
-        self._stopped.wait(min(self._pause, self._timeout / 8))
-        self._pause = min(self._pause * 2, _BACKOFF[1])
 
 
 def _outcome(replies: Sequence[Any], commands: Sequence[Command]) -> TrajstoreError | bool | None:
-    """What a transaction's replies say: None it is in; an error: refused whole, try later; True: look it up."""
+    """What a transaction's replies say: None it is in; an error: not all of it, try later; True: look it up."""
     results = replies[-1]
-    if isinstance(results, list) and (results[0] is None or isinstance(results[0], redis.RedisError)):
+    if not isinstance(results, list):
+        return True if results is None else first_refusal(replies, commands[1:-1])
+    # Of an EXEC all runs but what fails. An entry without its payload must not be found there and taken for written.
+    beside = first_refusal([*replies[:-1], [None, *results[1:]]], commands[1:-1])
+    if beside is None and (results[0] is None or isinstance(results[0], redis.RedisError)):
         return True
-    return True if results is None else first_refusal(replies, commands[1:-1])
+    return beside

@@ -6,7 +6,7 @@ acknowledged, and a writer never writes above such a hole; and what is not in th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 from trajstore.entries import EntryStamp, entry_digest
@@ -98,6 +98,8 @@ class Refused:
     error: TrajstoreError
 
 
+_WITHOUT = "and another writer has gone on without them"
+
 Verdict: TypeAlias = Landed | Nothing | Resend | Renumber | Refused
 
 
@@ -131,21 +133,24 @@ def judge(
         if copy is not None:
             return Landed() if _is_copy(copy, head) else _fenced(id, head.at)
     if seen.last is None:
-        return _without_stream(id, seen, head, acked, kept, archive)
+        return _without_stream(id, seen, head, acked, acked_nonce, kept, archive)
     held = head.at if head is not None else acked
     if held is None:
         return Nothing()
     told_so = holds_open or head is not None  # is fenced below
     if not told_so and kept and acked is not None and seen.last > acked and _is_gone(kept[-1], seen, archive):
-        return _lost(id, seen, acked, "and another writer has gone on without them")
+        return _lost(id, seen, acked, _WITHOUT)
     if seen.last > held or (head is not None and seen.last == head.at):
         return _fenced(id, held, seen.last) if head is not None or holds_open else Nothing()
     if acked is not None and None not in (seen.first_nonce, acked_nonce) and seen.first_nonce != acked_nonce:
         return _fenced(id, held, seen.last)
     if acked is not None and seen.last < acked:
-        if archive.entry(id, acked) is not None:  # a replica took over that lacks what was archived: nothing is lost
+        copy = archive.entry(id, acked)
+        if copy is not None and acked_nonce not in (None, copy.nonce):
+            return _lost(id, replace(seen, last=archive.last_entry(id)), acked, _WITHOUT)
+        if copy is not None:  # a replica took over that lacks what was archived: nothing is lost
             return Resend([head], acked) if head is not None else Nothing()
-        return _after_loss(id, seen, head, acked, kept)
+        return _after_loss(id, seen, head, acked, kept, archive)
     if acked is not None and seen.last > acked:
         return _fenced(id, held, seen.last)
     return Resend([head], acked) if head is not None else Nothing()
@@ -168,9 +173,15 @@ def _is_copy(copy: EntryStamp | None, head: Batch) -> bool:
 
 
 def _without_stream(
-    id: str, seen: Seen, head: Batch | None, acked: EventId | None, kept: Sequence[Batch], archive: ArchiveIndex
+    id: str,
+    seen: Seen,
+    head: Batch | None,
+    acked: EventId | None,
+    acked_nonce: int | None,
+    kept: Sequence[Batch],
+    archive: ArchiveIndex,
 ) -> Verdict:
-    if acked is not None and _was_archived(id, acked, archive):
+    if acked is not None and _was_archived(id, acked, acked_nonce, archive):
         if head is None:
             return Nothing()
         return Refused(
@@ -184,23 +195,34 @@ def _without_stream(
         )
     if acked is None:
         return Nothing()
-    return _after_loss(id, seen, head, acked, kept)
+    newest = archive.last_entry(id)
+    if newest is not None:  # of what the writer knows nothing: its own is nowhere
+        return _lost(id, replace(seen, last=newest), acked, _WITHOUT)
+    return _after_loss(id, seen, head, acked, kept, archive)
 
 
-def _was_archived(id: str, acked: EventId, archive: ArchiveIndex) -> bool:
-    """The entry is archived, or a newer one is: of a deleted trajectory the archive tells its tombstone only."""
-    if archive.entry(id, acked) is not None:
-        return True
+def _was_archived(id: str, acked: EventId, nonce: int | None, archive: ArchiveIndex) -> bool:
+    """The entry is archived, or a newer one is: of a deleted trajectory the archive tells its tombstone only.
+
+    Not if another writer's has its id, which was written anew where a server had lost this one.
+    """
+    copy = archive.entry(id, acked)
+    if copy is not None:
+        return nonce in (None, copy.nonce)
     newest = archive.last_entry(id)
     return newest is not None and newest > acked
 
 
-def _after_loss(id: str, seen: Seen, head: Batch | None, acked: EventId, kept: Sequence[Batch]) -> Verdict:
+def _after_loss(
+    id: str, seen: Seen, head: Batch | None, acked: EventId, kept: Sequence[Batch], archive: ArchiveIndex
+) -> Verdict:
     """The server came back with a shorter log: write the lost batches again, if all of them are still at hand."""
     last = seen.last
     lost = [batch for batch in kept if last is None or batch.at > last]
     if lost and lost[0].before == last and (last is not None or lost[0].creates):
-        if None not in (seen.last_nonce, lost[0].before_nonce) and seen.last_nonce != lost[0].before_nonce:
+        copy = archive.entry(id, last) if last is not None and seen.last_nonce is None else None  # it was trimmed
+        last_nonce = seen.last_nonce if copy is None else copy.nonce
+        if None not in (last_nonce, lost[0].before_nonce) and last_nonce != lost[0].before_nonce:
             return _fenced(id, lost[0].at, last)  # another has written anew what this writer's turn followed
         return Resend([*lost, *([head] if head is not None else [])], last)
     return _lost(id, seen, acked, "and they are no longer at hand; nothing was written above the gap")
@@ -208,7 +230,8 @@ def _after_loss(id: str, seen: Seen, head: Batch | None, acked: EventId, kept: S
 
 def _is_gone(newest: Batch, seen: Seen, archive: ArchiveIndex) -> bool:
     """The newest batch that a server crash might have lost is not in the log, was not archived, and is not deleted."""
-    return seen.at_head != newest.entry and not seen.is_deleted and not _was_archived(newest.id, newest.at, archive)
+    archived = _was_archived(newest.id, newest.at, newest.turn.nonce, archive)
+    return seen.at_head != newest.entry and not seen.is_deleted and not archived
 
 
 def _lost(id: str, seen: Seen, acked: EventId, what: str) -> Refused:
