@@ -398,6 +398,11 @@ class TrajectoryWriter:
     def _require_unfenced(self) -> None:
         if self._lane.error is not None:
             raise self._lane.error.with_traceback(None)
+        if self._telling.interrupted:
+            raise Conflict(
+                f"{self.id}: a call of this handle was interrupted (Ctrl-C, a signal), so it does not know what of it "
+                f"was written; go on with store.get({self.id!r})"
+            )
 
     def _require_writable(self) -> None:
         self._require_unfenced()
@@ -418,9 +423,13 @@ class _Telling:
     """Around the calls of a handle: what stopped its lane and is raised by one of them has been told.
 
     So `store.flush()` and `store.close()` need not raise it again, to somebody who may have nothing to do with it.
+
+    Attributes:
+        interrupted: a call ended by what is no error, anywhere between an event and what the handle remembers of it.
     """
 
     def __init__(self, flusher: Flusher) -> None:
+        self.interrupted = False
         self._flusher = flusher
 
     def __enter__(self) -> None:
@@ -431,6 +440,8 @@ class _Telling:
     ) -> None:
         if isinstance(error, TrajstoreError):
             self._flusher.told(error)
+        elif error is not None and not isinstance(error, Exception):
+            self.interrupted = True
 
 
 def _items(components: Mapping[str, float] | None) -> Iterable[tuple[str, float]]:

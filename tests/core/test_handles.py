@@ -9,6 +9,7 @@ import pytest
 import trajstore
 from tests.builders import SPEC, record_seed_case, rows, seed_rows
 from trajstore.limits import EVENT_BYTES
+from trajstore.log.flusher import Flusher
 
 nan, inf = float("nan"), float("inf")
 
@@ -293,6 +294,38 @@ def test_fenced_error_is_sticky_and_an_exception_under_way_is_not_replaced(store
 
 
 # Tokens
+
+
+@pytest.mark.parametrize("call", ["tokens", "routing", "close", "segment"])
+def test_handle_whose_call_was_interrupted_takes_no_more_and_another_goes_on(store, trajectory, monkeypatch, call):
+    """Ctrl-C in a notebook: the event may be on its way, and the handle does not count its tokens."""
+    segment = trajectory.segment(context=[1, 2])
+    segment.tokens([3])
+    append = Flusher.append
+
+    def interrupt(*event):
+        append(*event)
+        raise KeyboardInterrupt
+
+    calls = {
+        "tokens": lambda: segment.tokens([4]),
+        "routing": lambda: segment.routing(rows(2, 1), start=0),
+        "close": lambda: segment.close("stop"),
+        "segment": lambda: trajectory.close("aborted"),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(Flusher, "append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            calls[call]()
+    for later in calls.values():
+        with pytest.raises(trajstore.Conflict, match="was interrupted"):
+            later()
+    store.flush()
+    handle = store.get(trajectory.id)
+    handle.close("completed", takeover=True)
+    loaded = store.load(trajectory.id)
+    assert loaded.status == "completed"
+    assert loaded.token_ids.tolist() == ([1, 2, 3, 4] if call == "tokens" else [1, 2, 3])
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.int32])
