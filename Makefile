@@ -12,7 +12,7 @@ demo: .venv/installed ## run the main job end to end over an embedded store
 	@$(BIN)/trajstore demo $(DIR)
 
 test: .venv/installed ## the test suite; half of its time is waiting, so by more workers than there are cores
-	@$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	@$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 engines-live: ## the suites over a real vLLM, SGLang and verl on this CPU; builds their environments (13 GB; ENGINES=vllm for one)
 	@PYTHON=$(PYTHON) tests/live/run.sh $(ENGINES)

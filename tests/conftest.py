@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 OpenStore = Callable[..., trajstore.Store]
 
+LONG = ("soak", "simulation", "demo", "packaging")
+
 REAL = tuple(name for name in BACKENDS if name != "fakeredis")
 
 
@@ -106,6 +108,11 @@ def _close_quietly(store: trajstore.Store) -> None:
         store.close()
     except (trajstore.TrajstoreError, ExceptionGroup) as left:
         log.warning("left unwritten: %r", left)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folders with files that take minutes come first, so that at the end no worker is left alone with one."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from trajstore.archive.trim import free
 from trajstore.errors import NotFound, StoreFull, TrajstoreError
+from trajstore.log.wire import FULL_AT, fullest
 from trajstore.store import Store
 from trajstore.summary import Summary, summarize
 
@@ -76,11 +77,18 @@ def _is_bare(summary: Summary) -> bool:
     return summary.last == "1-0"
 
 
+def _is_full(store: Store) -> bool:
+    used, limit = fullest([one.exchange([("INFO", "memory")])[0] for one in store.wire.servers()])
+    return bool(limit) and used >= FULL_AT * limit
+
+
 def _close(store: Store, summary: Summary) -> bool:
     try:
         now = summarize(summary.id, store.events(summary.id))
         if now is None or now.last != summary.last or not now.has_open_segment:
             store.repair_summary(summary.id)  # it has moved since, or the loser of a race had left its own
+            return False
+        if _is_full(store):  # draining it comes first, and closing would wait for room for longer than a lease lasts
             return False
         store.get(summary.id).close("aborted", takeover=True)
         store.flush(summary.id)

@@ -235,6 +235,23 @@ def test_full_server_drains_through_a_newly_started_archiver_while_its_writer_wa
         all_there(patient, written | late)
 
 
+def test_archiver_of_a_full_server_does_not_wait_for_room_to_close_what_is_abandoned(small, run_name, tmp_path):
+    """Found by simulation seed 5383: meanwhile its leases ran out, and of two archivers neither archived anything."""
+    with trajstore.open(small.url(run_name), partitions=2, archive=tmp_path / "archive", timeout=1.0) as store:
+        trajectory = store.create()
+        trajectory.segment(context=[1, 2])
+        store.flush()
+        quiet = store.keys.quiet(store.keys.partition(trajectory.id))
+        store.wire.call("HSET", quiet, trajectory.id, f"{store.list()[0].last} 1000")
+        with small.client() as client:
+            client.config_set("maxmemory", "1mb")
+            assert Archiver(store, abandon_seconds=3600.0).run(once=True).abandoned == 0
+            assert store._flusher.counts().failed == {}, "it has tried, and waited until its deadline"
+            client.config_set("maxmemory", "16mb")
+        assert Archiver(store, abandon_seconds=3600.0).run(once=True).abandoned == 1
+        assert store.list()[0].status == "aborted"
+
+
 def test_writer_gets_store_full_only_after_its_deadline(small, run_name, tmp_path):
     with trajstore.open(small.url(run_name), partitions=2, archive=tmp_path / "archive", timeout=1.0) as hasty:
         fill(hasty)

@@ -185,7 +185,11 @@ def test_loss_above_which_another_has_gone_on_is_told_though_nothing_is_in_quest
     assert decide(seen("6-0"), acked="5-2", kept=[lost], holds_open=False, archive=Archived(lost)) == Nothing()
 
 
-@pytest.mark.parametrize("last", ["4-0", "2-0", None], ids=["in a longer log", "in a shorter log", "no stream left"])
+@pytest.mark.parametrize(
+    "last",
+    ["4-0", "3-0", "2-0", None],
+    ids=["in a longer log", "in one as long", "in a shorter log", "no stream left"],
+)
 def test_loss_is_told_though_the_archive_has_an_entry_of_that_id_if_it_is_anothers(last):
     """Found by the simulation: what had been written anew was archived and trimmed before the writer looked again."""
     kept = [batch("2-0", before="1-0"), batch("3-0", before="2-0")]
@@ -197,6 +201,29 @@ def test_loss_is_told_though_the_archive_has_an_entry_of_that_id_if_it_is_anothe
     told = decide(seen(last, first=None), acked="3-0", kept=kept, holds_open=False, archive=theirs)
     assert isinstance(told.error, SequenceGap)
     assert "another writer has gone on" in str(told.error)
+
+
+def test_nothing_is_written_above_anothers_archived_entry_that_has_the_lost_ones_id():
+    """Found by simulation seed 7645: the log is as long as it was, and no longer shows whose its end is."""
+    lost, head = batch("3-0", before="2-0"), batch("3-1", before="3-0", sent=False)
+    theirs, mine = (Archived(lost, nonce=nonce) for nonce in (THEIRS, MINE))
+    for question in (None, head):
+        told = decide(seen("3-0", first=None), head=question, acked="3-0", kept=[lost], archive=theirs)
+        assert isinstance(told, Refused)
+        assert isinstance(told.error, SequenceGap)
+        assert "entries up to 3-0, and another writer has gone on" in str(told.error)
+    verdict = decide(seen("3-0", first=None), head=head, acked="3-0", kept=[lost], archive=mine)
+    assert verdict == Resend([head], EventId(3, 0))
+
+
+@pytest.mark.parametrize("holds_open", [False, True])
+def test_lost_turn_is_not_sent_again_above_anothers_tombstone(holds_open):
+    """Found by simulation seed 2894: 2-0 and a tombstone 3-0 were lost, and another deleted the trajectory anew."""
+    lost = batch("3-0", before="2-0")
+    deleted = dataclasses.replace(seen("2-0", first=None, last_nonce=THEIRS), is_deleted=True)
+    verdict = decide(deleted, acked="3-0", kept=[lost], holds_open=holds_open)
+    assert fenced(verdict) if holds_open else verdict == Nothing()
+    assert fenced(decide(deleted, head=batch("3-1", before="3-0"), acked="3-0", kept=[lost], holds_open=holds_open))
 
 
 def test_trajectory_that_was_lost_whole_is_not_created_again_where_anothers_is_archived():
@@ -250,14 +277,22 @@ def test_entry_of_another_in_the_archive_means_fenced():
     assert fenced(decide(seen("2-3"), head=head, acked="2-2", archive=Archived(head, nonce=THEIRS)))
 
 
+class Untouched(NoArchive):
+    """An archive that nobody may ask: it takes a read of the disk, or a request."""
+
+    def entry(self, id, at):
+        raise AssertionError("asked")
+
+
 def test_archive_is_not_asked_about_a_batch_that_was_never_sent():
     head = batch("2-3", before="2-2", sent=False)
-
-    class Untouched(NoArchive):
-        def entry(self, id, at):
-            raise AssertionError("asked")
-
     assert decide(seen("2-2"), head=head, acked="2-2", archive=Untouched()) == Resend([head], EventId(2, 2))
+
+
+def test_archive_is_not_asked_about_what_no_crash_can_take_nor_about_what_is_there():
+    """At a reconnect each idle handle is looked at, and of most the end was archived and trimmed long ago."""
+    assert decide(seen("2-2", first=None), acked="2-2", archive=Untouched()) == Nothing()
+    assert decide(seen("2-2"), acked="2-2", kept=[batch("2-2")], archive=Untouched()) == Nothing()
 
 
 def test_trimmed_stream_whose_end_is_the_acknowledged_one_is_as_it_was_left():

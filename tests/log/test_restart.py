@@ -7,7 +7,8 @@ import pytest
 import trajstore
 from tests.builders import SPEC, rows
 from tests.log.aof import cut_from, cut_within, until_written
-from tests.log.looking import dense, entries, newest_id, until, write_one
+from tests.log.looking import dense, entries, newest_id, notes, until, write_one
+from trajstore.archiver import Archiver
 
 LARGE = 300
 
@@ -186,6 +187,37 @@ def test_idle_writer_is_told_of_a_loss_above_which_another_has_gone_on(own_serve
 
 
 @pytest.mark.parametrize("goes_on", [False, True], ids=["idle", "goes on"])
+def test_writer_is_told_of_a_loss_in_whose_place_anothers_entry_was_archived_and_trimmed(
+    own_server, own_client, proxy, open_at, tmp_path, monkeypatch, goes_on
+):
+    """Found by the simulation, seed 7645: the log is as long as before, and only the archive knows whose its end was."""
+    monkeypatch.setattr("trajstore.archiver.FSYNC_HORIZON", 0.0)
+    store, other = (open_at(server, archive=tmp_path / "archive") for server in (proxy, own_server))
+    trajectory = store.create()
+    store.flush()
+    segment = trajectory.segment(context=[1, 2]) if goes_on else None
+    if segment is None:
+        trajectory.reward(1.0)
+    store.flush()
+    assert newest_id(own_client, store, trajectory.id) == "2-0"
+    proxy.refuse()
+    lose(own_server, b"XADD", store.keys.entries(trajectory.id).encode(), b"2-0")
+    own_server.start()
+    other.get(trajectory.id).close("truncated")
+    other.flush()
+    Archiver(other).run(once=True)
+    assert entries(own_client, other, trajectory.id) == []
+    if segment is not None:
+        segment.tokens([3])
+    proxy.accept()
+    until(lambda: trajectory._lane.error is not None, what="it has seen what the server came back with")
+    with pytest.raises(trajstore.SequenceGap, match="another writer has gone on"):
+        store.flush(trajectory.id)
+    assert newest_id(own_client, other, trajectory.id) == "2-0"
+    assert other.load(trajectory.id).status == "truncated"
+
+
+@pytest.mark.parametrize("goes_on", [False, True], ids=["idle", "goes on"])
 def test_loss_is_not_written_above_nor_forgotten_while_the_archive_cannot_be_asked_about_it(
     own_server, own_client, open_at, tmp_path, monkeypatch, goes_on
 ):
@@ -337,6 +369,26 @@ def test_notes_lost_by_the_server_are_written_again(own_server, own_client, open
     assert [note.header.rows for note in store.notes(trajectory.id)] == [40, 80, 120, 160, 200, 7]
     observed = store.plan(trajectory.id).history.observations
     assert [len(store.recorded_rows(trajectory.id, one)) for one in observed] == [40, 80, 120, 160, 200, 7]
+
+
+def test_note_of_a_deleted_trajectory_is_written_again_under_its_number(own_server, own_client, proxy, open_at):
+    """Found by the simulation: the server lost the deletion, and the note was there twice."""
+    store, other = open_at(proxy), open_at(own_server)
+    trajectory = store.create(routing=SPEC)
+    with trajectory.segment(context=[1] * LARGE) as segment:
+        segment.close("stop")
+    store.flush()
+    other.get(trajectory.id).observe(rows(40), start=0, source="another")
+    other.flush()
+    trajectory.observe(rows(80), start=0, source="trainer")
+    store.flush()
+    mine = notes(own_client, store, trajectory.id)[1:]
+    proxy.refuse()
+    other.delete(trajectory.id)
+    assert notes(own_client, store, trajectory.id) == []
+    proxy.accept()
+    until(lambda: notes(own_client, store, trajectory.id), what="the note is written again")
+    assert notes(own_client, store, trajectory.id) == mine
 
 
 @pytest.mark.parametrize("sampled", [1, 6], ids=["shorter", "longer"])

@@ -25,6 +25,7 @@ from trajstore.log.feed import ARCHIVER
 from trajstore.log.keys import Keys
 from trajstore.ready import ReadyGroup, assembly_name
 from trajstore.store import Store
+from trajstore.summary import decode_summary
 
 __all__ = ["ABANDON_SECONDS", "GROUP_SECONDS", "Invariants"]
 
@@ -315,6 +316,11 @@ class Invariants:
             if not (is_bare or is_open or self._is_stray(id)):
                 return False
         return True
+
+    def listed_open(self) -> list[str]:
+        """Trajectories whose summary has an open segment, right or wrong: an archiver closes it, or mends the summary."""
+        kept = [self.server.keys.get(self.keys.summaries(p).encode(), {}) for p in range(self.keys.partitions)]
+        return [id.decode() for some in kept for id, data in some.items() if decode_summary(data).has_open_segment]
 
     def unpublished(self, *, late_too: bool) -> list[str]:
         """Closed trajectories that lie in no ready entry as they are, though nothing is left to wait for.

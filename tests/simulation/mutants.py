@@ -191,6 +191,16 @@ MUTANTS = {
         "        last_nonce = seen.last_nonce if copy is None else copy.nonce",
         "        last_nonce = seen.last_nonce",
     ),
+    "another's end of a trimmed log is taken for one's own": Mutant(
+        "trajstore.log.resolve",
+        "    if acked is not None and kept and seen.first_nonce is None and",
+        "    if acked is not None and not held and",
+    ),
+    "lost batches follow a tombstone": Mutant(
+        "trajstore.log.resolve",
+        "        if seen.is_deleted:  # by another, anew: nothing follows a tombstone",
+        "        if False:",
+    ),
     "a late recording goes to whoever took its segment's place": Mutant(
         "trajstore.history", "segment.superseded) and segment.is_of(header):", "segment.superseded):"
     ),
@@ -239,6 +249,9 @@ MUTANTS = {
     ),
     "an archiver waits for room to look around": Mutant(
         "trajstore.abandon", "                return Swept(closed, created)\n", "                raise\n"
+    ),
+    "an archiver waits for room to close what is abandoned": Mutant(
+        "trajstore.abandon", "        if _is_full(store):", "        if False:"
     ),
     "a late group is not waited for": Mutant(
         "trajstore.ready", "if now - float(since or now) >= after]", "if now - float(since or now) >= 0]"
@@ -309,6 +322,8 @@ KNOWN: dict[str, int] = {
     "a trainer never looks back": 228,
     "whose epoch it is not compared": 77,
     "goes on while the archive cannot be asked": 135,
+    "another's end of a trimmed log is taken for one's own": 7645,
+    "lost batches follow a tombstone": 2894,
     "a late recording goes to whoever took its segment's place": 62,
     "a loser's payload takes the winner's place": 11,
     "a trajectory has two batches in flight": 41,
@@ -320,6 +335,7 @@ KNOWN: dict[str, int] = {
     "a note expires with its trajectory": 30,
     "an archiver closes what goes on": 11,
     "an archiver waits for room to look around": 11,
+    "an archiver waits for room to close what is abandoned": 5383,
     "a late group is not waited for": 0,
     "a group that waits is not written down": 3,
     "a late group is published whatever was": 138,

@@ -134,6 +134,7 @@ class World:
         winding_down: writers finish what they have and leave.
         calm: nothing goes wrong any more.
         hasten: materializers that publish a group without those that are late.
+        stale: trajectories whose summary the loser of a race could not mend.
     """
 
     def __init__(self, seed: int) -> None:
@@ -152,6 +153,7 @@ class World:
         self.winding_down = False
         self.calm = False
         self.hasten: set[Process] = set()
+        self.stale: set[str] = set()
         self.stores: list[Store] = []
         self.stores_of: dict[Process, list[Store]] = {}
         self.actions_left = self.plan.actions
@@ -217,7 +219,7 @@ class World:
         import trajstore.log.flusher as flusher
 
         ledger, append = self.ledger, Flusher.append
-        fail = Flusher._fail
+        fail, repair = Flusher._fail, Store.repair_summary
 
         def recorded(flusher: Any, lane: Any, turn: Any, header: Any, payload: Any = None) -> None:
             if self.scheduler.current is not None:
@@ -236,16 +238,23 @@ class World:
             self._require_reason(lane, error)
             fail(flusher, lane, error)
 
+        def repaired(store: Any, id: str) -> None:
+            self.stale.add(id)
+            repair(store, id)
+            self.stale.discard(id)
+
         opened, lines = root.open_storage, flusher._LINES
         with self.outside.installed():
             flusher._LINES = LINES
             root.open_storage = lambda location, options=None: Files(self.disk, str(location))  # type: ignore
             Flusher.append = recorded  # type: ignore[method-assign]
             Flusher._fail = failed  # type: ignore[method-assign]
+            Store.repair_summary = repaired  # type: ignore[method-assign]
             try:
                 yield
             finally:
                 Flusher.append, Flusher._fail = append, fail  # type: ignore[method-assign]
+                Store.repair_summary = repair  # type: ignore[method-assign]
                 root.open_storage = opened
                 flusher._LINES = lines
 
@@ -318,9 +327,14 @@ class World:
                 self.kill(self.processes[f"{role}-{number}"])
 
     def _is_done(self) -> bool:
-        """Nothing waits, and what was closed was published."""
+        """Nothing waits, what was closed was published, and no summary is wrong that a writer could not mend.
+
+        Of that an archiver takes care, if a segment seems to stand open.
+        """
         hastens = any(task.process in self.hasten for task in self.scheduler.tasks)
-        return self.invariants.drained() and not self.invariants.unpublished(late_too=hastens)
+        told = self.invariants
+        wrong = [id for id in told.listed_open() if id in self.stale or "killed writer" in self.counts]
+        return told.drained() and not told.unpublished(late_too=hastens) and not wrong
 
     def _until(self, condition: Callable[[], bool], seconds: float) -> None:
         deadline = self.scheduler.now + seconds

@@ -388,6 +388,8 @@ class Flusher:
             for lane in lanes:
                 if lane.note and lane.kept:  # each is read back, or written again, by itself: their order says nothing
                     kept = [kept.batch for kept in lane.kept]
+                    for batch in kept:  # under its number, wherever the stream went: a deletion may be lost, and it is back
+                        batch.creates = True
                     lane.write_again(kept, lane.acked, head=None, now=time.monotonic())
                     self._schedule(lane)
         self._settle_doubts([lane for lane in lanes if lane.acked is not None or (lane.frozen and lane.frozen[0].sent)])

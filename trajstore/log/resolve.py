@@ -144,7 +144,13 @@ def judge(
         return _fenced(id, held, seen.last) if head is not None or holds_open else Nothing()
     if acked is not None and None not in (seen.first_nonce, acked_nonce) and seen.first_nonce != acked_nonce:
         return _fenced(id, held, seen.last)
+    if acked is not None and kept and seen.first_nonce is None and seen.last == acked:  # trimmed: was it this writer's?
+        copy = archive.entry(id, acked)
+        if copy is not None and acked_nonce not in (None, copy.nonce):
+            return _lost(id, seen, acked, _WITHOUT)
     if acked is not None and seen.last < acked:
+        if seen.is_deleted:  # by another, anew: nothing follows a tombstone
+            return _fenced(id, held, seen.last) if told_so else Nothing()
         copy = archive.entry(id, acked)
         if copy is not None and acked_nonce not in (None, copy.nonce):
             return _lost(id, replace(seen, last=archive.last_entry(id)), acked, _WITHOUT)
@@ -236,7 +242,7 @@ def _is_gone(newest: Batch, seen: Seen, archive: ArchiveIndex) -> bool:
 
 def _lost(id: str, seen: Seen, acked: EventId, what: str) -> Refused:
     good = "" if seen.last is None else str(seen.last_event or seen.last)
-    since = "" if seen.last is not None and seen.last > acked else f", from after {good or 'the start'}"
+    since = "" if seen.last is not None and seen.last >= acked else f", from after {good or 'the start'}"
     return Refused(
         SequenceGap(
             f"{id}: the server came back without acknowledged entries{since} up to {acked}, {what}. "
