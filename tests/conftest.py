@@ -1,6 +1,7 @@
 """Fixtures that every part of the suite shares: servers, stores, and the report of what could not be tested here."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,8 @@ from tests.cluster.nodes import Cluster
 from tests.servers import BACKENDS, FAKEREDIS_CANNOT_SHOW, FakeServer, RealServer, binary_of, running
 
 log = logging.getLogger(__name__)
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers share the cores, and its threads spin
 
 OpenStore = Callable[..., trajstore.Store]
 
