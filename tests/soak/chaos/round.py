@@ -254,9 +254,13 @@ def _files(processes: Sequence[Process], kind: str) -> list[Path]:
 
 
 def _until(left: Callable[[], str], tend: Callable[[], None], *, seconds: float) -> None:
-    """Wait until nothing is left."""
-    deadline = time.monotonic() + seconds
+    """Wait until nothing is left: for so long while nothing changes, and in all for five times as long."""
+    begun = changed = time.monotonic()
+    before = ""
     while what := left():
         tend()
-        assert time.monotonic() < deadline, f"after {seconds:g} s: {what}"
+        now = time.monotonic()
+        if what != before:
+            before, changed = what, now
+        assert now < min(changed + seconds, begun + 5 * seconds), f"after {now - begun:.0f} s: {what}"
         threading.Event().wait(0.2)
