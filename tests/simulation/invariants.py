@@ -47,6 +47,7 @@ class Invariants:
     Attributes:
         log: by trajectory, every entry that the server's file holds, trimmed ones too: bytes by id.
         archived: digest of each archived entry, by (trajectory, note, id).
+        undeleted: trajectories of which the server has forgotten the deletion; notes that had gone with it are back.
         lost: by trajectory, how often the server has forgotten entries of it.
         published: ready entries in the server's file: version by name, newest.
         newest: the newest of them by name, whole.
@@ -63,6 +64,7 @@ class Invariants:
         self.notes: dict[str, dict[Id, bytes]] = {}
         self.archived: dict[tuple[str, bool, Id], str] = {}
         self.deleted: set[str] = set()
+        self.undeleted: set[str] = set()
         self.lost: dict[str, int] = {}
         self.published: dict[str, int] = {}
         self.newest: dict[str, ReadyGroup] = {}
@@ -161,7 +163,7 @@ class Invariants:
             issued = [issue for issue in self.ledger.notes.get(id, ()) if issue.header == header]
             assert issued, f"{id}: note {at} was handed in by nobody"
             held = [one for one, other in mine.items() if decode_known(other).events[0] == header]
-            assert not held, f"{id}: note {at} was written before as {held}"
+            assert not held or id in self.undeleted, f"{id}: note {at} was written before as {held}"
         mine[at] = data
 
     def _ready(self, key: bytes, at: Id, data: bytes, *, checked: bool) -> None:
@@ -264,6 +266,7 @@ class Invariants:
         for id, note, at in forgotten:
             assert (id, note, at) not in self.archived, f"{id}: {at} was archived before it was safe, and is lost now"
             self.lost[id] = self.lost.get(id, 0) + 1
+        deleted = self.deleted
         self.log, self.notes, self.published, self.deliveries, self.deleted = {}, {}, {}, {}, set()
         self.newest, self._waits, self._written = {}, {}, {}
         for unit in self.server.aof:
@@ -275,6 +278,7 @@ class Invariants:
                     self._entry(_name(key), _id(command[-3]), command[-1], checked=False)
                 elif b":n:" in key:
                     self._note(_name(key), _id(command[-3]), command[-1], checked=False)
+        self.undeleted |= deleted - self.deleted
         for key, partition in self._readies.items():
             for unit in self.server.aof:
                 for command in unit.commands:
@@ -318,7 +322,7 @@ class Invariants:
         return True
 
     def listed_open(self) -> list[str]:
-        """Trajectories whose summary has an open segment, right or wrong: an archiver closes it, or mends the summary."""
+        """Trajectories of which a summary says that a segment is open: an archiver closes it, or mends the summary."""
         kept = [self.server.keys.get(self.keys.summaries(p).encode(), {}) for p in range(self.keys.partitions)]
         return [id.decode() for some in kept for id, data in some.items() if decode_summary(data).has_open_segment]
 

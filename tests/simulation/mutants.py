@@ -193,12 +193,12 @@ MUTANTS = {
     ),
     "another's end of a trimmed log is taken for one's own": Mutant(
         "trajstore.log.resolve",
-        "    if acked is not None and kept and seen.first_nonce is None and",
-        "    if acked is not None and not held and",
+        "        copy = archive.entry(id, acked) if kept or goes_on else None",
+        "        copy = None",
     ),
     "lost batches follow a tombstone": Mutant(
         "trajstore.log.resolve",
-        "        if seen.is_deleted:  # by another, anew: nothing follows a tombstone",
+        "        if seen.is_deleted:  # by another, anew; and the server would take what follows",
         "        if False:",
     ),
     "a late recording goes to whoever took its segment's place": Mutant(
@@ -319,7 +319,7 @@ KNOWN: dict[str, int] = {
     "a refused write leaves the wrong summary": 169,
     "a tombstone expires with its trajectory": 393,
     "a deleted and removed trajectory counts as lost": 228,
-    "a trainer never looks back": 228,
+    "a trainer never looks back": 756,
     "whose epoch it is not compared": 77,
     "goes on while the archive cannot be asked": 135,
     "another's end of a trimmed log is taken for one's own": 7645,

@@ -388,8 +388,6 @@ class Flusher:
             for lane in lanes:
                 if lane.note and lane.kept:  # each is read back, or written again, by itself: their order says nothing
                     kept = [kept.batch for kept in lane.kept]
-                    for batch in kept:  # under its number, wherever the stream went: a deletion may be lost, and it is back
-                        batch.creates = True
                     lane.write_again(kept, lane.acked, head=None, now=time.monotonic())
                     self._schedule(lane)
         self._settle_doubts([lane for lane in lanes if lane.acked is not None or (lane.frozen and lane.frozen[0].sent)])
@@ -475,7 +473,7 @@ class Flusher:
             raise next(seen for seen in looks if isinstance(seen, Unavailable))
         for lane, seen in zip(lanes, looks, strict=True):
             self._undecided.discard(lane)
-            head = lane.frozen[0] if lane.frozen and (lane.frozen[0].sent or lane.note) else None
+            head = lane.in_question
             verdict = self._verdict(lane, head, seen)
             if head is not None and head.sent:
                 self._counts.resolved[type(verdict).__name__.lower()] += 1
@@ -540,7 +538,7 @@ class Flusher:
         for lane in lanes:
             stream = self._keys.notes(lane.id) if lane.note else self._keys.entries(lane.id)
             first = str(EventId(lane.acked.epoch, 0)) if lane.acked is not None else "0-1"
-            looked = lane.frozen[0] if lane.frozen else lane.kept[-1].batch if lane.kept else None
+            looked = lane.in_question or (lane.kept[-1].batch if lane.kept else None)
             head = str(looked.at) if looked is not None else "0-1"
             commands.append(("XINFO", "STREAM", stream))
             commands.append(("XRANGE", stream, first, first))

@@ -85,6 +85,12 @@ class Lane:
         """True while something waits to be acknowledged, or, after a loss of the server's, to be written again."""
         return self.settled < self.queued or bool(self.frozen)
 
+    @property
+    def in_question(self) -> Batch | None:
+        """The first frozen batch, if it may be in the log: it went out, or is a note, whose number may be taken."""
+        head = self.frozen[0] if self.frozen else None
+        return head if head is not None and (head.sent or self.note) else None
+
     def take(self) -> list[Item]:
         """Events for the next batch, off the queue: of one turn, up to `BATCH_BYTES`, or a large one and what is small.
 

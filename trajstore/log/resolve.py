@@ -144,13 +144,14 @@ def judge(
         return _fenced(id, held, seen.last) if head is not None or holds_open else Nothing()
     if acked is not None and None not in (seen.first_nonce, acked_nonce) and seen.first_nonce != acked_nonce:
         return _fenced(id, held, seen.last)
-    if acked is not None and kept and seen.first_nonce is None and seen.last == acked:  # trimmed: was it this writer's?
-        copy = archive.entry(id, acked)
+    if acked is not None and seen.first_nonce is None and seen.last == acked:  # trimmed: was it this writer's?
+        goes_on = holds_open and (head is None or head.at.epoch == acked.epoch)  # its own is not, while it goes on
+        copy = archive.entry(id, acked) if kept or goes_on else None
         if copy is not None and acked_nonce not in (None, copy.nonce):
             return _lost(id, seen, acked, _WITHOUT)
     if acked is not None and seen.last < acked:
-        if seen.is_deleted:  # by another, anew: nothing follows a tombstone
-            return _fenced(id, held, seen.last) if told_so else Nothing()
+        if seen.is_deleted:  # by another, anew; and the server would take what follows
+            return _fenced(id, held, seen.last)
         copy = archive.entry(id, acked)
         if copy is not None and acked_nonce not in (None, copy.nonce):
             return _lost(id, replace(seen, last=archive.last_entry(id)), acked, _WITHOUT)
@@ -227,6 +228,8 @@ def _after_loss(
     lost = [batch for batch in kept if last is None or batch.at > last]
     if lost and lost[0].before == last and (last is not None or lost[0].creates):
         copy = archive.entry(id, last) if last is not None and seen.last_nonce is None else None  # it was trimmed
+        if copy is not None and archive.entry(id, EventId(1, 0)) is None:  # it has a tombstone only
+            return _fenced(id, lost[0].at, last)
         last_nonce = seen.last_nonce if copy is None else copy.nonce
         if None not in (last_nonce, lost[0].before_nonce) and last_nonce != lost[0].before_nonce:
             return _fenced(id, lost[0].at, last)  # another has written anew what this writer's turn followed
