@@ -26,6 +26,7 @@ from trajstore.errors import (
 from trajstore.events import CLOSED_STATUSES, SegmentOpened, TrajectoryClosed, TrajectoryDeleted, TrajectoryOpened
 from trajstore.fold import Policy
 from trajstore.log.feed import MATERIALIZER, FeedFollower, Hint, worker_name
+from trajstore.log.wire import info_fields
 from trajstore.pulse import Pulse
 from trajstore.ready import ReadyMember, ReadyQueue
 from trajstore.store import Store
@@ -109,6 +110,7 @@ class Materializer:
         self._feed = FeedFollower(store.wire, store.keys, MATERIALIZER, worker_name())
         self._partitions = list(range(store.partitions))
         self._waiting: dict[str, list[Hint]] = {}
+        self._servers: dict[int, str] = {}
         self._next_claim = 0.0
         self._next_late = 0.0
 
@@ -199,6 +201,7 @@ class Materializer:
 
     def _work(self, stopped: threading.Event) -> None:
         """Act on hints, then acknowledge them. A trajectory that failed for now goes behind the others."""
+        self._servers.clear()
         while self._waiting and not stopped.is_set():
             id = next(iter(self._waiting))
             about = self._waiting.pop(id)
@@ -213,7 +216,15 @@ class Materializer:
                 self.done.seconds += time.perf_counter() - begun
             self._on_step("acknowledged")
 
+    def _server(self, id: str) -> str:
+        """Run id of the server that has a trajectory: another one means that it restarted, or another has it now."""
+        (info,) = self._store.wire.at(self._store.keys.entries(id)).exchange([("INFO", "server")])
+        return info_fields(info).get("run_id", "") if isinstance(info, bytes) else ""
+
     def _materialize(self, id: str) -> None:
+        partition = self._store.keys.partition(id)
+        if partition not in self._servers:  # before anything is read
+            self._servers[partition] = self._server(id)
         try:
             self._publish(id)
         except NotFound:
@@ -282,6 +293,7 @@ class Materializer:
             policy=self._policy,
             keep=self._assembly_seconds,
             goes_on=self._goes_on,
+            holds=lambda: self._holds(member.id),
         )
         self.done.groups += offer.published is not None
         return offer.is_new
@@ -300,8 +312,13 @@ class Materializer:
             policy=self._policy,
             keep=self._assembly_seconds,
             goes_on=self._goes_on,
+            holds=lambda: self._holds(id),
         )
         self.done.groups += published is not None
+
+    def _holds(self, id: str) -> bool:
+        """Nothing that was read of a trajectory can have been lost since."""
+        return self._server(id) == self._servers[self._store.keys.partition(id)]
 
     def _goes_on(self, member: ReadyMember) -> bool:
         """True if a member that was aborted has been resumed since: its group waits until it is closed again."""

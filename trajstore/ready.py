@@ -199,6 +199,7 @@ class ReadyQueue:
         policy: str,
         keep: float,
         goes_on: Callable[[ReadyMember], bool] = lambda _: False,
+        holds: Callable[[], bool] = lambda: True,
     ) -> Offer:
         """Put a trajectory in its group's place; publish the group if that completes it.
 
@@ -208,12 +209,21 @@ class ReadyQueue:
             keep: seconds for which the assembly of a complete group is remembered, against repeated hints.
             goes_on: asked about aborted members: True for one that was resumed since, and that will be offered again
                 when it is closed. The group waits for it.
+            holds: asked while nobody can offer: whether the log still has what the member was folded from. Where a
+                crash has lost it, what is written in its place would be taken for offered.
+
+        Raises:
+            Unavailable: it does not hold, or the server does not answer; look at the trajectory again.
         """
         name = assembly_name(member.id, group, group_size)
         key = self._keys.assembly(name)
         for _ in range(_ATTEMPTS):
             with self._wire.watching(key) as watch:
                 held = _Assembly.of(watch.call("HGETALL", key))
+                if not holds():
+                    raise Unavailable(
+                        f"the server has restarted since {member.id} was read, and may have lost some of it"
+                    )
                 members, before = held.members, held.members.get(member.id)
                 if member.status == _DELETED and before is not None:
                     # No version comes or goes with it, unless it was aborted: for such a one trainers may wait.
@@ -252,12 +262,13 @@ class ReadyQueue:
         policy: str,
         keep: float,
         goes_on: Callable[[ReadyMember], bool],
+        holds: Callable[[], bool] = lambda: True,
     ) -> ReadyGroup | None:
         """Take a deleted trajectory out of its group.
 
         Args:
             at: id of its tombstone.
-            group, group_size, policy, keep, goes_on: as for `offer`.
+            group, group_size, policy, keep, goes_on, holds: as for `offer`.
 
         Returns:
             The entry of its group, if that waited for this one only, or had been published with it as aborted; None
@@ -266,7 +277,9 @@ class ReadyQueue:
         if group is None or group_size is None:  # nobody waits for it
             return None
         gone = ReadyMember(id=id, version=0, status=_DELETED, at=at, tokens=0, nbytes=0)
-        return self.offer(gone, group=group, group_size=group_size, policy=policy, keep=keep, goes_on=goes_on).published
+        return self.offer(
+            gone, group=group, group_size=group_size, policy=policy, keep=keep, goes_on=goes_on, holds=holds
+        ).published
 
     def publish_late(self, partition: int, *, after: float, policy: str, keep: float) -> list[ReadyGroup]:
         """Publish the groups that have waited for `after` seconds, without the members that are late.

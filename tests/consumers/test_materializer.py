@@ -639,6 +639,28 @@ def test_materializer_outlives_a_restart_of_the_server(own_server, run_name):
         assert members(look(store)) == sorted([(first.id, 1), (second.id, 1)])
 
 
+@pytest.mark.parametrize("step", ["folded", "laid"])
+def test_what_was_folded_before_the_server_lost_it_is_not_offered(own_server, run_name, step):
+    """The close that is written in its place has the same version, and would be taken for published."""
+    lost = []
+
+    def crash(now):
+        if now == step and not lost:
+            newest = own_server.client().xrevrange(store.keys.entries(made.id), count=1)[0][0]
+            lost.append(own_server.client().xdel(store.keys.entries(made.id), newest))
+            own_server.stop()
+            own_server.start()
+
+    with trajstore.open(own_server.url(run_name), partitions=1, timeout=10.0) as store:
+        made = finish(store)
+        with pytest.raises(trajstore.Unavailable, match="has restarted since"):
+            Materializer(store, on_step=crash).run(once=True)
+        assert lost == [1]
+        assert look(store) == []
+        materialize(store)
+        assert look(store) == [], "it is open now, as far as the server knows"
+
+
 def test_full_server_only_holds_a_materializer_up(own_server, run_name):
     """What it had in hand comes next, without waiting until its own hints count as those of a silent one."""
     stop, limits = threading.Event(), []
