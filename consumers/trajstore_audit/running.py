@@ -3,6 +3,7 @@
 All take units as they come, keep a bounded number in flight, and give the parts in the order in which they are done.
 """
 
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -92,9 +93,13 @@ def _follow_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
+    nowhere = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+
     def follow(sentinel: int) -> None:
         multiprocessing.connection.wait([sentinel])
         # An embedded store's server ends with the last process that closes the store, not with one that just ends.
+        # Counts without Python's lock, which a library that is closed may keep for ever; its stacks go nowhere.
+        faulthandler.dump_traceback_later(1.5 * _CLOSING, exit=True, file=nowhere)
         closing = threading.Thread(target=close_places, daemon=True)
         closing.start()
         closing.join(_CLOSING)

@@ -43,7 +43,7 @@ audit(sys.argv[1], workers=2, progress=told)
 CLUSTER = """
 import logging, sys
 from distributed import LocalCluster
-options = dict(threads_per_worker=1, processes=False, dashboard_address=None, protocol="tcp", host="127.0.0.1")
+options = dict(threads_per_worker=1, processes=False, dashboard_address=":0", protocol="tcp", host="127.0.0.1")
 with LocalCluster(n_workers=1, silence_logs=logging.CRITICAL, **options) as cluster:
     print(cluster.scheduler_address, flush=True)
     sys.stdin.readline()
@@ -102,7 +102,7 @@ def on_dask(workers):
         n_workers=workers,
         threads_per_worker=1,
         processes=True,
-        dashboard_address=None,
+        dashboard_address=":0",
         protocol="tcp",
         host="127.0.0.1",
         silence_logs=logging.CRITICAL,
