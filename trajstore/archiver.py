@@ -36,6 +36,9 @@ _STAGING_SECONDS = 3600.0
 _LOOKED_AT = 4096
 """Trajectories of one partition between their two looks; the feed holds the others."""
 
+_PATIENCE = 16.0
+"""Leases for which a holder may be silent, at most, before whoever lost the partition to it takes it again."""
+
 
 class Archived(msgspec.Struct):
     """What an archiver has done so far.
@@ -121,6 +124,7 @@ class Archiver:
         self._feed = FeedFollower(store.wire, store.keys, ARCHIVER, self.name)
         self._horizon = FSYNC_HORIZON
         self._waiting: dict[int, dict[str, Look]] = {}
+        self._patience: dict[int, float] = {}  # with the holders of partitions that were lost, see `_drop`
         self._left: dict[tuple[int, str], list[Hint]] = {}  # of refused trajectories, unacknowledged on purpose
         self._idle = IdleCompaction(
             self._archive,
@@ -237,8 +241,9 @@ class Archiver:
         self._horizon = 0.0 if always else FSYNC_HORIZON  # it can be reconfigured
         self._next_renewal = time.monotonic() + self._lease_seconds / 3
         for partition in range(self._store.partitions):
+            self._stay()
             held = partition in self._waiting
-            if self._lease.acquire(partition):
+            if self._lease.acquire(partition, patience=self._patience.get(partition, 1.0)):
                 if not held:
                     self._waiting[partition] = {}
                     self._left = {place: hints for place, hints in self._left.items() if place[0] != partition}
@@ -253,7 +258,7 @@ class Archiver:
         """What long work calls in between: renews the leases when it is time, and drops what went to others.
 
         Whoever is silent for as long as a lease lasts loses the partition with all that it has looked at, to one who
-        begins anew: with a backlog two archivers would take turns at that, and archive nothing.
+        begins anew.
         """
         self.pulse.beat()
         if time.monotonic() < self._next_renewal:
@@ -273,8 +278,15 @@ class Archiver:
         self._heard(step)
 
     def _drop(self, partition: int) -> None:
+        """Leave a partition to whoever has taken it, and be twice as patient with its holders until something of it
+        is archived.
+
+        Else two archivers that are both silent for longer than a lease, on a busy machine or over a slow archive, would
+        take turns at looking at it, and archive nothing.
+        """
         if self._waiting.pop(partition, None) is None:  # it was dropped before
             return
+        self._patience[partition] = min(2 * self._patience.get(partition, 1.0), _PATIENCE)
         log.warning(
             "the lease of partition %d went to another archiver",
             partition,
@@ -326,12 +338,14 @@ class Archiver:
         """First look at trajectories of which these hints tell."""
         if not fresh:
             return
-        servers = {partition: self._server(partition) for partition, _ in fresh}
+        servers: dict[int, str] = {}
         for (partition, id), about in fresh.items():
             self._stay()
             waiting = self._waiting.get(partition)
             if waiting is None:  # its hints come to whoever has it now
                 continue
+            if partition not in servers:
+                servers[partition] = self._server(partition)
             try:
                 waiting[id] = first_look(
                     self._store.hot,
@@ -413,6 +427,7 @@ class Archiver:
         trim(self._store.wire, self._store.keys, manifest, parts, grace=self._grace_seconds)
         self._on_step("trimmed")
         self._feed.acknowledge(hint for part in parts for hint in part.look.hints)
+        self._patience.pop(partition, None)
         self._notice(hint for part in parts for hint in part.look.later)
         return newest
 

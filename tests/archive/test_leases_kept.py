@@ -1,11 +1,12 @@
 """An archiver that has a lot to look at keeps its leases meanwhile; else two of them would take turns, and get nowhere.
 
-A look takes as long as a test says: by the archiver's clock, and by the server's, which counts how long a holder was
-silent.
+A look, or an answer, takes as long as a test says: by the archiver's clock, and by the server's, which counts how long
+a holder was silent.
 """
 
 import threading
 import time
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -22,8 +23,8 @@ LOOK = LEASE / 3
 
 
 @pytest.fixture
-def store(tmp_path):
-    with trajstore.open(tmp_path / "store", partitions=2, ack="fsync") as store:
+def store(request, tmp_path):
+    with trajstore.open(tmp_path / "store", partitions=2, ack=getattr(request, "param", "fsync")) as store:
         yield store
 
 
@@ -40,23 +41,24 @@ def backlog(store):
 
 @pytest.fixture
 def slow(store, monkeypatch):
-    """Makes looks slow, and calls back with the id after each."""
+    """Makes looks slow, or what the server tells of itself, and calls back with the trajectory's id, if any, after
+    each."""
 
-    def slow_(archiver, on_look):
-        passed, read = 0.0, store.hot.read
+    def slow_(archiver, after, *, place=store.hot, name="read"):
+        passed, call = 0.0, getattr(place, name)
 
-        def look(id):
+        def slowly(of):
             nonlocal passed
             passed += LOOK
             for partition in range(store.partitions):
                 _age(store, partition, archiver.name, seconds=LOOK)
-            found = read(id)
-            on_look(id)
+            found = call(of)
+            after(of)
             return found
 
         clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed, perf_counter=time.perf_counter)
         monkeypatch.setattr(module, "time", clock)
-        monkeypatch.setattr(store.hot, "read", look)
+        monkeypatch.setattr(place, name, slowly)
 
     return slow_
 
@@ -78,6 +80,46 @@ def test_archiver_keeps_its_leases_however_long_it_looks_at_a_backlog(store, bac
 
     slow(archiver, try_to_take)
     assert archiver.run(once=True).trajectories == sum(map(len, backlog.values()))
+
+
+@pytest.mark.parametrize("store", ["memory"], indirect=True)
+def test_archiver_keeps_its_leases_however_slowly_the_server_tells_of_itself(store, backlog, slow):
+    archiver = Archiver(store, lease_seconds=LEASE)
+    rival = Lease(store.wire, store.keys, "rival", seconds=LEASE)
+    answers = 0
+
+    def try_to_take(wire):
+        nonlocal answers
+        answers += 1
+        if answers > 1:  # the first comes before it has a lease
+            assert not any(rival.acquire(partition) for partition in range(store.partitions)), f"lost at {answers}"
+
+    slow(archiver, try_to_take, place=module, name="server_info")
+    assert archiver.run(once=True).trajectories == sum(map(len, backlog.values()))
+
+
+def test_two_archivers_that_stand_still_for_longer_than_a_lease_do_not_take_turns_for_ever(store, backlog, monkeypatch):
+    """Whatever holds them up, once they have got a partition: here it is each look."""
+    lease, stop, read = 0.1, threading.Event(), store.hot.read
+    archivers = [Archiver(store, lease_seconds=lease, pack_seconds=0.0) for _ in range(2)]
+
+    def stand_still(id):
+        threading.Event().wait(3 * lease)
+        return read(id)
+
+    monkeypatch.setattr(store.hot, "read", stand_still)
+    threads = [threading.Thread(target=archiver.run, kwargs={"stop": stop}) for archiver in archivers]
+    for thread in threads:
+        thread.start()
+    try:
+        deadline = time.monotonic() + 60
+        while any(hot_entries(store, id) for id in chain(*backlog.values())):
+            assert time.monotonic() < deadline, [archiver.done for archiver in archivers]
+            threading.Event().wait(0.1)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(timeout=30)
 
 
 @pytest.mark.parametrize("second", [False, True], ids=["first look", "second look"])

@@ -39,13 +39,17 @@ class Lease:
         self._holder = holder
         self._seconds = seconds
 
-    def acquire(self, partition: int) -> bool:
-        """Take the lease if it is free or its holder is silent; True if this holder has it now."""
+    def acquire(self, partition: int, *, patience: float = 1.0) -> bool:
+        """Take the lease if it is free or its holder is silent; True if this holder has it now.
+
+        Args:
+            patience: how many times as long as a lease lasts another holder may be silent.
+        """
         if self.renew(partition) or self._read(partition, ">"):
             return True
         claimed = self._wire.call(
-            "XAUTOCLAIM", self._keys.lease(partition), LEASE_GROUP, self._holder, int(self._seconds * 1000), "0-0",
-            "COUNT", 1,
+            "XAUTOCLAIM", self._keys.lease(partition), LEASE_GROUP, self._holder,
+            int(self._seconds * patience * 1000), "0-0", "COUNT", 1,
         )  # fmt: skip
         return bool(claimed[1])
 
