@@ -80,7 +80,7 @@ def test_ways_are_timed_in_turns_by_all_clocks():
     begun = time.perf_counter(), time.process_time()
     spent = spent_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2)
     ended = time.perf_counter(), time.process_time()
-    assert calls == ["a", "b"] * 3, "one round more than is measured"
+    assert calls == ["b", "a", "a", "b", "b", "a"], "one round more than is measured, each begins with another"
     assert [len(found) for found in spent.values()] == [2, 2]
     both = [*spent["a"], *spent["b"]]
     assert 0 < sum(one.wall for one in both) <= ended[0] - begun[0]
