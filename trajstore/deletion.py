@@ -5,9 +5,6 @@ turn, and nothing is readable from then on. What the keys still hold is removed 
 tombstone (`delete` once more, a materializer, the archiver's trim), so a crash in between leaves nothing behind.
 """
 
-import contextlib
-
-from trajstore.errors import TrajstoreError
 from trajstore.events import EventId, TrajectoryDeleted
 from trajstore.log.batch import Turn
 from trajstore.log.flusher import Flusher
@@ -46,8 +43,7 @@ def write_tombstone(
     flusher.append(lane, turn, header)
     flusher.drain(id)
     if lane.error is not None:
-        with contextlib.suppress(TrajstoreError, ExceptionGroup):
-            flusher.report(id)  # it is raised here, and need not be by the store's next flush
+        flusher.told(lane.error)
         raise lane.error.with_traceback(None)
     return EventId(turn.epoch, 0)
 

@@ -305,6 +305,28 @@ def test_writer_that_takes_the_epoch_first_only_delays_the_deletion(store, open_
     assert_deleted(other, "mine")
 
 
+def test_deletion_that_lost_a_race_leaves_nothing_to_be_reported_though_another_thread_deletes_too(store, open_store):
+    record_seed_case(store, id="mine")
+    store.flush()
+    other = open_store()
+    lane, drain, rivals = store._flusher.lane, store._flusher.drain, [1]
+
+    def be_late(id, **state):
+        if rivals:
+            other.get(id).reward(rivals.pop())
+            other.flush()
+        return lane(id, **state)
+
+    def another_begins(id=None):
+        drain(id)
+        lane("mine")
+
+    store._flusher.lane, store._flusher.drain = be_late, another_begins
+    assert store.delete("mine") == 1
+    store._flusher.drain = drain
+    store.flush()
+
+
 def test_of_many_that_delete_one_does(store, open_store):
     record_seed_case(store, id="mine")
     store.flush()
