@@ -424,9 +424,9 @@ class Archiver:
             self.done.trajectories += len(together)
             self.done.entries += sum(len(part.staged) for part in together)
             self.done.nbytes += sum(part.nbytes for part in together)
-        trim(self._store.wire, self._store.keys, manifest, parts, grace=self._grace_seconds)
+        again = trim(self._store.wire, self._store.keys, manifest, parts, grace=self._grace_seconds)
         self._on_step("trimmed")
-        self._feed.acknowledge(hint for part in parts for hint in part.look.hints)
+        self._feed.acknowledge(hint for part in parts if part.id not in again for hint in part.look.hints)
         self._patience.pop(partition, None)
         self._notice(hint for part in parts for hint in part.look.later)
         return newest

@@ -384,7 +384,8 @@ class TrajectoryWriter:
 
     def _note(self, header: Header, payload: Buffer | None) -> None:
         if self._notes is None:
-            self._notes = self._flusher.lane(self.id, note=True, acked=self._last_note)
+            new = self._lane if self._snapshot is None else None
+            self._notes = self._flusher.lane(self.id, note=True, after=new, acked=self._last_note)
         self._flusher.append(self._notes, Turn(0, nonce=self._flusher.chance.word()), header, payload)
 
     def _known_tokens(self) -> "array[int]":

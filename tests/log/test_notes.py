@@ -6,7 +6,7 @@ import pytest
 
 import trajstore
 from tests.builders import SPEC, record_seed_case, rows
-from tests.log.looking import notes, payload_fields
+from tests.log.looking import entries, notes, payload_fields
 from trajstore.archiver import Archiver
 
 
@@ -170,6 +170,51 @@ def test_note_of_a_handle_that_knew_of_no_notes_takes_a_free_number_after_remova
     store.flush()
     assert sources(store, trajectory.id)[-1] == "late"
     assert len(store.notes(trajectory.id)) == taken + 1
+
+
+def begun(store, **options):
+    """A trajectory of five tokens, of which nothing is waited for."""
+    trajectory = store.create(routing=SPEC, **options)
+    trajectory.segment(context=[1, 2, 3, 4, 5]).close("stop")
+    return trajectory
+
+
+def test_note_goes_out_only_once_its_trajectory_is_there(own_server, own_client, proxy, open_at):
+    """Found by simulation seed 30002: the trajectory was never written, and its note stayed in the log for good."""
+    store = open_at(proxy)
+    busy = proxy.hold_before(b"XADD")
+    begun(store)
+    assert proxy.fired.wait(10)
+    trajectory = begun(store)
+    trajectory.observe(rows(5), start=0, source="trainer")
+    gate = proxy.hold_before(b":n:")
+    busy.set()
+    assert proxy.fired.wait(10)
+    assert entries(own_client, store, trajectory.id)
+    gate.set()
+    store.flush()
+    assert sources(store, trajectory.id) == ["trainer"]
+
+
+def test_note_of_whoever_came_too_late_to_create_a_trajectory_is_not_the_others(own_server, proxy, open_at):
+    store, other = open_at(proxy), open_at(own_server)
+    gate = proxy.hold_before(b"XADD")
+    loser = begun(store, id="mine")
+    loser.observe(rows(5), start=0, source="loser")
+    assert proxy.fired.wait(10)
+    begun(other, id="mine").observe(rows(5), start=0, source="winner")
+    other.flush()
+    gate.set()
+    with pytest.raises(trajstore.Fenced):  # alone: it is one failure
+        store.flush()
+    with pytest.raises(trajstore.Fenced):
+        loser.observe(rows(5), start=0, source="loser")
+    with pytest.raises(trajstore.Fenced):
+        store.flush("mine")
+    assert sources(store, "mine") == ["winner"]
+    store.get("mine").observe(rows(5), start=0, source="loser")
+    store.flush()
+    assert sources(store, "mine") == ["winner", "loser"]
 
 
 def test_rows_past_the_end_are_refused_at_the_call(store):

@@ -2,7 +2,8 @@
 
 Only commands that a full server lets pass, and each by itself: Redis 7.0 refuses even these inside `MULTI` while its
 memory is full. Their order makes every crash in between repeatable: payloads go before the entries that name them, and
-the hints that lead here are acknowledged last.
+the hints that lead here are acknowledged last. Each names what it drops, so that it may arrive at any time. Only keys
+cannot be let go so: that is a transaction, and waits for room.
 """
 
 import logging
@@ -11,23 +12,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from trajstore.archive.manifest import Manifest
 from trajstore.archive.ripening import Part
 from trajstore.deletion import removal
+from trajstore.errors import StoreFull, Unavailable
 from trajstore.events import FINAL_STATUSES
 from trajstore.log.batch import payload_field
 from trajstore.log.keys import Keys
 from trajstore.log.reader import HotEntry
 from trajstore.log.stream import stream_last_id
-from trajstore.log.wire import Command, Wire
+from trajstore.log.wire import Command, Watch, Wire
 
 __all__ = ["free", "trim"]
 
 log = logging.getLogger(__name__)
 
+_TOGETHER = 256
+"""Trajectories whose keys are let go in one transaction."""
 
-def trim(wire: Wire, keys: Keys, manifest: Manifest, parts: Sequence[Part], *, grace: float) -> None:
+
+def trim(wire: Wire, keys: Keys, manifest: Manifest, parts: Sequence[Part], *, grace: float) -> set[str]:
     """Trim trajectories of one partition to what the manifest does not name; of those that retention dropped, all goes.
 
     Args:
         grace: seconds after which the emptied keys of a final trajectory go, together.
+
+    Returns:
+        Ids of those whose keys should go and could not be let go now, as on a full server: trim them again.
 
     Raises:
         Unavailable: the server did not answer; trim again.
@@ -37,13 +45,7 @@ def trim(wire: Wire, keys: Keys, manifest: Manifest, parts: Sequence[Part], *, g
         free(wire, keys, gone)
         log.warning("%d trajectories that retention has dropped were removed from the hot log: %s", len(gone), gone[0])
     wire.call_all([command for part in parts for command in _drop_archived(keys, manifest, part)])
-    over = _unmoved(wire, keys, manifest, [part for part in parts if _is_over(manifest, part)])
-    wire.call_all([("PEXPIRE", key, int(grace * 1000)) for part in over for key in _keys_of(keys, part)])
-    # A note that came in between must not expire; one that came after the PEXPIRE has undone it in its own batch.
-    still = _unmoved(wire, keys, manifest, over)
-    moved = [part for part in over if part not in still]
-    wire.call_all([("PERSIST", key) for part in moved for key in _keys_of(keys, part)])
-    wire.call_all([("HDEL", keys.summaries(keys.partition(part.id)), part.id) for part in still])
+    return _let_go(wire, keys, manifest, [part for part in parts if _is_over(manifest, part)], grace=grace)
 
 
 def free(wire: Wire, keys: Keys, ids: Sequence[str]) -> None:
@@ -58,9 +60,43 @@ def free(wire: Wire, keys: Keys, ids: Sequence[str]) -> None:
     wire.call_all([("HDEL", keys.summaries(keys.partition(id)), id) for id in ids])
 
 
-def _unmoved(wire: Wire, keys: Keys, manifest: Manifest, parts: Sequence[Part]) -> list[Part]:
+def _let_go(wire: Wire, keys: Keys, manifest: Manifest, parts: Sequence[Part], *, grace: float) -> set[str]:
+    """Let keys of trajectories that are over expire; returns the ids of those of which that has to be tried again."""
+    left = list(parts)
+    again: set[str] = set()
+    try:
+        while left:
+            again |= _let_expire(wire, keys, manifest, left[:_TOGETHER], grace=grace)
+            del left[:_TOGETHER]
+    except (StoreFull, Unavailable) as error:  # of a full server, or of a cluster's slot that moves: it is no hurry
+        log.warning("the emptied keys of %d trajectories stay for now: %s", len(left), error)
+    return again | {part.id for part in left}
+
+
+def _let_expire(wire: Wire, keys: Keys, manifest: Manifest, parts: Sequence[Part], *, grace: float) -> set[str]:
+    """Under a watch, so that no note and no tombstone that came meanwhile expires unarchived.
+
+    A PEXPIRE by itself may arrive long after its sender has given it up, or be the last thing that an archiver does.
+    """
+    streams = [key for part in parts for key in _keys_of(keys, part)[:2]]
+    with wire.watching(*streams) as watch:
+        still = _unmoved(watch, keys, manifest, parts)
+        commands: list[Command] = []
+        for part in still:
+            commands += [("PEXPIRE", key, int(grace * 1000)) for key in _keys_of(keys, part)]
+            commands.append(("HDEL", keys.summaries(keys.partition(part.id)), part.id))
+        if not commands or wire.transaction(commands, watch=watch) is not None:
+            return set()
+    if len(parts) == 1:
+        return {parts[0].id}
+    half = len(parts) // 2  # one of them was written to: it holds up no other
+    return {id for some in (parts[:half], parts[half:]) for id in _let_expire(wire, keys, manifest, some, grace=grace)}
+
+
+def _unmoved(watch: Watch, keys: Keys, manifest: Manifest, parts: Sequence[Part]) -> list[Part]:
     """Those whose streams have taken nothing that is not archived."""
-    infos = iter(wire.exchange([("XINFO", "STREAM", key) for part in parts for key in _keys_of(keys, part)[:2]]))
+    commands = [("XINFO", "STREAM", key) for part in parts for key in _keys_of(keys, part)[:2]]
+    infos = iter(watch.session.exchange(commands))
     found = []
     for part in parts:
         entry, note = stream_last_id(next(infos)), stream_last_id(next(infos))

@@ -147,12 +147,13 @@ class Flusher:
         id: str,
         *,
         note: bool = False,
+        after: Lane | None = None,
         acked: EventId | None = None,
         acked_nonce: int | None = None,
         **state: Any,
     ) -> Lane:
         """A new lane; it takes the place of failed ones: of the trajectory's notes, or of the whole trajectory."""
-        lane = Lane(id, note=note, acked=acked, acked_nonce=acked_nonce, **state)
+        lane = Lane(id, note=note, after=after, acked=acked, acked_nonce=acked_nonce, **state)
         self._require_parent()
         with self._lock:
             self._lanes.add(lane)
@@ -215,6 +216,7 @@ class Flusher:
         with self._lock:
             if id is not None:
                 errors = [self._failed[key] for key in ((id, False), (id, True)) if key in self._failed]
+                errors = list(dict.fromkeys(errors))  # notes of a trajectory that could not be created fail with it
                 self._unreported = [error for error in self._unreported if error not in errors]
             else:
                 errors, self._unreported = self._unreported, []
@@ -264,8 +266,8 @@ class Flusher:
         self._session.disconnect()
 
     def _require_open(self, lane: Lane) -> None:
-        if lane.error is not None:
-            raise lane.error.with_traceback(None)
+        if lane.stopped is not None:
+            raise lane.stopped.with_traceback(None)
         if self._stopping:
             raise Unavailable("the store is closed; open it again to write")
         if self._ended:
@@ -409,6 +411,8 @@ class Flusher:
                 lane = self._ready.popleft()
                 self._taken.append(lane)
                 if lane in self._undecided:  # it may have lost something, and nothing is written above that
+                    continue
+                if lane.waits:
                     continue
                 items = lane.take()
             batch = lane.next_batch(items, time.time())
@@ -568,10 +572,14 @@ class Flusher:
             self._undecided.discard(lane)
             self._failed[lane.id, lane.note] = error
             self._counts.failed[type(error).__name__] += 1
-            self._unreported.append(error)
+            if error not in self._unreported:
+                self._unreported.append(error)
             self._buffered -= lane.fail(error, time.monotonic())
             self._progress += 1
             self._room.notify_all()
+            alone = [one for one in self._lanes if one.after is lane and one.busy] if lane.acked is None else []
+        for one in alone:
+            self._fail(one, error)
 
     def _require_memory(self) -> None:
         """Stop short of a full server, so that what drains it keeps room to work.
@@ -606,7 +614,7 @@ class Flusher:
         error = self._trouble or Unavailable("the server took none of the events")
         with self._lock:
             oldest = now if self._stopping else now - self._timeout
-            late = [lane for lane in self._lanes if lane.since is not None and lane.since <= oldest]
+            late = [one for one in self._lanes if one.since is not None and one.since <= oldest and not one.waits]
         for lane in late:
             unsure = any(batch.sent for batch in lane.frozen) and isinstance(error, Unavailable)
             doubt = "; whether the last batch arrived is not known" if unsure else ""

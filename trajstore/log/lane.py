@@ -43,6 +43,7 @@ class Lane:
     Attributes:
         id: of the trajectory.
         note: feeds the notes stream.
+        after: of notes whose trajectory is new: the lane that creates it, and without which they would be nobody's.
         queue: events not yet frozen.
         frozen: batches to send, the first of them perhaps in flight.
         kept: acknowledged batches younger than the fsync horizon, oldest first.
@@ -60,12 +61,14 @@ class Lane:
         id: str,
         *,
         note: bool = False,
+        after: "Lane | None" = None,
         acked: EventId | None = None,
         acked_nonce: int | None = None,
         summary: Summary | None = None,
     ) -> None:
         self.id = id
         self.note = note
+        self.after = after
         self.queue: deque[Item] = deque()
         self.frozen: deque[Batch] = deque()
         self.kept: deque[Kept] = deque()
@@ -84,6 +87,18 @@ class Lane:
     def busy(self) -> bool:
         """True while something waits to be acknowledged, or, after a loss of the server's, to be written again."""
         return self.settled < self.queued or bool(self.frozen)
+
+    @property
+    def waits(self) -> bool:
+        """The trajectory is not in the log yet: it comes before its notes."""
+        return self.after is not None and self.after.acked is None and self.after.error is None
+
+    @property
+    def stopped(self) -> TrajstoreError | None:
+        """Why nothing more can be written, of it or of the trajectory that it notes something of."""
+        if self.error is None and self.after is not None and self.after.acked is None:
+            return self.after.error
+        return self.error
 
     @property
     def in_question(self) -> Batch | None:
