@@ -32,7 +32,7 @@ bench: .venv/installed ## throughput, as ratios measured in one run
 	@$(BIN)/python -m benchmarks.router_replay
 	@$(BIN)/python -m benchmarks.audit
 
-soak: .venv/installed ## the simulation (SEEDS=10000), everything killed at once (MINUTES=30), the archive's crash loop (KILLS=300)
+soak: .venv/installed ## the simulation (SEEDS=10000), everything killed at once, clusters too (MINUTES=30), the archive's crash loop (KILLS=300)
 	@$(BIN)/python -m tests.simulation --seeds 0:$(SEEDS)
 	@$(BIN)/python -m tests.soak.chaos --seed 1 --minutes $(MINUTES)
 	@$(BIN)/python -m tests.soak.archive --kills $(KILLS)

@@ -2,12 +2,17 @@
 
 Any number may run; they share the feed by consumer group, and take over what a dead one left. Every effect is keyed by
 (trajectory, version), so a hint that comes twice publishes once.
+
+In a cluster a group may lie on another server than its member's hint. A crash or a failover of that one could take the
+publication along and leave the hint acknowledged; so a hint waits until its effect cannot be lost any more.
 """
 
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -26,9 +31,10 @@ from trajstore.errors import (
 from trajstore.events import CLOSED_STATUSES, SegmentOpened, TrajectoryClosed, TrajectoryDeleted, TrajectoryOpened
 from trajstore.fold import Policy
 from trajstore.log.feed import MATERIALIZER, FeedFollower, Hint, worker_name
+from trajstore.log.flusher import FSYNC_HORIZON
 from trajstore.log.wire import info_fields
 from trajstore.pulse import Pulse
-from trajstore.ready import ReadyMember, ReadyQueue
+from trajstore.ready import ReadyMember, ReadyQueue, assembly_name
 from trajstore.store import Store
 
 __all__ = ["Materialized", "Materializer"]
@@ -58,6 +64,31 @@ class Materialized(msgspec.Struct):
     nbytes: int = 0
     refused: int = 0
     seconds: float = 0.0
+
+
+class _Away(NamedTuple):
+    """Where else than on its trajectory's server an offer had its effect.
+
+    Attributes:
+        key: of the group's assembly.
+        server: run id of that server, from before.
+    """
+
+    key: str
+    server: str
+
+
+class _Unsettled(NamedTuple):
+    """Hints that were acted on.
+
+    Attributes:
+        due: monotonic seconds at which the effect is on the other server's disk, and with its replicas.
+    """
+
+    due: float
+    id: str
+    away: _Away
+    hints: list[Hint]
 
 
 class Materializer:
@@ -111,6 +142,8 @@ class Materializer:
         self._partitions = list(range(store.partitions))
         self._waiting: dict[str, list[Hint]] = {}
         self._servers: dict[int, str] = {}
+        self._away: _Away | None = None
+        self._unsettled: deque[_Unsettled] = deque()
         self._next_claim = 0.0
         self._next_late = 0.0
 
@@ -134,6 +167,7 @@ class Materializer:
         while not stopped.is_set():
             self.pulse.beat()
             try:
+                self._settle()
                 self._notice(once=once)
                 idle = not self._waiting
                 self._work(stopped)
@@ -149,7 +183,9 @@ class Materializer:
             self.pulse.trouble = None
             on_progress(self.done)
             if once and idle:
-                break
+                if not self._unsettled:
+                    break
+                stopped.wait(0.05)
         try:
             self._feed.trim(self._partitions)
             self._feed.leave(self._partitions)
@@ -195,8 +231,9 @@ class Materializer:
     def _collect(self, hints: Sequence[Hint]) -> None:
         notes = [hint for hint in hints if hint.is_note]  # they close nothing
         self._feed.acknowledge(notes)
+        unsettled = {hint for one in self._unsettled for hint in one.hints}  # taken over from itself
         for hint in hints:
-            if not hint.is_note:
+            if not hint.is_note and hint not in unsettled:
                 self._waiting.setdefault(hint.id, []).append(hint)
 
     def _work(self, stopped: threading.Event) -> None:
@@ -207,8 +244,12 @@ class Materializer:
             about = self._waiting.pop(id)
             begun = time.perf_counter()
             try:
+                self._away = None
                 self._materialize(id)
-                self._feed.acknowledge(about)
+                if self._away is None:
+                    self._feed.acknowledge(about)
+                else:
+                    self._unsettled.append(_Unsettled(time.monotonic() + FSYNC_HORIZON, id, self._away, about))
             except OSError:
                 self._waiting[id] = about
                 raise
@@ -216,15 +257,36 @@ class Materializer:
                 self.done.seconds += time.perf_counter() - begun
             self._on_step("acknowledged")
 
-    def _server(self, id: str) -> str:
-        """Run id of the server that has a trajectory: another one means that it restarted, or another has it now."""
-        (info,) = self._store.wire.at(self._store.keys.entries(id)).exchange([("INFO", "server")])
+    def _settle(self) -> None:
+        """Acknowledge what lasts by now; what its server may have lost is done again."""
+        while self._unsettled and self._unsettled[0].due <= time.monotonic():
+            _, id, away, hints = self._unsettled[0]
+            if self._server(away.key) == away.server:
+                self._feed.acknowledge(hints)
+            else:
+                self._waiting.setdefault(id, []).extend(hints)
+            self._unsettled.popleft()
+
+    def _server(self, key: str) -> str:
+        """Run id of the server that has a key: another one means that it restarted, or another has it now."""
+        (info,) = self._store.wire.at(key).exchange([("INFO", "server")])
         return info_fields(info).get("run_id", "") if isinstance(info, bytes) else ""
 
+    def _look_at_server(self, partition: int, key: str) -> None:
+        """Note who has a partition, from before anything is read there or put there."""
+        if partition not in self._servers:
+            self._servers[partition] = self._server(key)
+
+    def _look_at_group(self, id: str, group: str | None, size: int | None) -> None:
+        """Note what server the effect of an offer is on, if that is another than the trajectory's."""
+        name = assembly_name(id, group, size)
+        partition, key = self._store.keys.partition(name), self._store.keys.assembly(name)
+        if group is not None and self._store.wire.at(key) is not self._store.wire.at(self._store.keys.entries(id)):
+            self._look_at_server(partition, key)
+            self._away = _Away(key, self._servers[partition])
+
     def _materialize(self, id: str) -> None:
-        partition = self._store.keys.partition(id)
-        if partition not in self._servers:  # before anything is read
-            self._servers[partition] = self._server(id)
+        self._look_at_server(self._store.keys.partition(id), self._store.keys.entries(id))
         try:
             self._publish(id)
         except NotFound:
@@ -244,6 +306,7 @@ class Materializer:
         if member is None or not isinstance(opened, TrajectoryOpened):
             return
         group, size = opened.group, opened.group_size
+        self._look_at_group(id, group, size)
         if group is None or size is None or self._ready.offered(id, group=group, group_size=size) >= member.version:
             return
         self._offer(member, group=group, group_size=size)
@@ -257,6 +320,7 @@ class Materializer:
         if history.status not in CLOSED_STATUSES:
             return
         group, size = history.opened.group, history.opened.group_size
+        self._look_at_group(id, group, size)
         if self._ready.offered(id, group=group, group_size=size) >= history.closes:
             return
         trajectory = self._store.load(id, policy=self._policy, until=history.last)
@@ -303,6 +367,7 @@ class Materializer:
         tombstone = self._store.tombstone(id)
         if tombstone is None or not isinstance(tombstone.header, TrajectoryDeleted):
             return
+        self._look_at_group(id, tombstone.header.group, tombstone.header.group_size)
         self._store.wire.call_all(removal(self._store.keys, id, tombstone.at))
         published = self._ready.withdraw(
             id,
@@ -318,7 +383,7 @@ class Materializer:
 
     def _holds(self, id: str) -> bool:
         """Nothing that was read of a trajectory can have been lost since."""
-        return self._server(id) == self._servers[self._store.keys.partition(id)]
+        return self._server(self._store.keys.entries(id)) == self._servers[self._store.keys.partition(id)]
 
     def _goes_on(self, member: ReadyMember) -> bool:
         """True if a member that was aborted has been resumed since: its group waits until it is closed again."""

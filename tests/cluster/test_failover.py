@@ -1,6 +1,10 @@
 """A master dies and its replica takes over: what was acknowledged may be gone, and nobody writes above the hole."""
 
+import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,3 +200,39 @@ def test_without_a_replica_the_partition_is_unavailable_and_comes_back_whole(
     again.tokens([1], None)
     store.flush(handle.id)
     assert list(store.load(handle.id).token_ids) == [0, 1]
+
+
+def test_group_is_published_again_if_its_server_loses_it_while_a_members_server_has_the_hint_as_done(
+    start_cluster: StartCluster, open_at: OpenAt
+) -> None:
+    cluster = start_cluster()
+    store = open_at(cluster, partitions=8)
+    owners = [cluster.owner(store.keys.feed(partition)) for partition in range(store.partitions)]
+    group, keeper = "g", owners[store.keys.partition("g")]
+    id = next(id for id in map(str, count()) if owners[store.keys.partition(id)] is not keeper)
+    store.create(id=id, group=group, group_size=1).close("completed")
+    store.flush()
+    before = keeper.aof().stat().st_size
+    ready = store.keys.ready(store.keys.partition(group))
+    materializer, stop = Materializer(open_at(cluster, partitions=8)), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(materializer.run, stop=stop)
+        try:
+            until(lambda: materializer.done.groups == 1, seconds=30)
+            keeper.kill()
+            os.truncate(
+                keeper.aof(), before
+            )  # as a power cut does, or a replica that takes over and has not heard of it
+            keeper.start()
+            cluster.until_well()
+            until(lambda: store.wire.call("XLEN", ready) == 1, seconds=20, what="that it is there again")
+            feed = store.keys.feed(store.keys.partition(id))
+            until(
+                lambda: not store.wire.call("XPENDING", feed, "materializer")[0],
+                seconds=20,
+                what="that its hint is done",
+            )
+        finally:
+            stop.set()
+        working.result(30)
+    assert store.wire.call("XLEN", ready) == 1

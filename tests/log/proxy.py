@@ -166,12 +166,17 @@ class FaultyProxy:
 
     def _replies(self, link: "_Link") -> None:
         with contextlib.suppress(OSError):
-            while data := link.server.recv(1 << 16):
+            for data in self._heard(link.server):
                 if not link.silent.is_set():
                     link.client.sendall(data)
         link.ended.set()
         if not link.silent.is_set():
             _shut(link.client)
+
+    def _heard(self, server: socket.socket) -> Iterator[bytes]:
+        """What a server says on a connection, as it is to be passed on."""
+        while data := server.recv(1 << 16):
+            yield data
 
 
 class _Link:

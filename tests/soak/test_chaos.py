@@ -1,16 +1,25 @@
 """The chaos run, as far as there is time for it here, and what its account does not let pass. `make soak` has more."""
 
+from itertools import product
+
 import msgspec
 import pytest
+from redis.crc import key_slot
 
 import trajstore
+from tests.cluster.nodes import cluster_of
+from tests.conftest import cluster_server
 from tests.servers import binary_of
+from tests.soak.chaos.__main__ import kinds_of
 from tests.soak.chaos.account import settle
 from tests.soak.chaos.ledger import Journal, TrainedOn
+from tests.soak.chaos.moves import Moves
 from tests.soak.chaos.processes import RUN, cast, what_all_are_at
 from tests.soak.chaos.round import one_round
+from tests.soak.chaos.servers import CLUSTERS
 from tests.soak.chaos.trainer import Checkpoint
 from tests.soak.chaos.turns import Turn, create, play
+from tests.soak.chaos.ways import Ways, renamed
 from tests.waiting import until
 from trajstore.archiver import Archiver
 
@@ -42,6 +51,64 @@ def test_what_the_processes_of_a_failed_round_were_at_is_told_with_their_stacks(
     assert "archiver0, life 1, is alive:" in told
     assert "trajstore/archiver.py" in told
     assert "writer0 was not started" in told
+
+
+# A cluster's nodes, behind proxies and with slots on their way
+
+MOVED = b"*2\r\n+QUEUED\r\n-MOVED 3999 127.0.0.1:41001\r\n"
+SLOTS = b"*1\r\n*3\r\n:0\r\n:16383\r\n*3\r\n$9\r\n127.0.0.1\r\n:41001\r\n$2\r\nid\r\n"
+OTHER = b"$29\r\n-MOVED :41001 127.0.0.1:41001\r\n:41001\r\n$-1\r\n"
+
+
+def test_node_is_named_by_its_proxy_wherever_its_answer_was_cut():
+    through = {b"41001": b"50001"}
+    said = OTHER + MOVED + SLOTS + OTHER
+    expected = OTHER + (MOVED + SLOTS).replace(b":41001", b":50001") + OTHER
+    for at in range(len(said) + 1):
+        assert b"".join(renamed([said[:at], said[at:]], through)) == expected
+
+
+def test_every_third_round_is_on_a_cluster_with_and_without_replicas_at_both_levels(monkeypatch):
+    monkeypatch.setattr("tests.soak.chaos.__main__.binary_of", str)  # on whichever servers this machine has
+    kinds = kinds_of(server=None, ack=None, archive=None)
+    assert [server in CLUSTERS for server, _, _ in kinds] == [False, False, True] * 4
+    assert {(server, ack) for server, ack, _ in kinds[2::3]} == set(product(CLUSTERS, ("fsync", "memory")))
+
+
+@pytest.fixture
+def small_cluster(tmp_path):
+    """A cluster that syncs each command."""
+    with cluster_of(cluster_server(), tmp_path / "cluster", appendfsync="always") as cluster:
+        yield cluster
+
+
+def test_process_goes_to_a_cluster_by_its_proxies_only_and_slots_arrive_though_their_nodes_die(small_cluster):
+    cluster, ways, moves = small_cluster, Ways([node.port for node in small_cluster.nodes]), Moves(small_cluster)
+    try:
+        with trajstore.open(ways.url(RUN), partitions=4, ack="fsync") as store:
+            ids = [store.create().id for _ in range(80)]
+            store.flush()
+            slot = key_slot(store.keys.feed(0).encode())
+            source = moves.owner(slot, cluster.nodes)
+            target = next(node for node in cluster.nodes if node is not source)
+            moves.begin(slot, source, target)
+            for died in (source, target):
+                for _ in range(2):
+                    moves.go_on(cluster.nodes)
+                died.kill()
+                moves.go_on([node for node in cluster.nodes if node is not died])
+                died.start()
+            until(lambda: moves.go_on(cluster.nodes) or not moves.left(), seconds=60)
+            assert (moves.owner(slot, cluster.nodes), moves.finished) == (target, 1)
+            cluster.until_well()
+            moved = [id for id in ids if store.keys.partition(id) == 0]
+            with store.get(moved[0]).segment(context=[1]) as segment:
+                segment.tokens([2], None)
+            store.flush()
+            assert {one.id for one in store.list()} == set(ids)
+            assert {one.port for one in store.wire.servers()} == {proxy.port for proxy in ways.each}
+    finally:
+        ways.close()
 
 
 # What the account finds wrong

@@ -20,13 +20,14 @@ import msgspec
 from tests.servers import binary_of
 from tests.simulation.mutants import MUTANTS
 from tests.soak.chaos.round import Round, one_round
+from tests.soak.chaos.servers import CLUSTERS, SINGLE
 
 ACKS = ("fsync", "memory")
 ARCHIVES = {"local": 1.0, "s3": 1 / 3}
 """Where the archive is, and how much of `--round` the faults last: the account reads everything, which the S3 server of
 the tests is slow at."""
 PACE = 1.2
-SERVERS = ("redis", "valkey")
+SERVERS = (*SINGLE, *CLUSTERS)
 
 
 def main() -> None:
@@ -36,14 +37,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="no further round is begun after")
     parser.add_argument("--round", type=float, default=90.0, help="seconds of faults in one round; a third with s3")
     parser.add_argument("--ack", choices=ACKS, help="only this level; default both in turn")
-    parser.add_argument("--server", choices=SERVERS, help="only this one; default both in turn")
-    parser.add_argument("--archive", choices=ARCHIVES, help="only this one; default both in turn")
+    parser.add_argument("--server", choices=SERVERS, help="only this one; default all in turn")
+    parser.add_argument("--archive", choices=ARCHIVES, help="only this one; default both in turn, local on a cluster")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), help="a bug made on purpose, which a round should find")
     chosen = parser.parse_args()
-    names = [name for name in SERVERS if chosen.server in (None, name) and binary_of(name) is not None]
-    acks = [ack for ack in ACKS if chosen.ack in (None, ack)]
-    archives = [archive for archive in ARCHIVES if chosen.archive in (None, archive)]
-    kinds = itertools.cycle(itertools.product(names, acks, archives))
+    kinds = itertools.cycle(kinds_of(server=chosen.server, ack=chosen.ack, archive=chosen.archive))
     deadline = time.monotonic() + 60 * chosen.minutes
     done: dict[str, list[Round]] = {}
     for seed, (server, ack, archive) in zip(itertools.count(chosen.seed), kinds, strict=False):
@@ -75,6 +73,23 @@ def main() -> None:
         )
         shutil.rmtree(folder)
     _say(table(done))
+
+
+def kinds_of(*, server: str | None, ack: str | None, archive: str | None) -> list[tuple[str, str, str]]:
+    """Server, level and archive of the rounds, in order: all that there are of what is left open; unless one kind
+    is asked for, one round in three is on a cluster, with a local archive.
+    """
+    acks = [one for one in ACKS if ack in (None, one)]
+    archives = [one for one in ARCHIVES if archive in (None, one)]
+    if server in CLUSTERS:
+        return list(itertools.product([server], acks, archives if archive else ["local"]))
+    kinds = []
+    clusters = itertools.cycle((*CLUSTERS, *reversed(CLUSTERS)))
+    for (name, level), cluster in zip(itertools.product(SINGLE, acks), clusters, strict=False):
+        if server in (None, name) and binary_of(name) is not None:
+            kinds += [(name, level, one) for one in archives]
+            kinds += [(cluster, level, archive or "local")] if server is None else []
+    return kinds
 
 
 def table(done: dict[str, Sequence[Round]] | dict[str, list[Round]]) -> str:

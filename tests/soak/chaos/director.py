@@ -1,26 +1,23 @@
 """Who decides what goes wrong: deals faults from a shuffled deck, makes them happen, and takes them back in time.
 
+What happens to servers is in `outages.py`.
+
 A fault that lasts is taken back by itself after a while, whatever happens meanwhile. When it is over, `stop` leaves a
 server that answers, and processes that can work in peace.
 """
 
-import contextlib
 import heapq
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from random import Random
 
-import redis
-
 from tests.log.proxy import FaultyProxy
-from tests.servers import RealServer
-from tests.soak.chaos.disk import Disk
 from tests.soak.chaos.objects import HOWS, ObjectStore
+from tests.soak.chaos.outages import Outages
 from tests.soak.chaos.processes import LEASE, Process
-from tests.soak.crash_loop import CUT, Sizes
+from tests.soak.chaos.servers import Servers
 
 __all__ = ["Director"]
 
@@ -31,6 +28,14 @@ DECK = (
 OBJECTS = ["spoil the object store"] * 5 + ["stop the object store from answering"]
 """Also in the deck where the archive is an object store."""
 
+SPOILT = (
+    "connections cut",
+    "connections refused for a while",
+    "reply lost, connection cut",
+    "request lost, connection cut",
+    "replies swallowed",
+    "requests held back",
+)
 WORDS = (b"XADD", b"XTRIM", b"XACK", b"HSET", b"HDEL", b"XREADGROUP", b"XCLAIM", b"XAUTOCLAIM", b"EXEC", b"XRANGE")
 DAY = 86400
 
@@ -40,31 +45,30 @@ class Director:
 
     Attributes:
         happened: faults by name.
-        losses: monotonic times at which the server died and may have lost its newest seconds.
     """
 
     def __init__(
         self,
         processes: Sequence[Process],
-        server: RealServer,
-        disk: Disk,
+        servers: Servers,
         objects: ObjectStore | None,
         *,
+        slots: Sequence[int],
         seed: int,
     ) -> None:
         self.happened: Counter[str] = Counter()
-        self.losses: list[float] = []
         self._processes = processes
-        self._server = server
-        self._disk = disk
         self._objects = objects
-        self._durable = server.options["appendfsync"] == "always"
         self._rng = Random(seed)
         self._deck: list[str] = []
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
-        self._full = False
-        self._sizes = Sizes(server)
+        self._outages = Outages(servers, slots=slots, rng=self._rng, later=self._later, happened=self.happened)
+
+    @property
+    def losses(self) -> list[float]:
+        """Monotonic times at which a server died and may have lost its newest seconds."""
+        return self._outages.losses
 
     @property
     def total(self) -> int:
@@ -84,6 +88,7 @@ class Director:
         """The next fault."""
         if not self._deck:
             self._deck = DECK + (OBJECTS if self._objects is not None else [])
+            self._deck += self._outages.deck
             self._rng.shuffle(self._deck)
         return self._deck.pop()
 
@@ -93,8 +98,7 @@ class Director:
             heapq.heappop(self._due)[2]()
         for process in self._processes:
             process.revive()
-        if self._full and not self._alive():  # one that fsyncs each command ends when it cannot
-            self._bring_back("the server died of a full disk")
+        self._outages.tend()
 
     def stop(self) -> None:
         """No more faults, and none that lasts."""
@@ -103,18 +107,15 @@ class Director:
         for process in self._processes:
             process.go_on()
             process.in_peace = True
-            process.proxy.disarm()
-            process.proxy.accept()
-            process.proxy.cut_all()  # what a swallowed reply has left silent
+            process.ways.make_peace()
         if self._objects is not None:
             self._objects.make_peace()
-        if not self._alive():
-            self._bring_back("the server died of a full disk")
-        self._sizes.stop()
+        self._outages.end()
+        self.abandon()
 
     def abandon(self) -> None:
         """Leave nothing that runs."""
-        self._sizes.stop()
+        self._outages.abandon()
 
     def happen(self, fault: str) -> None:
         """Make it happen."""
@@ -125,25 +126,12 @@ class Director:
                 process.start()
                 self.happened[f"killed: {process.kind}"] += 1
             case "connection":
-                self._spoil(self._someone().proxy)
+                self._spoil(self._someone().ways.each)
             case "pause":
                 process = self._someone()
                 process.pause()
                 self._later(self._rng.uniform(0.5, 3 * LEASE), process.go_on)
                 self.happened["stopped a process for longer than leases last"] += 1
-            case "kill the server":
-                self._kill_server()
-            case "kill the server twice":
-                self._kill_server()
-                self._kill_server()
-            case "stop the server from answering":
-                self._server.pause()
-                self._later(self._rng.uniform(0.3, 3.0), self._server.resume)
-                self.happened["server stood still"] += 1
-            case "fill memory":
-                self._fill_memory()
-            case "fill the disk":
-                self._fill_disk()
             case "spoil the object store":
                 assert self._objects is not None
                 how = self._rng.choice(HOWS)
@@ -159,6 +147,8 @@ class Director:
                     if process.has_clock:
                         process.set_clock(self._rng.choice([-DAY, -600, -1, 1, 3600, 400 * DAY]))
                         self.happened["clock jumped"] += 1
+            case _:
+                self._outages.happen(fault)
 
     def _someone(self) -> Process:
         """Trainers take seconds to start: they are chosen half as often as others."""
@@ -166,103 +156,29 @@ class Director:
         weights = [1 if process.kind in ("checkpoint", "acknowledge") else 2 for process in standing]
         return self._rng.choices(standing, weights)[0]
 
-    def _spoil(self, proxy: FaultyProxy) -> None:
+    def _spoil(self, proxies: Sequence[FaultyProxy]) -> None:
+        """The way to the server; in a cluster, to one node, and now and then to all of them."""
         word = self._rng.choice(WORDS)
-        match self._rng.randrange(6):
-            case 0:
-                proxy.cut_all()
-                self.happened["connections cut"] += 1
-            case 1:
-                proxy.refuse()
-                self._later(self._rng.uniform(0.2, 2.0), proxy.accept)
-                self.happened["connections refused for a while"] += 1
-            case 2:
-                proxy.drop_reply(word)
-                self.happened["reply lost, connection cut"] += 1
-            case 3:
-                proxy.cut_before(word)
-                self.happened["request lost, connection cut"] += 1
-            case 4:
-                proxy.swallow_reply(word)
-                self.happened["replies swallowed"] += 1
-            case 5:
-                self._later(self._rng.uniform(0.2, 4.0), proxy.hold_before(word).set)
-                self.happened["requests held back"] += 1
-
-    def _kill_server(self) -> None:
-        if self._full:  # it may not come back before there is room
-            return
-        lost = 0.0 if self._durable or self._rng.random() < 0.3 else self._rng.uniform(0.0, CUT)
-        self._server.kill()
-        self._sizes.stop()
-        if lost:
-            self._sizes.cut(lost)
-        self._lost()
-        self.happened["killed: server, and the end of its log lost" if lost else "killed: server"] += 1
-        threading.Event().wait(self._rng.choice([0.0, 0.0, 0.3, 1.0]))
-        self._server.start()
-        self._sizes = Sizes(self._server)
-
-    def _fill_memory(self) -> None:
-        if self._full or not self._answers():
-            return
-        with self._server.client() as client:
-            client.config_set("maxmemory", int(client.info("memory")["used_memory"]) + self._rng.choice([0, 1 << 20]))
-        self._later(self._rng.uniform(1.0, 5.0), self._make_room)
-        self.happened["memory full"] += 1
-
-    def _make_room(self) -> None:
-        if self._alive():
-            self._server.resume()
-        with (
-            self._server.client() as client,
-            contextlib.suppress(redis.ConnectionError),
-        ):  # died: its next life has room
-            client.config_set("maxmemory", 0)
-
-    def _fill_disk(self) -> None:
-        pid = self._pid()
-        if self._full or pid is None:
-            return
-        self._full = True
-        self._disk.fill(pid)
-        self._later(self._rng.uniform(1.0, 4.0), self._free_disk)
-        self.happened["disk full"] += 1
-
-    def _free_disk(self) -> None:
-        self._disk.free(self._pid())
-        if self._full and not self._alive():
-            self._bring_back("the server died of a full disk")
-        self._full = False
-
-    def _bring_back(self, why: str) -> None:
-        self._disk.free(None)
-        self._full = False
-        self._server.kill()
-        self._sizes.stop()
-        self._lost()
-        self.happened[why] += 1
-        self._server.start()
-        self._sizes = Sizes(self._server)
-
-    def _lost(self) -> None:
-        if not self._durable:
-            self.losses.append(time.monotonic())
-
-    def _answers(self) -> bool:
-        """It runs and is not stopped, so a question to it is no wait."""
-        return self._alive() and not self._standing_still()
-
-    def _standing_still(self) -> bool:
-        status = Path(f"/proc/{self._pid()}/stat").read_text()
-        return status.rpartition(")")[2].split()[0] == "T"
-
-    def _pid(self) -> int | None:
-        process = self._server._process
-        return process.pid if process is not None and process.poll() is None else None
-
-    def _alive(self) -> bool:
-        return self._pid() is not None
+        if len(proxies) > 1 and self._rng.random() < 0.7:
+            proxies = [self._rng.choice(proxies)]
+        how = self._rng.randrange(6)
+        seconds = self._rng.uniform(0.2, 2.0 if how == 1 else 4.0) if how in (1, 5) else 0.0
+        for proxy in proxies:
+            match how:
+                case 0:
+                    proxy.cut_all()
+                case 1:
+                    proxy.refuse()
+                    self._later(seconds, proxy.accept)
+                case 2:
+                    proxy.drop_reply(word)
+                case 3:
+                    proxy.cut_before(word)
+                case 4:
+                    proxy.swallow_reply(word)
+                case 5:
+                    self._later(seconds, proxy.hold_before(word).set)
+        self.happened[SPOILT[how]] += 1
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         self._count += 1

@@ -7,15 +7,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.log.proxy import FaultyProxy
 from tests.soak.chaos.clock import CLOCK
 from tests.soak.chaos.stacks import ASK, MARK
 from tests.soak.chaos.trainer import FENCED
+from tests.soak.chaos.ways import Ways
 from tests.soak.chaos.worker import STEPS
 
 __all__ = ["LEASE", "RUN", "Process", "cast", "what_all_are_at"]
@@ -36,11 +36,11 @@ TOLD = 60
 
 
 class Process:
-    """One of the cast: started again after each end, by way of its own proxy.
+    """One of the cast: started again after each end, by way of its own proxies.
 
     Attributes:
         name, kind: e.g. "writer0", "writer".
-        proxy: its way to the server.
+        ways: to the servers.
         killed: names of the lives that were ended by `kill`.
         fenced: lives that ended by themselves, told that others have what they had.
         steps: lives of a worker that killed themselves at a step of a publish.
@@ -56,7 +56,7 @@ class Process:
         name: str,
         kind: str,
         folder: Path,
-        port: int,
+        ports: Sequence[int],
         *arguments: Any,
         has_clock: bool,
         environment: Mapping[str, str],
@@ -64,7 +64,7 @@ class Process:
     ) -> None:
         self.name = name
         self.kind = kind
-        self.proxy = FaultyProxy(port)
+        self.ways = Ways(ports)
         self.killed: list[str] = []
         self.fenced = 0
         self.steps = 0
@@ -164,11 +164,11 @@ class Process:
         assert ended in expected, f"{self.name} ended with {ended}: {self._log()}"
 
     def abandon(self) -> None:
-        """Kill it, if it lives, and close its proxy."""
+        """Kill it, if it lives, and close its proxies."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        self.proxy.__exit__(None, None, None)
+        self.ways.close()
 
     def ask_what_it_is_at(self) -> None:
         """The stacks of its threads are to be in its log, if it lives."""
@@ -200,7 +200,7 @@ class Process:
         return [log for log in logs if b"Traceback" in log.read_bytes()]
 
     def _command(self) -> list[str]:
-        url = self.proxy.url(RUN)
+        url = self.ways.url(RUN)
         match self.kind:
             case "writer":
                 name = f"{self.name}.{self._lives}"
@@ -242,18 +242,19 @@ class Process:
 
 
 def cast(
-    folder: Path, port: int, *, seed: int, ack: str, environment: Mapping[str, str], mutant: str | None
+    folder: Path, *ports: int, seed: int, ack: str, environment: Mapping[str, str], mutant: str | None
 ) -> list[Process]:
     """Who takes part; one writer, one archiver and one materializer have clocks that can be moved.
 
     Args:
+        ports: of the server, or of a cluster's nodes.
         environment: of each, beside this process's.
         mutant: a bug made on purpose, in each.
     """
 
     def process(name: str, kind: str, *arguments: Any, has_clock: bool = False) -> Process:
         return Process(
-            name, kind, folder, port, *arguments, has_clock=has_clock, environment=environment, mutant=mutant
+            name, kind, folder, ports, *arguments, has_clock=has_clock, environment=environment, mutant=mutant
         )
 
     return [

@@ -1,6 +1,5 @@
 """One round of the chaos run: a fresh server and archive, the cast at work, faults; then a drain and the account."""
 
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from redis.crc import key_slot
 
 import trajstore
-from tests.servers import RealServer, running
 from tests.soak.chaos.account import Account, settle
 from tests.soak.chaos.director import Director
-from tests.soak.chaos.disk import small_disk
 from tests.soak.chaos.ledger import Journal, read_ledgers
 from tests.soak.chaos.objects import object_store
 from tests.soak.chaos.processes import LEASE, RUN, Process, cast, what_all_are_at
+from tests.soak.chaos.servers import Servers, servers_of
 from tests.soak.chaos.trainer import CONSUMERS
 from tests.soak.chaos.turns import Turn, create, members_of
 from tests.soak.chaos.worker import STEPS
@@ -74,7 +73,9 @@ def one_round(
     Args:
         folder: for all files; new.
         pace: seconds from one fault to the next, on average.
-        ack: "fsync": the server syncs each command; "memory": it syncs each second, and may lose what it had not.
+        server: "redis" or "valkey"; "cluster": three masters; "replicas": masters with a replica each.
+        ack: "fsync": the server syncs each command; "memory": it syncs each second, and may lose what it had not, or a
+            replica takes its place that may lack what it had not heard.
         archive: "local": in `folder`; "s3": on a server of the S3 protocol, which has faults of its own.
         mutant: a bug of the simulation's list, in all processes.
 
@@ -82,22 +83,24 @@ def one_round(
         AssertionError: a promise does not hold, or a process has failed. A note says what the processes were at; their
             logs and the server's stay in `folder`.
     """
-    settings = {"appendfsync": "always" if ack == "fsync" else "everysec", "auto-aof-rewrite-percentage": "0"}
     with (
         object_store(wanted=archive == "s3") as objects,
-        small_disk(folder / "disk") as disk,
-        running(server, disk.folder, **settings) as real,
+        servers_of(server, folder / "disk", seed=seed, durable=ack == "fsync") as servers,
     ):
         location = str(folder / "archive") if objects is None else objects.location
         options = {} if objects is None else objects.options
-        with trajstore.open(real.url(RUN), archive=location, archive_options=options, partitions=PARTITIONS) as store:
+        with trajstore.open(
+            servers.url(RUN), archive=location, archive_options=options, partitions=PARTITIONS
+        ) as store:
             for group in CONSUMERS.values():  # from the beginning, whoever comes when
                 for partition in range(PARTITIONS):
                     stream = store.keys.ready(partition)
                     store.wire.exchange([("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")])
+            keys = [store.keys.run_record(RUN), *map(store.keys.feed, range(PARTITIONS))]
         environment = {} if objects is None else objects.environment
-        processes = cast(folder, real.port, seed=seed, ack=ack, environment=environment, mutant=mutant)
-        director = Director(processes, real, disk, objects, seed=seed)
+        processes = cast(folder, *servers.ports, seed=seed, ack=ack, environment=environment, mutant=mutant)
+        slots = [key_slot(key.encode()) for key in keys]
+        director = Director(processes, servers, objects, slots=slots, seed=seed)
         try:
             for process in processes:
                 process.start()
@@ -106,13 +109,13 @@ def one_round(
             director.run(until=begun + seconds, kills=kills, pace=pace)
             director.stop()
             faults = time.monotonic()
-            final = _bring_to_an_end(folder, processes, real, ack=ack, options=options, patience=PATIENCE[archive])
+            final = _bring_to_an_end(folder, processes, servers, ack=ack, options=options, patience=PATIENCE[archive])
             drained = time.monotonic()
             logs = [path for process in processes for path in process.tracebacks()]
             assert not logs, f"errors that nobody expected: {logs}"
             peaks = {kind: max(process.peak for process in processes if process.kind == kind) for kind in PEAK}
             assert all(peaks[kind] <= most for kind, most in PEAK.items()), f"memory grew to {peaks} MiB"
-            with trajstore.open(real.url(RUN), archive_options=options, create=False) as store:
+            with trajstore.open(servers.url(RUN), archive_options=options, create=False) as store:
                 account = settle(
                     store,
                     archive=location,
@@ -126,7 +129,7 @@ def one_round(
                 )
         except BaseException as error:
             error.add_note(what_all_are_at(processes))
-            shutil.copy(disk.folder / "server.log", folder)
+            servers.copy_logs(folder)
             raise
         finally:
             director.abandon()
@@ -156,7 +159,7 @@ def _not_at_work(processes: Sequence[Process]) -> str:
 def _bring_to_an_end(
     folder: Path,
     processes: Sequence[Process],
-    server: RealServer,
+    servers: Servers,
     *,
     ack: Any,
     options: Mapping[str, str],
@@ -182,7 +185,7 @@ def _bring_to_an_end(
                 process.revive()
 
     path = folder / "final.ledger"
-    with trajstore.open(server.url(RUN), ack=ack, archive_options=options, create=False) as store:
+    with trajstore.open(servers.url(RUN), ack=ack, archive_options=options, create=False) as store:
         told, _ = read_ledgers(_files(processes, "writer"))
         _until(lambda: _left(store, MATERIALIZER), tend, seconds=patience)
         for process in materializers:
