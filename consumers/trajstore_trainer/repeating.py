@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 _PAUSE = 0.5
 
 
-class RepeatingThread(threading.Thread):
+class RepeatingThread:
     """Repeats a step until it is told to stop.
 
     Args:
@@ -22,6 +22,7 @@ class RepeatingThread(threading.Thread):
         changed: wakes the thread where it pauses, and is notified when it ends.
 
     Attributes:
+        name: of the thread.
         stopping: it is to stop.
         ended: it has.
         trouble: why the step fails just now: the server does not answer, or has no room.
@@ -29,7 +30,7 @@ class RepeatingThread(threading.Thread):
     """
 
     def __init__(self, step: Callable[[], None], *, name: str, complaint: str, changed: threading.Condition) -> None:
-        super().__init__(name=name, daemon=True)
+        self.name = name
         self.stopping = False
         self.ended = False
         self.trouble: OSError | None = None
@@ -37,9 +38,23 @@ class RepeatingThread(threading.Thread):
         self._step = step
         self._complaint = complaint
         self._changed = changed
+        self._thread = threading.Thread(target=self._repeat, name=name, daemon=True)
 
-    def run(self) -> None:
-        """The thread's work."""
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until it has ended."""
+        self._thread.join()
+
+    def pause(self, seconds: float) -> None:
+        """Wait, inside the step, for a change or so many seconds."""
+        with self._changed:
+            if not self.stopping:
+                self._changed.wait(seconds)
+
+    def _repeat(self) -> None:
         try:
             while not self.stopping:
                 try:
@@ -56,9 +71,3 @@ class RepeatingThread(threading.Thread):
             with self._changed:
                 self.ended = True
                 self._changed.notify_all()
-
-    def pause(self, seconds: float) -> None:
-        """Wait, inside the step, for a change or so many seconds."""
-        with self._changed:
-            if not self.stopping:
-                self._changed.wait(seconds)

@@ -13,7 +13,7 @@ from tests.simulation.mutants import install
 
 __all__ = ["Find", "hunt"]
 
-_BESIDE = ("greenlet", "msgspec", "numpy", "redis", "ulid", "zarr", "zarr.codecs")
+_BESIDE = ("greenlet", "msgspec", "numpy", "redis", "torch.utils.data", "ulid", "zarr", "zarr.codecs")
 
 
 class Find(NamedTuple):

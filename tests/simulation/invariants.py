@@ -38,6 +38,9 @@ GROUP_SECONDS = 6.0
 _CLOSING = ("TrajectoryOpened", "SegmentClosed", "Rewarded", "TrajectoryClosed", "TrajectoryDeleted")
 """Events with which an epoch is finished."""
 
+_ALL = b"18446744073709551615-0"
+"""Above every entry."""
+
 _group = msgspec.msgpack.Decoder(ReadyGroup)
 
 
@@ -48,10 +51,12 @@ class Invariants:
         log: by trajectory, every entry that the server's file holds, trimmed ones too: bytes by id.
         archived: digest of each archived entry, by (trajectory, note, id).
         undeleted: trajectories of which the server has forgotten the deletion; notes that had gone with it are back.
+        strays: hashes that a late request made of payloads of nobody, when the other keys were let go already.
         lost: by trajectory, how often the server has forgotten entries of it.
         published: ready entries in the server's file: version by name, newest.
         newest: the newest of them by name, whole.
-        used: (name, version) that some trainer has trained on.
+        used: (name, version) that some trainer has trained on by acknowledgement.
+        durable: by each consumer group that trains by checkpoint, the entries that its durable ones hold.
     """
 
     def __init__(self, server: Server, disk: Disk, ledger: Ledger, keys: Keys, location: str) -> None:
@@ -65,13 +70,16 @@ class Invariants:
         self.archived: dict[tuple[str, bool, Id], str] = {}
         self.deleted: set[str] = set()
         self.undeleted: set[str] = set()
+        self.strays: set[bytes] = set()
         self.lost: dict[str, int] = {}
         self.published: dict[str, int] = {}
         self.newest: dict[str, ReadyGroup] = {}
+        self._let_go: set[str] = set()
         self._waits: dict[str, int] = {}
-        self._written: dict[str, int] = {}
+        self._written: dict[str, list[int]] = {}
         self.deliveries: dict[tuple[int, Id], ReadyGroup] = {}
         self.used: set[tuple[str, int]] = set()
+        self.durable: dict[bytes, set[str]] = {}
         self.offered_ever: set[tuple[str, int]] = set()
         self.checked = 0
         self._records: list[str] = []
@@ -91,9 +99,16 @@ class Invariants:
             self._require_unneeded(key, command[3])
         elif name == b"XTRIM":
             self._require_stored(key, command[3])
+        elif name == b"PEXPIRE":  # by then nobody may be left to archive it
+            self._require_stored(key, _ALL)
+            if b":e:" in key:
+                self._let_go.add(_name(key))
+        elif name == b"HSET" and b":p:" in key and key not in self.server.keys and _name(key) in self._let_go:
+            if not any(self._holder(key, field) for field in command[2::2]):
+                self.strays.add(key)
         elif name == b"UNLINK":
             for one in command[1:]:
-                self._require_stored(one, b"18446744073709551615-0")
+                self._require_stored(one, _ALL)
                 for field in self.server.keys.get(one, ()) if b":p:" in one else ():
                     self._require_payload_unneeded(one, field)
         elif name == b"HDEL" and b":p:" in key:
@@ -102,7 +117,7 @@ class Invariants:
         elif name == b"XACK" and key in self._feeds and command[2] == ARCHIVER.encode():
             self._require_archived(key, command[3:])
         elif name == b"XACK" and key in self._readies:
-            self._require_used(key, command[3:])
+            self._require_used(key, command[2], command[3:])
 
     def _after(self, command: Sequence[bytes], reply: Any) -> None:
         name, key = command[0].upper(), command[1]
@@ -127,10 +142,12 @@ class Invariants:
             wanted = [issue.header for issue in issued[at[1] : at[1] + len(entry.events)]]
             assert list(entry.events) == wanted, f"{id}: entry {at} is not what its writer handed in"
             by_archiver = str(self.ledger.owner_of(issued[at[1]].lane)).startswith("archiver")
-            if by_archiver and id in self._written and not self.lost.get(id):  # else it may have been written again
-                quiet = (self.server.ms - self._written[id]) / 1000
+            decided = issued[at[1]].ms  # what comes between that and the closing itself was too late
+            written = [ms for ms in self._written.get(id, ()) if ms <= decided]
+            if by_archiver and written and not self.lost.get(id):  # else it may have been written again
+                quiet = (decided - written[-1]) / 1000
                 assert quiet > ABANDON_SECONDS - 1.0, f"{id} is closed as abandoned {quiet} s after its last event"
-            self._written[id] = self.server.ms
+            self._written.setdefault(id, []).append(self.server.ms)
             before = self._newest(id)
             if before is None:
                 assert at == (1, 0), f"{id} begins with {at}"
@@ -157,8 +174,11 @@ class Invariants:
         return newest, len(entry.events), entry.nonce
 
     def _note(self, id: str, at: Id, data: bytes, *, checked: bool) -> None:
+        if id in self.deleted:  # nobody reads it. Its stream may begin anew while an archiver is at the old one
+            return
         mine = self.notes.setdefault(id, {})
-        if checked and id not in self.deleted:
+        if checked:
+            assert id in self.log or self.lost.get(id), f"{id}: note {at} is of a trajectory that was never there"
             header = decode_known(data).events[0]
             issued = [issue for issue in self.ledger.notes.get(id, ()) if issue.header == header]
             assert issued, f"{id}: note {at} was handed in by nobody"
@@ -201,19 +221,23 @@ class Invariants:
             assert (id, note, at) in self.archived, f"{id}: {'note' if note else 'entry'} {at} goes, unarchived"
 
     def _require_payload_unneeded(self, key: bytes, field: bytes) -> None:
+        id, note = _name(key), field.startswith(b"n")
+        holder = None if id in self.deleted else self._holder(key, field)
+        assert holder is None or (id, note, holder) in self.archived, (
+            f"{id}: the payload {field.decode()} goes, unarchived"
+        )
+
+    def _holder(self, key: bytes, field: bytes) -> Id | None:
+        """The entry in the hot log that a payload belongs to; None if it is nobody's."""
         id, (place, _, nonce) = _name(key), field.decode().partition(":")
         note, at = place.startswith("n"), _id(place.lstrip("n").encode())
-        if id in self.deleted:
-            return
         stream = self.server.stream(self.keys.notes(id).encode() if note else self.keys.entries(id).encode())
-        if stream is None:
-            return
-        holders = [one for one in stream.ids if one[0] == at[0] and one <= at]
-        if not holders or (id, note, holders[-1]) in self.archived:
-            return
+        holders = [] if stream is None else [one for one in stream.ids if one[0] == at[0] and one <= at]
+        if stream is None or not holders:
+            return None
         entry = decode_known(stream.data[holders[-1]][-1])
         inside = at[1] < holders[-1][1] + len(entry.events)
-        assert not (inside and f"{entry.nonce:016x}" == nonce), f"{id}: the payload {field.decode()} goes, unarchived"
+        return holders[-1] if inside and f"{entry.nonce:016x}" == nonce else None
 
     def _require_archived(self, key: bytes, ids: Sequence[bytes]) -> None:
         """What these hints tell of is archived, or not finished, or another hint leads there still."""
@@ -249,9 +273,15 @@ class Invariants:
             needed = [at for at in gone if at > group.last or at in group.pending]
             assert not needed, f"{key.decode()} is trimmed of {needed}, which {name.decode()} needs"
 
-    def _require_used(self, key: bytes, ids: Sequence[bytes]) -> None:
+    def _require_used(self, key: bytes, consumers: bytes, ids: Sequence[bytes]) -> None:
+        durable = self.durable.get(consumers)
         for at in map(_id, ids):
             group = self.deliveries.get((self._readies[key], at))
+            if durable is not None:
+                place = f"{self._readies[key]}/{at[0]}-{at[1]}"
+                gone = group is None or self.deleted.issuperset(one.id for one in group.members)
+                assert gone or place in durable, f"{place} is acknowledged, and no durable checkpoint has it"
+                continue
             assert group is None or (name_of(group), group.version) in self.used, f"{group} acknowledged, not used"
 
     def forgot(self, lost: Sequence[Unit]) -> None:

@@ -1,6 +1,7 @@
 """What writers asked for, and what they were told of it. Kept beside the run, by hand of the simulation."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -20,6 +21,7 @@ class Issue(msgspec.Struct, eq=False):
         nonce, number: whose turn, and its place in it.
         header, payload: what.
         lane: key of the handle's queue.
+        ms: when, by the server's clock.
         acknowledged: the writer was told that it is in the log.
     """
 
@@ -30,11 +32,15 @@ class Issue(msgspec.Struct, eq=False):
     header: Header
     payload: bytes
     lane: int
+    ms: int
     acknowledged: bool = False
 
 
 class Ledger:
     """All issues of a run.
+
+    Args:
+        now: milliseconds, by the server's clock.
 
     Attributes:
         turns: of entries, by trajectory and nonce, in order.
@@ -43,7 +49,8 @@ class Ledger:
         largest: bytes that one event took in a buffer, at most.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], int]) -> None:
+        self._now = now
         self.turns: dict[tuple[str, int], list[Issue]] = {}
         self.notes: dict[str, list[Issue]] = {}
         self.by_lane: dict[int, list[Issue]] = {}
@@ -82,7 +89,7 @@ class Ledger:
         """An event is handed in."""
         key = self.key_of(lane)
         mine = self.turns.setdefault((lane.id, turn.nonce), [])
-        issue = Issue(lane.id, lane.note, turn.nonce, len(mine), header, bytes(payload or b""), key)
+        issue = Issue(lane.id, lane.note, turn.nonce, len(mine), header, bytes(payload or b""), key, self._now())
         if lane.note:
             self.notes.setdefault(lane.id, []).append(issue)
         else:

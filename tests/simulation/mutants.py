@@ -144,8 +144,9 @@ MUTANTS = {
     ),
     "materialized after it is acknowledged": Mutant(
         "trajstore.materializer",
-        "                self._materialize(id)\n                self._feed.acknowledge(about)\n",
-        "                self._feed.acknowledge(about)\n                self._materialize(id)\n",
+        "                self._materialize(id)\n                if self._away is None:\n",
+        "                self._feed.acknowledge(about)\n                self._materialize(id)\n"
+        "                if self._away is None:\n",
     ),
     "the buffer is never emptied": Mutant(
         "trajstore.log.flusher",
@@ -242,6 +243,17 @@ MUTANTS = {
         'commands += [("PERSIST", keys.notes(self.id)), ("PERSIST", keys.payloads(self.id))]',
         "pass",
     ),
+    "a note goes without its trajectory": Mutant(
+        "trajstore.writing", "self._lane if self._snapshot is None else None", "None"
+    ),
+    "what is over expires unwatched": Mutant(
+        "trajstore.archive.trim",
+        "wire.transaction(commands, watch=watch) is not None",
+        "wire.transaction(commands) is not None",
+    ),
+    "notes of what was deleted are archived": Mutant(
+        "trajstore.archive.ripening", "    if is_deleted:\n        decoded_notes = []\n", ""
+    ),
     "an archiver closes what goes on": Mutant(
         "trajstore.abandon",
         "            elif last == summary.last and now - int(since) >= after:",
@@ -291,6 +303,49 @@ MUTANTS = {
         "        del self._seen[partition]\n"
         "        seen = entries[-1][0].decode() if entries else self._last_delivered(stream)\n",
     ),
+    "a reader takes what was committed meanwhile for new": Mutant(
+        "trajstore_trainer.reader",
+        "            self._hold([one for one in found if one.place not in had])\n",
+        "            self._hold(found)\n",
+    ),
+    "a checkpoint that is loaded is not committed": Mutant(
+        "trajstore_trainer.dataset",
+        "        self._end()\n        self._settle_states(states)\n",
+        "        self._end()\n",
+    ),
+    "a silent rank loses what its checkpoint may hold": Mutant(
+        "trajstore_trainer.dataset",
+        "        return not self._checkpoints or slot is None or self._is_predecessor(slot)",
+        "        return True",
+    ),
+    "a rank follows those of its own number only": Mutant(
+        "trajstore_trainer.dataset",
+        "        return (slot.rank % self._world_size, slot.worker % self._workers) == self._worker",
+        "        return slot == self._worker",
+    ),
+    "a rank whose place was taken commits": Mutant(
+        "trajstore_trainer.dataset",
+        "        self._settling.require_owned(states)\n",
+        "",
+    ),
+    "what is passed over is acknowledged at once": Mutant(
+        "trajstore_trainer.handing",
+        "            if not self._checkpoints:\n                self._counts",
+        "            if True:\n                self._counts",
+    ),
+    "a group that was decided on is trained on again": Mutant(
+        "trajstore_trainer.decisions", "        if chosen in (None, entry):", "        if True:"
+    ),
+    "what a lost reply brought is never read": Mutant(
+        "trajstore_trainer.session",
+        "        self._hold(self._claims.read(sorted(unheard)), ",
+        "        self._hold([], ",
+    ),
+    "an entry is claimed whoever has touched it": Mutant(
+        "trajstore_trainer.claims",
+        "self._xclaim(partition, max(1, idle), at)",
+        "self._xclaim(partition, 0, at)",
+    ),
 }
 
 
@@ -298,44 +353,53 @@ KNOWN: dict[str, int] = {
     "refusal taken for success": 1,
     "whose entry it is not compared": 3,
     "no look at the log after a reconnect": 15,
-    "kept by the clock alone": 2,
+    "kept by the clock alone": 5,
     "writes above a gap": 15,
     "lost batches sent again out of order": 15,
-    "a loss below another's epoch is not told": 312,
+    "a loss below another's epoch is not told": 376,
     "a note is never looked for": 2,
-    "notes of a lost server are not written again": 34,
+    "notes of a lost server are not written again": 5,
     "waits for no fsync before it archives": 37,
     "acknowledged before it is recorded": 0,
     "hints of later events are acknowledged too": 2,
     "payloads go that are not archived": 8,
-    "trimmed one too far": 5,
+    "trimmed one too far": 2,
     "pending hints are trimmed": 0,
-    "published twice": 56,
+    "published twice": 38,
     "assembled without a watch": 163,
     "materialized after it is acknowledged": 173,
     "the buffer is never emptied": 0,
-    "a refused write leaves the wrong summary": 70,
+    "a refused write leaves the wrong summary": 453,
     "a tombstone expires with its trajectory": 393,
-    "a deleted and removed trajectory counts as lost": 0,
+    "a deleted and removed trajectory counts as lost": 5,
     "whose epoch it is not compared": 170,
-    "lost batches follow a tombstone": 467,
-    "a late recording goes to whoever took its segment's place": 188,
+    "a late recording goes to whoever took its segment's place": 172,
     "a loser's payload takes the winner's place": 11,
     "a trajectory has two batches in flight": 2,
     "a flush says nothing of what failed": 1,
     "the buffer has no bound": 0,
     "replies come as the connections do": 154,
-    "an epoch that goes on is archived": 9,
+    "an epoch that goes on is archived": 0,
     "a note expires with its trajectory": 2,
+    "a note goes without its trajectory": 30002,
+    "notes of what was deleted are archived": 15,
     "an archiver closes what goes on": 11,
     "an archiver waits for room to look around": 11,
     "a late group is not waited for": 7,
     "a group that waits is not written down": 7,
     "a late group is published whatever was": 138,
-    "a group waits for what was deleted": 5,
+    "a group waits for what was deleted": 27,
     "a fold of what was deleted stays": 35,
     "a materializer that is gone keeps its hints": 7,
     "a trainer that is gone keeps what it had": 0,
+    "a reader takes what was committed meanwhile for new": 360,
+    "a checkpoint that is loaded is not committed": 55,
+    "a silent rank loses what its checkpoint may hold": 20,
+    "a rank follows those of its own number only": 20,
+    "a rank whose place was taken commits": 34,
+    "what is passed over is acknowledged at once": 3,
+    "a group that was decided on is trained on again": 41,
+    "what a lost reply brought is never read": 38,
 }
 """A seed that finds each, so that this can be shown without a search; of a bug that is not here none of the first few
 hundred does, and it has a test of its own beside the code that it is in."""

@@ -63,6 +63,8 @@ class Network:
 
     def deliver_late(self) -> None:
         """Requests whose time has come arrive now, when nobody waits for their replies any more."""
+        if not self.late:
+            return
         due = [one for one in self.late if one[0] <= self.scheduler.now]
         self.late = [one for one in self.late if one[0] > self.scheduler.now]
         for _, line, commands in due:
@@ -184,7 +186,11 @@ class Connection:
         if fate in ("reply lost", "twice"):
             self._broken = redis.ConnectionError("the connection was lost")
             return
-        scheduler.pause()
+        tardy = scheduler.current.tardy if scheduler.current is not None else 0.0
+        if tardy and scheduler.rng.random() < tardy:
+            scheduler.sleep(scheduler.rng.random() * timeout * 0.9)
+        else:
+            scheduler.pause()
         self._require_up()
         self._replies += replies
 

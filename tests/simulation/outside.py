@@ -38,7 +38,7 @@ class Outside:
         self.threading = SimpleNamespace(
             Lock=lambda: Lock(scheduler),
             RLock=lambda: Lock(scheduler, again=True),
-            Condition=lambda lock: Condition(scheduler, lock),
+            Condition=lambda lock=None: Condition(scheduler, lock or Lock(scheduler, again=True)),
             Event=lambda: Event(scheduler),
             Thread=lambda **about: Thread(scheduler, **about),
             get_ident=lambda: 1,
@@ -145,6 +145,21 @@ class Condition:
         self._lock.acquire()
         return told[0]
 
+    def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
+        end = None if timeout is None else self._scheduler.now + timeout
+        while not (result := predicate()):
+            left = None if end is None else end - self._scheduler.now
+            if left is not None and left <= 0:
+                break
+            self.wait(left)
+        return result
+
+    def __enter__(self) -> bool:
+        return self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
     def notify(self) -> None:
         if self._waiters:
             self._waiters.pop(0)[0] = True
@@ -187,6 +202,7 @@ class Thread:
         current = self._scheduler.current
         process = current.process if current is not None else Process("outside")
         self._task = self._scheduler.spawn(self.name, process, self._target)
+        self._task.tardy = process.tardy
 
     def join(self, timeout: float | None = None) -> None:
         self._scheduler.wait(lambda: self._task.ended, timeout)

@@ -26,6 +26,7 @@ class Process:
 
     Attributes:
         skew: how far its wall clock is off, in seconds.
+        tardy: share of the server's replies that reach its threads, but the first, only when that one has gone on.
         stalled_until: it stands still until then, like one that is swapped out or stopped.
         steps: turns that its tasks have had.
     """
@@ -34,6 +35,7 @@ class Process:
         self.name = name
         self.dead = False
         self.skew = 0.0
+        self.tardy = 0.0
         self.stalled_until = 0.0
         self.steps = 0
 
@@ -42,11 +44,16 @@ class Process:
 
 
 class Task:
-    """One thread of a process."""
+    """One thread of a process.
+
+    Attributes:
+        tardy: share of the server's replies that reach it only after a while.
+    """
 
     def __init__(self, name: str, process: Process, run: Callable[[], Any], hub: greenlet) -> None:
         self.name = name
         self.process = process
+        self.tardy = 0.0
         self.error: BaseException | None = None
         self.ready: Callable[[], bool] | None = None
         self.deadline: float | None = None
@@ -82,6 +89,7 @@ class Scheduler:
         self.current: Task | None = None
         self.hub = getcurrent()
         self.preempt = 0.1
+        self._killed = False
 
     def spawn(self, name: str, process: Process, run: Callable[[], Any]) -> Task:
         """A new task, which begins when its turn comes."""
@@ -91,9 +99,10 @@ class Scheduler:
 
     def kill(self, process: Process) -> None:
         """End a process as `kill -9` would: its tasks go no further, and nothing is put in order."""
-        process.dead = True
+        process.dead = self._killed = True
 
     def _bury(self) -> None:
+        self._killed = False
         for task in [one for one in self.tasks if one.process.dead]:
             self.tasks.remove(task)
             if task.greenlet:  # begun and not ended: unwind it, which has no effect any more
@@ -109,7 +118,7 @@ class Scheduler:
         while not until():
             if self.now > deadline:
                 raise Stuck(f"not done at {self.now:.1f} s: {self._waiting()}")
-            able = [task for task in self.tasks if self._able(task)]
+            able = self._able()
             if not able:
                 times = [task.deadline for task in self.tasks if task.deadline is not None]
                 times = [time for time in times if time > self.now]
@@ -126,7 +135,8 @@ class Scheduler:
             self.current = task
             task.greenlet.switch()
             self.current = None
-            self._bury()
+            if self._killed:
+                self._bury()
             if task.ended and task in self.tasks:
                 self.tasks.remove(task)
             if task.error is not None:
@@ -171,14 +181,16 @@ class Scheduler:
         self.hub.switch()
         self.check()
 
-    def _able(self, task: Task) -> bool:
-        if task.process.stalled_until > self.now:
-            return False
-        if task.ready is None and task.deadline is None:  # not begun
-            return True
-        if task.ready is not None and task.ready():
-            return True
-        return task.deadline is not None and task.deadline <= self.now
+    def _able(self) -> list[Task]:
+        now, able = self.now, []
+        for task in self.tasks:
+            if task.process.stalled_until > now:
+                continue
+            ready, deadline = task.ready, task.deadline
+            is_new = ready is None and deadline is None
+            if is_new or (deadline is not None and deadline <= now) or (ready is not None and ready()):
+                able.append(task)
+        return able
 
     def _waiting(self) -> str:
         return ", ".join(f"{task.process}/{task.name}" for task in self.tasks)

@@ -98,7 +98,7 @@ class Server:
         self._replaying = True
         for unit in kept:
             self.ms = unit.ms
-            self._expire()
+            self._drop_expired()
             for command in unit.commands:
                 self._run(command)
             self.aof.append(unit)
@@ -109,7 +109,7 @@ class Server:
     def execute(self, commands: Sequence[Arguments]) -> list[Any]:
         """Run commands as one unit: one command, or those of a transaction. An error reply is a value."""
         self.ms = self._now()
-        self._expire()
+        self._drop_expired()
         replies: list[Any] = []
         logged: list[Arguments] = []
         for command in commands:
@@ -158,7 +158,7 @@ class Server:
         assert known is not None, f"the model of the server does not know {command[0].decode()} yet"
         return known(self, *command[1:])
 
-    def _expire(self) -> None:
+    def _drop_expired(self) -> None:
         for key in [key for key, at in self.expires.items() if at <= self.ms]:
             if not self._replaying:
                 for watcher in self.watchers:
@@ -211,8 +211,9 @@ class Server:
             return None
         self.keys[key] = value
         self.expires.pop(key, None)
-        if b"PX" in options:
-            self.expires[key] = self.ms + int(options[options.index(b"PX") + 1])
+        for unit, ms in ((b"EX", 1000), (b"PX", 1)):
+            if unit in options:
+                self.expires[key] = self.ms + ms * int(options[options.index(unit) + 1])
         self._touch(key)
         return b"OK"
 
@@ -224,6 +225,12 @@ class Server:
             return 0
         self.expires[key] = self.ms + int(ms)
         return 1
+
+    def _expire(self, key: bytes, seconds: bytes) -> Any:
+        return self._pexpire(key, b"%d" % (int(seconds) * 1000))
+
+    def _pttl(self, key: bytes) -> Any:
+        return -2 if key not in self.keys else self.expires[key] - self.ms if key in self.expires else -1
 
     def _persist(self, key: bytes) -> Any:
         return int(self.expires.pop(key, None) is not None)
@@ -276,6 +283,9 @@ class Server:
 
     def _xadd(self, key: bytes, *rest: bytes) -> Any:
         creates = rest[0].upper() != b"NOMKSTREAM"
+        if rest[0].upper() == b"MAXLEN":
+            assert self._xlen(key) < int(rest[2]), "what a server trims then is not modelled"
+            rest = rest[3:]
         at, *fields = rest if creates else rest[1:]
         stream = self._of(key, Stream)
         if stream is None and not creates:
@@ -541,15 +551,14 @@ def _size(held: Any) -> int:
 _COMMANDS: dict[bytes, Callable[..., Any]] = {
     name.encode(): vars(Server)[f"_{name.lower()}"]
     for name in (
-        "PING", "TIME", "INFO", "CONFIG", "GET", "SET", "EXISTS", "PEXPIRE", "PERSIST", "SCAN", "UNLINK", "HSET",
-        "HSETNX", "HGET", "HMGET", "HGETALL", "HDEL", "HSCAN", "XADD", "XLEN", "XRANGE", "XREVRANGE", "XTRIM", "XSETID",
-        "XREAD", "XINFO", "XGROUP", "XREADGROUP", "XACK", "XPENDING", "XAUTOCLAIM", "XCLAIM",
+        "PING", "TIME", "INFO", "CONFIG", "GET", "SET", "EXISTS", "EXPIRE", "PEXPIRE", "PTTL", "PERSIST", "SCAN",
+        "UNLINK", "HSET", "HSETNX", "HGET", "HMGET", "HGETALL", "HDEL", "HSCAN", "XADD", "XLEN", "XRANGE", "XREVRANGE",
+        "XTRIM", "XSETID", "XREAD", "XINFO", "XGROUP", "XREADGROUP", "XACK", "XPENDING", "XAUTOCLAIM", "XCLAIM",
     )
 }  # fmt: skip
 MODELLED = tuple(sorted(name.decode() for name in _COMMANDS))
 """Names of the commands."""
 
-_WRITES = frozenset(
-    b"SET PEXPIRE PERSIST UNLINK HSET HSETNX HDEL XADD XTRIM XSETID XGROUP XREADGROUP XACK XAUTOCLAIM XCLAIM".split()
-)
+_WRITES = frozenset(b"SET EXPIRE PEXPIRE PERSIST UNLINK HSET HSETNX HDEL XADD XTRIM XSETID".split())
+_WRITES |= frozenset(b"XGROUP XREADGROUP XACK XAUTOCLAIM XCLAIM".split())
 _NEEDS_ROOM = frozenset(b"SET HSET HSETNX XADD XSETID".split())

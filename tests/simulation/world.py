@@ -5,7 +5,7 @@ import gc
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -13,16 +13,18 @@ import msgspec
 from tests.simulation.actors import MISFORTUNES, ROLES, TURNS
 from tests.simulation.disk import Disk, Files
 from tests.simulation.invariants import Invariants
+from tests.simulation.job import GROUP, Job
 from tests.simulation.ledger import Issue, Ledger
 from tests.simulation.network import Network, Pool
 from tests.simulation.outside import Outside
 from tests.simulation.scheduler import Process, Scheduler
-from tests.simulation.server import Server
+from tests.simulation.server import Server, Unit
 from trajstore.archive.of_run import open_archived_run
 from trajstore.entries import decode_known
 from trajstore.errors import Fenced, SequenceGap
 from trajstore.log.flusher import Flusher
 from trajstore.log.keys import Keys
+from trajstore.log.run import TRAINER_GROUP
 from trajstore.log.wire import Wire
 from trajstore.store import Store
 
@@ -33,6 +35,12 @@ LOCATION = "/simulated/archive"
 TIMEOUT = 2.0
 LINES = 2
 """Connections of a writer to a server that fsyncs. There are few trajectories here; so they share even these."""
+
+RANKS = (3, 6)
+"""Seeds that leave these, divided by 7, train by checkpoint."""
+
+BLOCK = 1.0
+"""Seconds for which a rank's reading thread waits at the server, where it waits for little else."""
 
 SMALL = 10_000
 """A buffer of fewer bytes does not keep all that was acknowledged in the last seconds."""
@@ -47,7 +55,9 @@ class Plan(msgspec.Struct):
 
     Attributes:
         always: the server fsyncs before it acknowledges, and writers ask for that.
-        trajectories, writers, archivers, materializers, trainers: how many.
+        trajectories, writers, archivers, materializers: how many.
+        trainers: how many train by acknowledgement.
+        ranks: of the job that trains by checkpoint, to begin with; 0 for none.
         actions: of the writers, together.
         loss: share of requests that something happens to.
         disk_loss: likewise of the archive's calls.
@@ -66,6 +76,7 @@ class Plan(msgspec.Struct):
     archivers: int
     materializers: int
     trainers: int
+    ranks: int
     actions: int
     loss: float
     disk_loss: float
@@ -79,6 +90,7 @@ class Plan(msgspec.Struct):
 
     @classmethod
     def of(cls, rng: random.Random) -> "Plan":
+        """One without ranks."""
         return cls(
             always=rng.random() < 0.35,
             trajectories=rng.choice([1, 2, 3, 4, 5, 6]),
@@ -86,6 +98,7 @@ class Plan(msgspec.Struct):
             archivers=rng.randint(1, 2),
             materializers=rng.randint(1, 2),
             trainers=rng.randint(1, 2),
+            ranks=0,
             actions=rng.randint(25, 90),
             loss=rng.choice([0.0, 0.003, 0.01, 0.03, 0.08]),
             disk_loss=rng.choice([0.0, 0.0, 0.02, 0.1]),
@@ -96,6 +109,16 @@ class Plan(msgspec.Struct):
             pace=rng.choice([0.3, 1.0, 1.0, 3.0]),
             full=rng.choice([0, 0, 0, 12_000, 30_000]),
             buffer=rng.choice([1 << 20, 1 << 20, 1 << 20, 4000, 500]),
+        )
+
+    def with_ranks(self, rng: random.Random) -> "Plan":
+        """In most cases they train alone; and more is finished, while things go wrong, than the others need."""
+        return msgspec.structs.replace(
+            self,
+            ranks=rng.randint(1, 3),
+            trainers=rng.choice([0, 0, 0, self.trainers]),
+            trajectories=rng.choice([4, 8, 12]),
+            turns=self.turns | {"close": rng.choice([14, 50, 100])},
         )
 
 
@@ -140,15 +163,20 @@ class World:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.plan = Plan.of(self.rng)
+        apart = random.Random(f"ranks of {seed}")  # so that who has none plays the story that it would play anyway
+        if seed % 7 in RANKS:
+            self.plan = self.plan.with_ranks(apart)
         self.scheduler = Scheduler(self.rng)
         self.outside = Outside(self.scheduler, self.rng)
         fsync = "always" if self.plan.always else "everysec"
         self.server = Server(lambda: int(self.scheduler.now * 1000), fsync=fsync)
         self.network = Network(self.server, self.scheduler, self.rng, loss=self.plan.loss)
         self.disk = Disk(self.scheduler, self.rng, loss=self.plan.disk_loss)
-        self.ledger = Ledger()
+        self.ledger = Ledger(lambda: int(self.scheduler.now * 1000))
         self.keys = Keys(RUN, 2)
         self.invariants = Invariants(self.server, self.disk, self.ledger, self.keys, LOCATION)
+        group = GROUP if self.plan.trainers else TRAINER_GROUP
+        self.job = Job(self.invariants, apart, size=self.plan.ranks, group=group) if self.plan.ranks else None
         self.ids = [f"t{number}" for number in range(self.plan.trajectories)]
         self.winding_down = False
         self.calm = False
@@ -161,6 +189,7 @@ class World:
         self.digest = hashlib.blake2b(digest_size=8)
         self.server.observers.append(self._note)
         self._born = 0
+        self._undone: Any = None
         self.gone_lanes: set[int] = set()
         self.processes: dict[str, Process] = {}
 
@@ -198,6 +227,10 @@ class World:
         self._born += 1
         process = Process(f"{role}-{number}.{self._born}")
         self.processes[f"{role}-{number}"] = process
+        if role == "rank" and self.job is not None:
+            process.tardy = self.job.tardy
+            self.job.places[number] = process
+            self.job.datasets.pop(number, None)
         self.scheduler.spawn(role, process, lambda: ROLES[role](self, process))
         return process
 
@@ -207,16 +240,39 @@ class World:
         self.gone_lanes |= self.ledger.lanes_of(process)
         self.stores = [store for store in self.stores if store not in self.stores_of.pop(process, [])]
 
+    def end(self, name: str) -> None:
+        """Kill a process; another takes its place after a while."""
+        process = self.processes[name]
+        role, _, number = name.rpartition("-")
+        self.count(f"killed {role}")
+        self.kill(process)
+
+        def revive() -> None:
+            self.scheduler.sleep(self.rng.random() * 4.0)
+            if self.processes.get(name) is process:
+                self.begin(role, int(number))
+
+        self.scheduler.spawn("nurse", Process("nurse"), revive)
+
+    def forgot(self, lost: Sequence[Unit]) -> None:
+        """The server came back without these units."""
+        self.invariants.forgot(lost)
+        if self.job is not None:
+            self.job.forgot(lost)
+
     def roles(self) -> Iterator[tuple[str, int]]:
         for role in ("writer", "archiver", "materializer", "trainer"):
             for number in range(getattr(self.plan, role + "s")):
                 yield role, number
+        for number in range(self.job.size if self.job is not None else 0):
+            yield "rank", number
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """The library lives in this world for the length of the block."""
         import trajstore.archive.root as root
         import trajstore.log.flusher as flusher
+        import trajstore_trainer.session as session
 
         ledger, append = self.ledger, Flusher.append
         fail, repair = Flusher._fail, Store.repair_summary
@@ -243,9 +299,9 @@ class World:
             repair(store, id)
             self.stale.discard(id)
 
-        opened, lines = root.open_storage, flusher._LINES
+        opened, lines, block = root.open_storage, flusher._LINES, session._BLOCK
         with self.outside.installed():
-            flusher._LINES = LINES
+            flusher._LINES, session._BLOCK = LINES, BLOCK
             root.open_storage = lambda location, options=None: Files(self.disk, str(location))  # type: ignore
             Flusher.append = recorded  # type: ignore[method-assign]
             Flusher._fail = failed  # type: ignore[method-assign]
@@ -256,7 +312,7 @@ class World:
                 Flusher.append, Flusher._fail = append, fail  # type: ignore[method-assign]
                 Store.repair_summary = repair  # type: ignore[method-assign]
                 root.open_storage = opened
-                flusher._LINES = lines
+                flusher._LINES, session._BLOCK = lines, block
 
     def _require_reason(self, lane: Any, error: Any) -> None:
         """A writer is told that its turn is over only if it is, and of a loss only if there was one."""
@@ -286,6 +342,9 @@ class World:
         self.scheduler.spawn("chaos", chaos, lambda: ROLES["chaos"](self, chaos))
         for role, number in self.roles():
             self.begin(role, number)
+        if self.job is not None:
+            launcher = Process("launcher")
+            self.scheduler.spawn("launcher", launcher, lambda: ROLES["launcher"](self, launcher))
         self._until(lambda: self.actions_left <= (15 if self.plan.full else 0), 600.0)
         if self.plan.full:  # what comes now is there when the server is full
             self._end_archivers()
@@ -332,9 +391,15 @@ class World:
         Of that an archiver takes care, if a segment seems to stand open.
         """
         hastens = any(task.process in self.hasten for task in self.scheduler.tasks)
-        told = self.invariants
-        wrong = [id for id in told.listed_open() if id in self.stale or "killed writer" in self.counts]
-        return told.drained() and not told.unpublished(late_too=hastens) and not wrong
+        told, stands = self.invariants, (self.server.changes, hastens, frozenset(self.stale))
+        if stands == self._undone:
+            return False
+        if told.drained() and not told.unpublished(late_too=hastens):
+            wrong = [id for id in told.listed_open() if id in self.stale or "killed writer" in self.counts]
+            if not wrong:
+                return True
+        self._undone = stands
+        return False
 
     def _until(self, condition: Callable[[], bool], seconds: float) -> None:
         deadline = self.scheduler.now + seconds
@@ -387,16 +452,18 @@ class World:
                 gone = id in self.invariants.deleted or self.invariants.lost.get(id)
                 assert there or gone, f"{id}: note {at} is nowhere"
         for key in self.server.keys:
-            assert b":p:" not in key or key in self.server.expires, f"{key!r} holds payloads of nobody"
+            goes = key in self.server.expires or key in self.invariants.strays
+            assert b":p:" not in key or goes, f"{key!r} holds payloads of nobody"
             id = key.decode().rpartition(":")[2]
             gone = id in self.invariants.deleted and not self.invariants.lost.get(id)
             assert not (b":r:" in key and gone), f"{key!r} holds a fold of a deleted trajectory"
         self._check_published()
 
     def _check_published(self) -> None:
-        seen: dict[str, int] = {}
-        for name, version in self.invariants.used:
-            seen[name] = max(seen.get(name, 0), version)
+        if self.job is not None:
+            self.job.check_end()
+        if not self.plan.trainers:
+            return
         for name, version in self.invariants.published.items():
             assert (name, version) in self.invariants.used, f"{name} version {version} was never trained on"
 
