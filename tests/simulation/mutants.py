@@ -367,7 +367,7 @@ KNOWN: dict[str, int] = {
     "pending hints are trimmed": 0,
     "published twice": 38,
     "assembled without a watch": 163,
-    "materialized after it is acknowledged": 173,
+    "materialized after it is acknowledged": 29,
     "the buffer is never emptied": 0,
     "a refused write leaves the wrong summary": 453,
     "a tombstone expires with its trajectory": 393,
