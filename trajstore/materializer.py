@@ -3,8 +3,9 @@
 Any number may run; they share the feed by consumer group, and take over what a dead one left. Every effect is keyed by
 (trajectory, version), so a hint that comes twice publishes once.
 
-In a cluster a group may lie on another server than its member's hint. A crash or a failover of that one could take the
-publication along and leave the hint acknowledged; so a hint waits until its effect cannot be lost any more.
+In a cluster a group, or a trajectory that has none, may be published on another server than its member's hint lies on.
+A crash or a failover of that one could take the publication along and leave the hint acknowledged; so a hint waits
+until its effect cannot be lost any more.
 """
 
 import logging
@@ -256,6 +257,7 @@ class Materializer:
             finally:
                 self.done.seconds += time.perf_counter() - begun
             self._on_step("acknowledged")
+            self._settle()
 
     def _settle(self) -> None:
         """Acknowledge what lasts by now; what its server may have lost is done again."""
@@ -269,7 +271,8 @@ class Materializer:
 
     def _server(self, key: str) -> str:
         """Run id of the server that has a key: another one means that it restarted, or another has it now."""
-        (info,) = self._store.wire.at(key).exchange([("INFO", "server")])
+        # Beside a key: where a cluster's server does not answer, it is learned who has the key by now.
+        _, info = self._store.wire.exchange([("EXISTS", key), ("INFO", "server")])
         return info_fields(info).get("run_id", "") if isinstance(info, bytes) else ""
 
     def _look_at_server(self, partition: int, key: str) -> None:
@@ -281,7 +284,7 @@ class Materializer:
         """Note what server the effect of an offer is on, if that is another than the trajectory's."""
         name = assembly_name(id, group, size)
         partition, key = self._store.keys.partition(name), self._store.keys.assembly(name)
-        if group is not None and self._store.wire.at(key) is not self._store.wire.at(self._store.keys.entries(id)):
+        if self._store.wire.at(key) is not self._store.wire.at(self._store.keys.entries(id)):
             self._look_at_server(partition, key)
             self._away = _Away(key, self._servers[partition])
 
@@ -306,8 +309,10 @@ class Materializer:
         if member is None or not isinstance(opened, TrajectoryOpened):
             return
         group, size = opened.group, opened.group_size
+        if group is None or size is None:
+            return
         self._look_at_group(id, group, size)
-        if group is None or size is None or self._ready.offered(id, group=group, group_size=size) >= member.version:
+        if self._ready.offered(id, group=group, group_size=size) >= member.version:
             return
         self._offer(member, group=group, group_size=size)
 

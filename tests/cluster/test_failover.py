@@ -17,6 +17,7 @@ from tests.waiting import until
 from trajstore.archive.verify.verify import verify
 from trajstore.archiver import Archiver
 from trajstore.materializer import Materializer
+from trajstore.ready import assembly_name
 
 OpenAt = Callable[..., trajstore.Store]
 
@@ -202,18 +203,27 @@ def test_without_a_replica_the_partition_is_unavailable_and_comes_back_whole(
     assert list(store.load(handle.id).token_ids) == [0, 1]
 
 
+def published_elsewhere(cluster: Cluster, store: trajstore.Store, *, group: str | None = "g") -> tuple[str, str, Node]:
+    """A closed trajectory that is published on another server than its own: its id, where, and that server."""
+    owners = [cluster.owner(store.keys.feed(partition)) for partition in range(store.partitions)]
+    for id in map(str, count()):
+        size = None if group is None else 1
+        there = store.keys.partition(assembly_name(id, group, size))
+        if owners[there] is not owners[store.keys.partition(id)]:
+            store.create(id=id, group=group, group_size=size).close("completed")
+            store.flush()
+            return id, store.keys.ready(there), owners[there]
+    raise AssertionError
+
+
+@pytest.mark.parametrize("group", ["g", None], ids=["a group", "one by itself"])
 def test_group_is_published_again_if_its_server_loses_it_while_a_members_server_has_the_hint_as_done(
-    start_cluster: StartCluster, open_at: OpenAt
+    start_cluster: StartCluster, open_at: OpenAt, group: str | None
 ) -> None:
     cluster = start_cluster()
     store = open_at(cluster, partitions=8)
-    owners = [cluster.owner(store.keys.feed(partition)) for partition in range(store.partitions)]
-    group, keeper = "g", owners[store.keys.partition("g")]
-    id = next(id for id in map(str, count()) if owners[store.keys.partition(id)] is not keeper)
-    store.create(id=id, group=group, group_size=1).close("completed")
-    store.flush()
+    id, ready, keeper = published_elsewhere(cluster, store, group=group)
     before = keeper.aof().stat().st_size
-    ready = store.keys.ready(store.keys.partition(group))
     materializer, stop = Materializer(open_at(cluster, partitions=8)), threading.Event()
     with ThreadPoolExecutor(1) as pool:
         working = pool.submit(materializer.run, stop=stop)
@@ -236,3 +246,56 @@ def test_group_is_published_again_if_its_server_loses_it_while_a_members_server_
             stop.set()
         working.result(30)
     assert store.wire.call("XLEN", ready) == 1
+
+
+def test_materializer_goes_on_at_the_replica_of_a_groups_server_that_does_not_come_back(
+    start_cluster: StartCluster, open_at: OpenAt
+) -> None:
+    cluster = start_cluster()
+    store = open_at(cluster, partitions=8)
+    id, ready, keeper = published_elsewhere(cluster, store)
+    replica = cluster.add_replica(keeper)
+    materializer, stop = Materializer(open_at(cluster, partitions=8)), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(materializer.run, stop=stop)
+        try:
+            until(lambda: materializer.done.groups == 1, seconds=30)
+            until(lambda: in_step(keeper), seconds=10)
+            keeper.kill()
+            cluster.until_promoted(replica)
+            feed = store.keys.feed(store.keys.partition(id))
+            until(
+                lambda: not store.wire.call("XPENDING", feed, "materializer")[0],
+                seconds=30,
+                what="that its hint is done",
+            )
+        finally:
+            stop.set()
+        working.result(30)
+    assert store.wire.call("XLEN", ready) == 1
+
+
+def test_hints_are_acknowledged_in_time_however_much_a_materializer_has_in_hand(
+    cluster: Cluster, open_at: OpenAt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else others would take over what is done."""
+    monkeypatch.setattr("trajstore.materializer.FSYNC_HORIZON", 0.0)
+    store = open_at(cluster, partitions=8)
+    id, _, _ = published_elsewhere(cluster, store)
+    feed = store.keys.feed(store.keys.partition(id))
+    later = [
+        next(one for one in map(str, count(1000 * n)) if store.keys.feed(store.keys.partition(one)) == feed)
+        for n in range(1, 4)
+    ]
+    for one in later:
+        store.create(id=one, group="g", group_size=1).close("completed")
+        store.flush()
+    pending = []
+
+    def look(step: str) -> None:
+        if step == "acknowledged":
+            pending.append(store.wire.call("XPENDING", feed, "materializer")[0])
+
+    Materializer(store, on_step=look).run(once=True)
+    assert pending[0] == 4
+    assert pending[-1] < 3

@@ -49,7 +49,7 @@ class Lease:
             return True
         claimed = self._wire.call(
             "XAUTOCLAIM", self._keys.lease(partition), LEASE_GROUP, self._holder,
-            int(self._seconds * patience * 1000), "0-0", "COUNT", 1,
+            min(int(self._seconds * patience * 1000), _LONG_AGO), "0-0", "COUNT", 1,
         )  # fmt: skip
         return bool(claimed[1])
 
