@@ -90,7 +90,10 @@ def _close(store: Store, summary: Summary) -> bool:
             return False
         if _is_full(store):  # draining it comes first, and closing would wait for room for longer than a lease lasts
             return False
-        store.get(summary.id).close("aborted", takeover=True)
+        handle = store.get(summary.id)
+        if not handle._is_at(now.last):  # somebody has gone on with it since
+            return False
+        handle.close("aborted", takeover=True)
         store.flush(summary.id)
     except NotFound as error:
         if store.archive is not None and store.archive.is_dropped(summary.id):

@@ -315,7 +315,11 @@ class TrajectoryWriter:
                 )
                 self._note(header, payload)
 
-    # Shared with the open segment
+    # Shared with the archiver and the open segment
+
+    def _is_at(self, last: str) -> bool:
+        """True while the newest event that this handle knows of has this id."""
+        return self._lane.summary is not None and self._lane.summary.last == last
 
     def _append(self, turn: Turn, header: Header, payload: Buffer | None = None) -> None:
         self._flusher.append(self._lane, turn, header, payload)

@@ -245,7 +245,7 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
         Args:
             state: this rank's state. If the number of ranks has changed, and wherever it is at hand, the states of all
                 ranks, as a list or whatever holds them: rank r of W then goes on with what the ranks r, r + W, r + 2W
-                ... had.
+                ... had. No process of a job with another number of ranks may live on.
 
         Raises:
             Conflict: made without checkpoints, or the state is of another run or consumer group.

@@ -16,6 +16,8 @@ import trajstore
 from tests import waiting
 from tests.archive.places import age
 from tests.builders import SPEC, record_seed_case, rows, seed_rows
+from tests.log.proxy import FaultyProxy
+from trajstore.abandon import sweep
 from trajstore.archive.ripening import ripe_prefix
 from trajstore.archiver import Archiver
 from trajstore.blob import to_blob
@@ -475,6 +477,34 @@ def test_segment_that_moved_on_is_not_abandoned(durable, archive):
     segment.tokens([3])
     assert archive(abandon_seconds=3600.0).abandoned == 0
     assert durable.list()[0].has_open_segment
+
+
+def test_segment_that_moves_on_while_the_archiver_looks_at_it_is_not_abandoned(own_server, run_name, tmp_path):
+    """Found by simulation seed 5132: it was closed above what had been written between the look and the closing."""
+    place = {"archive": tmp_path / "archive", "partitions": 1}
+    with (
+        FaultyProxy(own_server.port) as proxy,
+        trajstore.open(proxy.url(run_name), **place) as archiving,
+        trajstore.open(own_server.url(run_name), **place) as writing,
+    ):
+        trajectory = writing.create(id="slow")
+        trajectory.segment(context=[1, 2])
+        writing.flush()
+        writing.wire.call("HSET", writing.keys.quiet(0), "slow", f"{writing.list()[0].last} 1000")
+        gate = proxy.hold_before(b"memory")  # asked last before it is closed
+        sweeper = threading.Thread(
+            target=sweep, args=(archiving, [0]), kwargs={"after": 3600.0, "created_after": 3600.0}, daemon=True
+        )
+        sweeper.start()
+        assert proxy.fired.wait(10)
+        with writing.get("slow").segment(context=[3]) as resumed:
+            writing.flush()
+            gate.set()
+            sweeper.join(30)
+            resumed.tokens([4])
+        writing.flush()
+        assert "TrajectoryClosed" not in [event.type for event in writing.events("slow")]
+        assert writing.load("slow").token_ids.tolist() == [1, 2, 3, 4]
 
 
 def test_entry_that_was_written_anew_between_the_two_looks_must_ripen_anew():

@@ -186,6 +186,31 @@ def test_loss_above_which_another_has_gone_on_is_told_though_nothing_is_in_quest
     assert decide(seen("6-0"), acked="5-2", kept=[lost], holds_open=False, archive=Archived(lost)) == Nothing()
 
 
+@pytest.mark.parametrize("last", ["6-0", None], ids=["trimmed", "no stream left"])
+def test_loss_is_told_though_what_another_wrote_above_it_is_archived(last):
+    """Found by simulation seed 6501: only of a deleted trajectory a newer entry says nothing of the older ones."""
+    lost, first, above = batch("5-2", before="5-0"), batch("1-0", creates=True), batch("6-0")
+    server = seen(last, first=None)
+    told = decide(server, acked="5-2", kept=[lost], holds_open=False, archive=Archived(first, above))
+    assert isinstance(told, Refused)
+    assert isinstance(told.error, SequenceGap)
+    assert decide(server, acked="5-2", kept=[lost], holds_open=False, archive=Archived(first, lost, above)) == Nothing()
+    assert decide(server, acked="5-2", kept=[lost], holds_open=False, archive=Archived(above)) == Nothing(), "deleted"
+
+
+def test_idle_writer_whose_epoch_another_has_written_anew_is_told_although_nothing_is_kept():
+    """Found by simulation seed 8567: the server would take its next turn, above a longer epoch of the other's."""
+    theirs, mine = (Archived(batch("5-0"), nonce=nonce) for nonce in (THEIRS, MINE))
+    for server, archive in ((seen("5-3", first=THEIRS), Untouched()), (seen("5-3", first=None), theirs)):
+        told = decide(server, acked="5-2", holds_open=False, archive=archive)
+        assert isinstance(told, Refused)
+        assert isinstance(told.error, SequenceGap)
+        assert decide(dataclasses.replace(server, is_deleted=True), acked="5-2", holds_open=False) == Nothing()
+    assert decide(seen("5-3"), acked="5-2", holds_open=False, archive=Untouched()) == Nothing(), "it has gone on"
+    assert decide(seen("5-3", first=None), acked="5-2", holds_open=False, archive=mine) == Nothing()
+    assert decide(seen("6-0", first=None), acked="5-2", holds_open=False, archive=Untouched()) == Nothing()
+
+
 @pytest.mark.parametrize(
     "last",
     ["4-0", "3-0", "2-0", None],
@@ -354,10 +379,19 @@ def test_note_that_did_not_arrive_is_sent_again_as_it_is():
     head = note(3)
     assert judge_note(head, seen("2-0"), NoArchive()) == Resend([head], None)
     first = note(1, creates=True)
-    assert judge_note(first, seen(None), NoArchive()) == Resend([first], None)
+    assert judge_note(first, seen(None), NoArchive()) == Resend([first], None, creates=True)
+
+
+def test_note_that_may_yet_arrive_keeps_its_number_though_the_stream_is_gone():
+    """Under a lower one it would be there twice if it arrived after all."""
+    head = note(3)
+    assert judge_note(head, seen(None), NoArchive()) == Resend([head], None, creates=True)
+    assert judge_note(head, seen(None), Archived(notes=2)) == Resend([head], None, creates=True)
+    assert judge_note(head, seen(None), Archived(notes=3)) == Renumber(4, creates=True)
 
 
 def test_first_note_makes_the_stream_and_counts_on_from_the_archive():
-    assert judge_note(note(1), seen(None), NoArchive()) == Renumber(1, creates=True)
-    assert judge_note(note(1), seen(None), Archived(notes=4)) == Renumber(5, creates=True)
-    assert judge_note(note(1), seen("4-0"), NoArchive()) == Renumber(5, creates=False)
+    head = note(1, sent=False)
+    assert judge_note(head, seen(None), NoArchive()) == Renumber(1, creates=True)
+    assert judge_note(head, seen(None), Archived(notes=4)) == Renumber(5, creates=True)
+    assert judge_note(head, seen("4-0"), NoArchive()) == Renumber(5, creates=False)

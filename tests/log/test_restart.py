@@ -189,6 +189,65 @@ def test_idle_writer_is_told_of_a_loss_above_which_another_has_gone_on(own_serve
     assert other.load(trajectory.id).token_ids.tolist() == [4, 4]
 
 
+def test_writer_is_told_of_a_loss_above_which_anothers_entries_were_archived_and_trimmed(
+    own_server, own_client, proxy, open_at, tmp_path, monkeypatch
+):
+    """Found by simulation seed 6501: where the archive has a newer entry, it was taken to have the lost one too."""
+    monkeypatch.setattr("trajstore.archiver.FSYNC_HORIZON", 0.0)
+    store, other = (open_at(server, archive=tmp_path / "archive") for server in (proxy, own_server))
+    trajectory = store.create()
+    segment = trajectory.segment(context=[1, 2])
+    store.flush()
+    segment.tokens([3])
+    segment.close("stop")
+    store.flush()
+    proxy.refuse()
+    lose(own_server, b"XADD", store.keys.entries(trajectory.id).encode(), b"2-1")
+    own_server.start()
+    other.get(trajectory.id).close("truncated", takeover=True)
+    other.flush()
+    Archiver(other).run(once=True)
+    assert entries(own_client, other, trajectory.id) == []
+    proxy.accept()
+    until(lambda: trajectory._lane.error is not None, what="it has seen what the server came back with")
+    with pytest.raises(trajstore.SequenceGap, match="another writer has gone on"):
+        store.flush(trajectory.id)
+
+
+@pytest.mark.parametrize("archives", [False, True], ids=["in the hot log", "archived and trimmed"])
+def test_nothing_is_written_above_the_epoch_that_another_wrote_anew_where_nothing_was_kept(
+    own_server, own_client, proxy, open_at, tmp_path, monkeypatch, archives
+):
+    """Found by simulation seed 8567: the other's was longer, so that the server took the next turn above it."""
+    monkeypatch.setattr("trajstore.archiver.FSYNC_HORIZON", 0.0)
+    monkeypatch.setattr("trajstore.store.KEPT_BYTES", 0)
+    store, other = (open_at(server, archive=tmp_path / "archive") for server in (proxy, own_server))
+    trajectory = store.create()
+    store.flush()
+    with trajectory.segment(context=[1, 2]) as segment:
+        segment.close("stop")
+    store.flush()
+    proxy.refuse()
+    lose(own_server, b"XADD", store.keys.entries(trajectory.id).encode(), b"2-0")
+    own_server.start()
+    with other.get(trajectory.id).segment(context=[4]) as theirs:
+        for token in range(5):
+            theirs.tokens([token])
+            other.flush()
+        theirs.close("stop")
+    other.flush()
+    if archives:
+        Archiver(other).run(once=True)
+        assert entries(own_client, other, trajectory.id) == []
+    proxy.accept()
+    until(lambda: trajectory._lane.error is not None, what="it has seen what the server came back with")
+    with pytest.raises(trajstore.SequenceGap, match="another writer has gone on"):
+        store.flush(trajectory.id)
+    with pytest.raises(trajstore.SequenceGap):
+        trajectory.segment(context=[3])
+    assert other.load(trajectory.id).token_ids.tolist() == [4, *range(5)]
+
+
 @pytest.mark.parametrize(
     ("goes_on", "keeps"),
     [(False, True), (True, True), (True, False)],
@@ -430,6 +489,28 @@ def test_notes_lost_by_the_server_are_written_again(own_server, own_client, open
     assert [note.header.rows for note in store.notes(trajectory.id)] == [40, 80, 120, 160, 200, 7]
     observed = store.plan(trajectory.id).history.observations
     assert [len(store.recorded_rows(trajectory.id, one)) for one in observed] == [40, 80, 120, 160, 200, 7]
+
+
+def test_note_that_arrives_late_after_a_loss_is_not_there_twice(own_server, own_client, proxy, open_at):
+    """Found by the simulation: the notes before it were lost, and it was written under a lower number meanwhile."""
+    store = open_at(proxy, buffer_bytes=1000, timeout=3.0, partitions=1)  # and so many bytes are kept against a loss
+    trajectory = store.create(routing=SPEC)
+    with trajectory.segment(context=[1] * LARGE) as segment:
+        segment.close("stop")
+    store.flush()
+    trajectory.observe(rows(LARGE), start=0, source="lost")
+    store.flush()
+    lose(own_server, b"XADD", store.keys.notes(trajectory.id).encode(), b"1-0")
+    own_server.start()
+    until(lambda: own_client.client_list(_type="normal")[1:], what="it has seen the restart")
+    gate = proxy.hold_before(b"XADD")
+    trajectory.observe(rows(7), start=0, source="late")
+    store.flush()
+    assert proxy.fired.is_set()
+    hints = own_client.xlen(store.keys.feed(0))
+    gate.set()
+    until(lambda: own_client.xlen(store.keys.feed(0)) > hints, what="the first request has arrived")
+    assert [note.header.source for note in store.notes(trajectory.id)] == ["late"]
 
 
 @pytest.mark.parametrize("sampled", [1, 6], ids=["shorter", "longer"])

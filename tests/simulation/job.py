@@ -293,7 +293,12 @@ def launch(world: "World", process: Process) -> None:
             world.count("job of another size")
             for number in range(job.size):
                 world.kill(world.processes.pop(f"rank-{number}"))
-            job.resize(rng.randint(1, 3))
+            size = rng.randint(1, 3)
+            if size != job.size:  # whoever was replaced and lives on would follow ranks of the new job
+                for task in world.scheduler.tasks:
+                    if task.name == "rank":
+                        world.kill(task.process)
+            job.resize(size)
             for number in range(job.size):
                 world.begin("rank", number)
 

@@ -61,6 +61,9 @@ MUTANTS = {
     "a loss below another's epoch is not told": Mutant(
         "trajstore.log.resolve", "    if not told_so and kept and acked", "    if not told_so and not held and acked"
     ),
+    "another's longer epoch is taken for one's own": Mutant(
+        "trajstore.log.resolve", "    return not seen.is_deleted and None not in", "    return not seen and None not in"
+    ),
     "lost batches follow whatever is there": Mutant(
         "trajstore.log.resolve",
         "        if None not in (last_nonce, lost[0].before_nonce) and last_nonce != lost[0].before_nonce:",
@@ -75,6 +78,11 @@ MUTANTS = {
         "trajstore.log.resolve",
         "    if seen.at_head is not None and seen.at_head == head.entry:\n        return Landed()\n",
         "",
+    ),
+    "a note that may yet arrive gets another number": Mutant(
+        "trajstore.log.resolve",
+        "(seen.last is not None or head.creates or head.sent)",
+        "(seen.last is not None or head.creates)",
     ),
     "notes of a lost server are not written again": Mutant(
         "trajstore.log.flusher",
@@ -259,6 +267,9 @@ MUTANTS = {
         "            elif last == summary.last and now - int(since) >= after:",
         "            elif last:",
     ),
+    "an archiver closes what was gone on with": Mutant(
+        "trajstore.abandon", "        if not handle._is_at(now.last):", "        if False:"
+    ),
     "an archiver waits for room to look around": Mutant(
         "trajstore.abandon", "                return Swept(closed, created)\n", "                raise\n"
     ),
@@ -356,8 +367,9 @@ KNOWN: dict[str, int] = {
     "kept by the clock alone": 5,
     "writes above a gap": 15,
     "lost batches sent again out of order": 15,
-    "a loss below another's epoch is not told": 376,
+    "another's longer epoch is taken for one's own": 8567,
     "a note is never looked for": 2,
+    "a note that may yet arrive gets another number": 3620,
     "notes of a lost server are not written again": 5,
     "waits for no fsync before it archives": 37,
     "acknowledged before it is recorded": 0,
@@ -384,6 +396,7 @@ KNOWN: dict[str, int] = {
     "a note goes without its trajectory": 30002,
     "notes of what was deleted are archived": 15,
     "an archiver closes what goes on": 11,
+    "an archiver closes what was gone on with": 5132,
     "an archiver waits for room to look around": 11,
     "a late group is not waited for": 7,
     "a group that waits is not written down": 7,
@@ -392,7 +405,7 @@ KNOWN: dict[str, int] = {
     "a fold of what was deleted stays": 35,
     "a materializer that is gone keeps its hints": 7,
     "a trainer that is gone keeps what it had": 0,
-    "a reader takes what was committed meanwhile for new": 360,
+    "a reader takes what was committed meanwhile for new": 507,
     "a checkpoint that is loaded is not committed": 55,
     "a silent rank loses what its checkpoint may hold": 20,
     "a rank follows those of its own number only": 20,

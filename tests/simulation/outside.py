@@ -68,7 +68,9 @@ class Outside:
             "ThreadPoolExecutor": AtOnce,
             "Future": lambda: Future(self._scheduler),
             "atexit": SimpleNamespace(register=_nothing, unregister=_nothing),
-            "weakref": SimpleNamespace(WeakSet=InOrder, WeakValueDictionary=weakref.WeakValueDictionary),
+            "weakref": SimpleNamespace(
+                ref=weakref.ref, WeakSet=InOrder, WeakValueDictionary=weakref.WeakValueDictionary
+            ),
             "socket": SimpleNamespace(gethostname=lambda: "host"),
         }
         for name, module in list(sys.modules.items()):

@@ -21,7 +21,7 @@ from tests.simulation.scheduler import Process, Scheduler
 from tests.simulation.server import Server, Unit
 from trajstore.archive.of_run import open_archived_run
 from trajstore.entries import decode_known
-from trajstore.errors import Fenced, SequenceGap
+from trajstore.errors import Fenced, SequenceGap, Unavailable
 from trajstore.log.flusher import Flusher
 from trajstore.log.keys import Keys
 from trajstore.log.run import TRAINER_GROUP
@@ -157,7 +157,7 @@ class World:
         winding_down: writers finish what they have and leave.
         calm: nothing goes wrong any more.
         hasten: materializers that publish a group without those that are late.
-        stale: trajectories whose summary the loser of a race could not mend.
+        stale: trajectories whose summary the loser of a race could not mend, or did not know that it had to.
     """
 
     def __init__(self, seed: int) -> None:
@@ -292,6 +292,8 @@ class World:
         def failed(flusher: Any, lane: Any, error: Any) -> None:
             self.ledger.errors[self.ledger.key_of(lane)] = error
             self._require_reason(lane, error)
+            if isinstance(error, Unavailable) and not lane.note and lane.in_question is not None:
+                self.stale.add(lane.id)  # it may have been refused, and its writer gave up before it knew
             fail(flusher, lane, error)
 
         def repaired(store: Any, id: str) -> None:

@@ -488,6 +488,8 @@ class Flusher:
                     with self._lock:
                         lane.write_again(batches, acked, head=head, now=time.monotonic())
                         self._schedule(lane)
+                case Resend(creates=True) if head is not None:
+                    head.creates = True
                 case Renumber(number, creates):
                     with self._lock:
                         lane.renumber(number, creates=creates, now=time.time())
@@ -572,12 +574,12 @@ class Flusher:
             self._undecided.discard(lane)
             self._failed[lane.id, lane.note] = error
             self._counts.failed[type(error).__name__] += 1
-            if error not in self._unreported:
+            if lane.after is None or lane.after.error is not error:  # else it is its trajectory's, and one failure
                 self._unreported.append(error)
             self._buffered -= lane.fail(error, time.monotonic())
             self._progress += 1
             self._room.notify_all()
-            alone = [one for one in self._lanes if one.after is lane and one.busy] if lane.acked is None else []
+            alone = [one for one in lane.notes() if one.busy] if lane.acked is None else []
         for one in alone:
             self._fail(one, error)
 

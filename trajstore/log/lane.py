@@ -1,7 +1,8 @@
 """One handle's queue of events on their way to the log. Plain state; the flusher owns it and its lock guards it."""
 
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -82,6 +83,13 @@ class Lane:
         self.since: float | None = None
         self.scheduled = False
         self.waiters: list[tuple[int, Waiter]] = []
+        self._noted: list[weakref.ref[Lane]] = []  # weak, for a lane ends with its handle
+        if after is not None:
+            after._noted.append(weakref.ref(self))
+
+    def notes(self) -> Iterator["Lane"]:
+        """The lanes that come after this one."""
+        return (lane for lane in (ref() for ref in self._noted) if lane is not None)
 
     @property
     def busy(self) -> bool:

@@ -77,10 +77,15 @@ class Nothing:
 
 @dataclass(frozen=True, slots=True)
 class Resend:
-    """Send these batches, in this order, the same bytes; what was acknowledged ends with `acked`."""
+    """Send these batches, in this order, the same bytes; what was acknowledged ends with `acked`.
+
+    Attributes:
+        creates: the first of them, a note, may make the stream, which is not there any more.
+    """
 
     batches: Sequence[Batch]
     acked: EventId | None
+    creates: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +145,8 @@ def judge(
     told_so = holds_open or head is not None  # is fenced below
     if not told_so and kept and acked is not None and seen.last > acked and _is_gone(kept[-1], seen, archive):
         return _lost(id, seen, acked, _WITHOUT)
+    if not told_so and acked is not None and seen.last > acked and _is_anothers(id, seen, acked, acked_nonce, archive):
+        return _lost(id, seen, acked, _WITHOUT)
     if seen.last > held or (head is not None and seen.last == head.at):
         return _fenced(id, held, seen.last) if head is not None or holds_open else Nothing()
     if acked is not None and None not in (seen.first_nonce, acked_nonce) and seen.first_nonce != acked_nonce:
@@ -164,14 +171,17 @@ def judge(
 
 
 def judge_note(head: Batch, seen: Seen, archive: ArchiveIndex) -> Verdict:
-    """Decide for a note. Notes fence nobody: one whose number is taken gets the next."""
+    """Decide for a note. Notes fence nobody: one whose number is taken gets the next.
+
+    One that went out keeps its number and its bytes where it can: it may yet arrive, and then one of both is refused.
+    """
     if seen.at_head is not None and seen.at_head == head.entry:
         return Landed()
     if _is_copy(archive.note(head.id, head.at), head):
         return Landed()
     newest = max(seen.last.epoch if seen.last is not None else 0, archive.last_note(head.id))
-    if newest < head.at.epoch and (seen.last is not None or head.creates):
-        return Resend([head], None)
+    if newest < head.at.epoch and (seen.last is not None or head.creates or head.sent):
+        return Resend([head], None, creates=seen.last is None)
     return Renumber(newest + 1, creates=seen.last is None)
 
 
@@ -209,7 +219,7 @@ def _without_stream(
 
 
 def _was_archived(id: str, acked: EventId, nonce: int | None, archive: ArchiveIndex) -> bool:
-    """The entry is archived, or a newer one is: of a deleted trajectory the archive tells its tombstone only.
+    """The entry is archived, or a newer one is and none before: of a deleted trajectory it tells its tombstone only.
 
     Not if another writer's has its id, which was written anew where a server had lost this one.
     """
@@ -217,7 +227,7 @@ def _was_archived(id: str, acked: EventId, nonce: int | None, archive: ArchiveIn
     if copy is not None:
         return nonce in (None, copy.nonce)
     newest = archive.last_entry(id)
-    return newest is not None and newest > acked
+    return newest is not None and newest > acked and archive.entry(id, EventId(1, 0)) is None
 
 
 def _after_loss(
@@ -241,6 +251,15 @@ def _is_gone(newest: Batch, seen: Seen, archive: ArchiveIndex) -> bool:
     """The newest batch that a server crash might have lost is not in the log, was not archived, and is not deleted."""
     archived = _was_archived(newest.id, newest.at, newest.turn.nonce, archive)
     return seen.at_head != newest.entry and not seen.is_deleted and not archived
+
+
+def _is_anothers(id: str, seen: Seen, acked: EventId, acked_nonce: int | None, archive: ArchiveIndex) -> bool:
+    """The epoch of the acknowledged entry was written anew by another, which its next one would follow unrefused."""
+    nonce = seen.first_nonce
+    if nonce is None and seen.last is not None and seen.last.epoch == acked.epoch:  # it was trimmed
+        copy = archive.entry(id, EventId(acked.epoch, 0))
+        nonce = copy.nonce if copy is not None else None
+    return not seen.is_deleted and None not in (nonce, acked_nonce) and nonce != acked_nonce
 
 
 def _lost(id: str, seen: Seen, acked: EventId, what: str) -> Refused:
