@@ -62,8 +62,6 @@ class Job:
         self._former: list[Any] = []
         self._trained: set[str] = set()
         self._decided: set[str] = set()
-        self._bound: set[tuple[str, int]] = set()
-        self._chosen: dict[str, tuple[str, set[str]]] = {}
         self._seen: set[tuple[str, int]] = set()
         self._touched: list[tuple[int, str]] = []
         self._streams = {invariants.keys.ready(p).encode(): p for p in range(invariants.keys.partitions)}
@@ -150,13 +148,7 @@ class Job:
             assert (name, group.version) in self._seen, f"{name} version {group.version} is in no durable checkpoint"
             returns = group.late or any(one.status == "aborted" for one in group.members)
             decided = name in self._trained or name in self._decided
-            decided |= (name, group.version) in self._bound and self._was_decided_on_what_is_gone(name)
             assert returns or decided or name in self.unsure, f"{name} was passed over, and nobody has decided on it"
-
-    def _was_decided_on_what_is_gone(self, name: str) -> bool:
-        """No checkpoint has the decision, and nobody decides anew: all members of its entry were deleted."""
-        place, members = self._chosen.get(name, ("", {""}))
-        return place not in self.settled and members <= self.invariants.deleted
 
     def _had_by_heir(self, number: int) -> set[str]:
         """What the server has given to the rank that has this place."""
@@ -175,9 +167,7 @@ class Job:
         name = self._name_of(record["entry"])
         if name is not None:
             self._seen.add((name, record["version"]))
-            if record["why"] == _DECIDED:
-                self._bound.add((name, record["version"]))
-            elif record["why"] not in _COMES_AGAIN:
+            if record["why"] not in (*_COMES_AGAIN, _DECIDED):
                 self._decided.add(name)
 
     def _name_of(self, place: str) -> str | None:
@@ -201,10 +191,6 @@ class Job:
         names = [name_of(group) for group in found if group is not None]
         if name == b"SET" and b":chosen:" in key:
             names = [key.rpartition(b":")[2].decode()]
-            partition, _, at = command[2].partition(b"/")
-            about = groups.get((int(partition), _id(at)))
-            if reply == b"OK" and about is not None:
-                self._chosen[names[0]] = command[2].decode(), {one.id for one in about.members}
         self._touched += [(self.invariants.server.ms, one) for one in names]
 
 
