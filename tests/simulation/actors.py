@@ -448,8 +448,7 @@ def checker(world: "World", process: Process) -> None:
         if id in world.invariants.log:
             assert id in listed, f"{id} is not listed"
             wanted = "deleted" if id in world.invariants.deleted else store.plan(id).history.status
-            left = id in world.stale and not listed[id].has_open_segment  # by the loser of a race, and nobody mends it
-            assert listed[id].status == wanted or left, f"{id} is listed as {listed[id]}"
+            assert listed[id].status == wanted, f"{id} is listed as {listed[id]}"
     backlog = store.backlog()
     strays = any(world.invariants.lost.get(id) and id not in world.invariants.log for id in world.ids)
     assert strays or (backlog.trajectories, backlog.nbytes, backlog.seconds) == (0, 0, 0.0), backlog
