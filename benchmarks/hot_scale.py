@@ -68,7 +68,11 @@ def opened(folder: Path, **options: Any) -> Iterator[trajstore.Store]:
 
 
 def tidy(store: trajstore.Store) -> None:
-    """Bring the server's append-only file down to what the server holds, and wait until nothing of that is going on."""
+    """Bring the server's append-only file down to what it holds, and its memory too; wait until all that is over.
+
+    FLUSHDB gives freed memory back to the system; UNLINK leaves it to whoever writes next, and saves it page faults.
+    """
+    store.wire.call("MEMORY", "PURGE")
     store.wire.call("BGREWRITEAOF")
     while any(info_fields(store.wire.call("INFO", "persistence"))[name] != "0" for name in _REWRITING):
         time.sleep(0.02)

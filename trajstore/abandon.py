@@ -47,7 +47,8 @@ def sweep(store: Store, partitions: Iterable[int], *, after: float, created_afte
         key = store.keys.quiet(partition)
         flat = store.wire.call("HGETALL", key)
         known = {id.decode(): text.decode() for id, text in zip(flat[::2], flat[1::2], strict=True)}
-        quiet_now = {one.id: one for one in store.hot.summaries(partition) if one.has_open_segment or _is_bare(one)}
+        summaries = store.hot.summaries(partition, on_unreadable=lambda _, error: log.warning("%s", error))
+        quiet_now = {one.id: one for one in summaries if one.has_open_segment or _is_bare(one)}
         changed: list[str | int] = []
         bare: list[str] = []
         for summary in quiet_now.values():

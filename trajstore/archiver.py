@@ -23,6 +23,7 @@ from trajstore.log.feed import ARCHIVER, FeedFollower, Hint, worker_name
 from trajstore.log.flusher import FSYNC_HORIZON
 from trajstore.log.lease import Lease
 from trajstore.log.wire import server_info
+from trajstore.mending import mend_summaries
 from trajstore.pulse import Pulse
 from trajstore.store import Store
 
@@ -326,6 +327,7 @@ class Archiver:
             waiting = self._waiting.get(partition)
             if waiting is None:
                 continue
+            self._mend(partition)
             swept = sweep(self._store, [partition], after=self._abandon_seconds, created_after=created_after)
             self.done.abandoned += swept.closed
             fresh = [id for id in swept.created.get(partition, ()) if id not in waiting]
@@ -333,6 +335,25 @@ class Archiver:
             self._look({(partition, id): [] for id in fresh[:room]})
             if len(fresh) > room:
                 self._next_sweep = 0.0
+
+    def _mend(self, partition: int) -> None:
+        try:
+            mended = mend_summaries(self._store, self._archive.manifest(partition), partition)
+        except (SchemaError, Corrupt) as error:  # of its manifest; `verify` tells of it
+            log.warning(
+                "summaries of partition %d are not compared with the archive: %s",
+                partition,
+                error,
+                extra={"event": "summaries-unseen", "partition": partition},
+            )
+        else:
+            if mended:
+                log.info(
+                    "%d summaries of partition %d were wrong and are written anew",
+                    mended,
+                    partition,
+                    extra={"event": "summaries-mended", "partition": partition},
+                )
 
     def _look(self, fresh: Mapping[tuple[int, str], Sequence[Hint]]) -> None:
         """First look at trajectories of which these hints tell."""

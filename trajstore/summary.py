@@ -132,9 +132,13 @@ def _mixes(label: str, spans: Sequence[WeightVersionSpan]) -> bool:
     return len(versions) > 1
 
 
-def summarize(id: str, events: list[Event]) -> Summary | None:
-    """The summary of a whole log; None if there is nothing to summarize. Unknown events change nothing."""
-    summary: Summary | None = None
+def summarize(id: str, events: Sequence[Event], *, after: Summary | None = None) -> Summary | None:
+    """The summary of a whole log; None if there is nothing to summarize. Unknown events change nothing.
+
+    Args:
+        after: the summary of all that comes before these events.
+    """
+    summary = after
     for event in events:
         if isinstance(event.header, Header):
             summary = advance(summary, id, event.at, event.time, event.header)

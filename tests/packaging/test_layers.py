@@ -12,6 +12,7 @@ LAYERS = (
     {
         "archiver",
         "abandon",
+        "mending",
         "materializer",
         "ready",
         "ready_follower",

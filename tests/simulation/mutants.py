@@ -270,6 +270,9 @@ MUTANTS = {
     "an archiver closes what was gone on with": Mutant(
         "trajstore.abandon", "        if not handle._is_at(now.last):", "        if False:"
     ),
+    "summaries are not compared with the archive": Mutant(
+        "trajstore.archiver", "            self._mend(partition)\n", ""
+    ),
     "an archiver waits for room to look around": Mutant(
         "trajstore.abandon", "                return Swept(closed, created)\n", "                raise\n"
     ),

@@ -1,13 +1,13 @@
 """Reading the hot log: entries, notes, payloads and summaries of one run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from trajstore.crc import crc32
 from trajstore.entries import Buffer, Entry, Event, check_payload, decode_entry, decode_known
-from trajstore.errors import Corrupt
+from trajstore.errors import Corrupt, SchemaError
 from trajstore.events import EventId
 from trajstore.limits import EVENT_BYTES
 from trajstore.log.batch import payload_field
@@ -140,12 +140,29 @@ class HotReader:
         reply = self._wire.call("HGET", self._keys.summaries(self._keys.partition(id)), id)
         return None if reply is None else decode_summary(reply)
 
-    def summaries(self, partition: int) -> Iterator[Summary]:
-        """All summaries of a partition, in no order; one may come twice."""
+    def summaries(
+        self, partition: int, *, on_unreadable: Callable[[str, SchemaError], None] | None = None
+    ) -> Iterator[Summary]:
+        """All summaries of a partition, in no order; one may come twice.
+
+        Args:
+            on_unreadable: hears of one that cannot be read, by its trajectory's id, instead of an error.
+
+        Raises:
+            SchemaError: one cannot be read.
+        """
         cursor = b"0"
         while True:
             cursor, flat = self._wire.call("HSCAN", self._keys.summaries(partition), cursor, "COUNT", _PAGE)
-            yield from (decode_summary(data) for data in flat[1::2])
+            for id, data in zip(flat[::2], flat[1::2], strict=True):
+                try:
+                    summary = decode_summary(data)
+                except SchemaError as error:
+                    if on_unreadable is None:
+                        raise
+                    on_unreadable(id.decode(errors="replace"), error)
+                else:
+                    yield summary
             if cursor == b"0":
                 return
 
