@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import msgspec
 
@@ -23,7 +24,7 @@ from trajstore.log.feed import ARCHIVER, FeedFollower, Hint, worker_name
 from trajstore.log.flusher import FSYNC_HORIZON
 from trajstore.log.lease import Lease
 from trajstore.log.wire import server_info
-from trajstore.mending import mend_summaries
+from trajstore.mending import Mending
 from trajstore.pulse import Pulse
 from trajstore.store import Store
 
@@ -118,6 +119,7 @@ class Archiver:
         self._pack_bytes = pack_bytes
         self._pack_seconds = pack_seconds
         self._abandon_seconds = abandon_seconds
+        self._looks_around_every = min(abandon_seconds / 4, 3600.0)
         self._grace_seconds = grace_seconds
         self._heard = on_step
         self._lease_seconds = lease_seconds
@@ -135,6 +137,7 @@ class Archiver:
             every=lease_seconds / 3,
             on_step=self._on_step,
         )
+        self._mending = Mending(store, every=self._looks_around_every)
         self._compacts = compact
         self._next_lease = self._next_renewal = self._next_sweep = self._next_compaction = 0.0
         self._cleared = False
@@ -210,8 +213,7 @@ class Archiver:
         self._notice(hints)
         idle = not hints
         for partition in list(self._waiting):
-            self._stay()
-            if partition not in self._waiting:
+            if not self._holds(partition):
                 continue
             ripe = self._ripe(partition, at_once=once)
             idle &= not ripe
@@ -223,8 +225,10 @@ class Archiver:
                     self._refuse_partition(partition, ripe, error)
                 self.done.seconds += time.perf_counter() - begun
         if now >= self._next_sweep:
-            self._next_sweep = now + min(self._abandon_seconds / 4, 3600.0)
+            self._next_sweep = now + self._looks_around_every
             self._sweep(created_after=0.0 if once else self._abandon_seconds)
+        if not stopped.is_set():
+            self._mend(at_once=once)
         if self._compacts and idle and not once and now >= self._next_compaction and not stopped.is_set():
             step = self._idle.step(list(self._waiting))
             self.done.compactions += step.compactions
@@ -268,6 +272,11 @@ class Archiver:
         for partition in list(self._waiting):
             if not self._lease.renew(partition):
                 self._drop(partition)
+
+    def _holds(self, partition: int) -> bool:
+        """Whether the partition is still this archiver's, whose leases are renewed if it is time."""
+        self._stay()
+        return partition in self._waiting
 
     def _renew(self, partition: int) -> bool:
         """What a long compaction asks for in between."""
@@ -327,8 +336,11 @@ class Archiver:
             waiting = self._waiting.get(partition)
             if waiting is None:
                 continue
-            self._mend(partition)
-            swept = sweep(self._store, [partition], after=self._abandon_seconds, created_after=created_after)
+            try:
+                swept = sweep(self._store, [partition], after=self._abandon_seconds, created_after=created_after)
+            except (SchemaError, Corrupt) as error:  # what lies there is nobody's
+                log.warning("%s", error, extra={"event": "abandon-failed", "partition": partition})
+                continue
             self.done.abandoned += swept.closed
             fresh = [id for id in swept.created.get(partition, ()) if id not in waiting]
             room = max(0, _LOOKED_AT - len(waiting))
@@ -336,24 +348,13 @@ class Archiver:
             if len(fresh) > room:
                 self._next_sweep = 0.0
 
-    def _mend(self, partition: int) -> None:
-        try:
-            mended = mend_summaries(self._store, self._archive.manifest(partition), partition)
-        except (SchemaError, Corrupt) as error:  # of its manifest; `verify` tells of it
-            log.warning(
-                "summaries of partition %d are not compared with the archive: %s",
-                partition,
-                error,
-                extra={"event": "summaries-unseen", "partition": partition},
-            )
-        else:
-            if mended:
-                log.info(
-                    "%d summaries of partition %d were wrong and are written anew",
-                    mended,
-                    partition,
-                    extra={"event": "summaries-mended", "partition": partition},
-                )
+    def _mend(self, *, at_once: bool) -> None:
+        """Compare summaries with the archive: the next page of each partition, or all of them."""
+        for partition in list(self._waiting):
+            more = True
+            while more and self._holds(partition):
+                manifest = self._archive.manifest(partition)
+                more = self._mending.step(partition, manifest, stay=partial(self._holds, partition)) and at_once
 
     def _look(self, fresh: Mapping[tuple[int, str], Sequence[Hint]]) -> None:
         """First look at trajectories of which these hints tell."""
@@ -399,8 +400,7 @@ class Archiver:
         server = self._server(partition)
         parts: list[Part] = []
         for id in ripe:
-            self._stay()
-            if partition not in self._waiting:
+            if not self._holds(partition):
                 return
             look = self._waiting[partition].pop(id)
             if look.server != server:  # it restarted: what it came back with must ripen anew

@@ -2,97 +2,127 @@
 
 The loser of a race was cut off before it could take its own back, or a request that its sender had long given up laid
 an older one over the newest. The archive has a summary with everything that it holds, so this reads no log but what is
-younger than that.
+younger than that. It is done a page at a time, for whoever archives has more urgent things to do.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator
-from itertools import islice
+import time
+from collections.abc import Callable
 
 from trajstore.archive.archived import Archived
 from trajstore.archive.manifest import Manifest
-from trajstore.errors import Corrupt, SchemaError, StoreFull
+from trajstore.errors import Corrupt, SchemaError
 from trajstore.events import EventId
 from trajstore.log.stream import stream_last_id
 from trajstore.store import Store
 from trajstore.summary import Summary, summarize
 
-__all__ = ["mend_summaries"]
+__all__ = ["Mending"]
 
 log = logging.getLogger(__name__)
 
-_PAGE = 500
+_PAGE = 100
+
+_REMEMBERED = 1 << 17
+"""Summaries that are known to be right, at most: of these the archive is not asked again."""
 
 
-def mend_summaries(store: Store, manifest: Manifest, partition: int) -> int:
-    """Write the wrong summaries of one partition anew, of trajectories that the archive knows; returns how many.
+class Mending:
+    """Compares the summaries of partitions that an archiver holds, each partition's as often as is given.
 
-    So are those that nobody can read. One that says that a segment stands open, above what is archived, is left to
-    `abandon.sweep`.
-
-    Raises:
-        Unavailable: the server did not answer.
-        Corrupt, SchemaError: the manifest cannot be read.
+    Args:
+        store: of the run; has an archive.
+        every: seconds from the end of one comparison to the next.
     """
-    manifest.refresh()
-    mended = 0
-    unreadable: list[str] = []
-    summaries = store.hot.summaries(partition, on_unreadable=lambda of, _: unreadable.append(of))
-    with contextlib.suppress(StoreFull):  # draining the server comes first
-        while page := list(islice(summaries, _PAGE)):
-            for summary in _wrong(store, manifest, page):
-                _mend(store, summary.id)
-                mended += store.hot.summary(summary.id) != summary
-        for id in unreadable:
-            _mend(store, id)
-            mended += 1
-    return mended
 
+    def __init__(self, store: Store, *, every: float) -> None:
+        self._store = store
+        self._every = every
+        self._next: dict[int, float] = {}  # when each partition is to be compared again
+        self._cursors: dict[int, bytes] = {}  # of those that are being compared
+        self._right: set[int] = set()  # hashes of summaries, with their streams' newest ids
 
-def _mend(store: Store, id: str) -> None:
-    try:
-        store.repair_summary(id)
-    except (Corrupt, SchemaError) as error:
-        log.warning("%s: %s", id, error, extra={"event": "summary-stale", "trajectory": id})
+    def step(self, partition: int, manifest: Manifest, *, stay: Callable[[], bool]) -> bool:
+        """Compare the next page of a partition, if it is time; True if there is more.
 
+        Summaries that nobody can read are written anew, too. One that says that a segment stands open above what is
+        archived is left to `trajstore.abandon`.
 
-def _wrong(store: Store, manifest: Manifest, page: list[Summary]) -> Iterator[Summary]:
-    """Those that are not what archive and log say."""
-    known: list[tuple[Summary, Archived]] = []
-    for summary in page:
+        Args:
+            stay: asked before each trajectory; False to stop.
+        """
+        if time.monotonic() < self._next.get(partition, 0.0):
+            return False
         try:
-            archived = manifest.find(summary.id)
-        except Corrupt:
-            continue
-        if archived.last is not None and archived.summary is not None:
-            known.append((summary, archived))
-    infos = store.wire.exchange([("XINFO", "STREAM", store.keys.entries(summary.id)) for summary, _ in known])
-    for (summary, archived), info in zip(known, infos, strict=True):
-        last = stream_last_id(info)
-        if last is None or not _tells(summary, _right(store, archived, summary, last)):
-            yield summary
+            manifest.refresh()
+            cursor, page = self._store.hot.summaries_from(partition, self._cursors.get(partition), count=_PAGE)
+            self._compare(manifest, page, stay)
+        except (OSError, Corrupt, SchemaError) as error:  # it is hints: what else there is to do goes on
+            cursor = b"0"
+            log.warning(
+                "summaries of partition %d are not compared with the archive for now: %s",
+                partition,
+                error,
+                extra={"event": "summaries-unseen", "partition": partition},
+            )
+        if cursor != b"0":
+            self._cursors[partition] = cursor
+            return True
+        self._cursors.pop(partition, None)
+        self._next[partition] = time.monotonic() + self._every
+        return False
 
+    def _compare(
+        self, manifest: Manifest, page: list[tuple[str, Summary | SchemaError]], stay: Callable[[], bool]
+    ) -> None:
+        commands = [("XINFO", "STREAM", self._store.keys.entries(id)) for id, _ in page]
+        for (id, found), info in zip(page, self._store.wire.exchange(commands), strict=True):
+            if not stay():
+                return
+            try:
+                last = stream_last_id(info)
+                if not isinstance(found, Summary):
+                    self._repair(id, None)
+                elif hash((found, last)) not in self._right:
+                    wrong = self._is_wrong(found, manifest.find(id), last)
+                    # A repair leaves it as it was where an older version archived it, whose summaries say less.
+                    if wrong is False or (wrong and self._repair(id, found) == found):
+                        self._remember(hash((found, last)))
+            except (Corrupt, SchemaError) as error:  # of one trajectory
+                log.warning(
+                    "the summary of %s may be out of date: %s",
+                    id,
+                    error,
+                    extra={"event": "summary-stale", "trajectory": id},
+                )
 
-def _right(store: Store, archived: Archived, summary: Summary, last: EventId) -> Summary | None:
-    """The summary of all that there is up to the newest entry; what was found, where it is as good."""
-    assert archived.last is not None
-    if last == archived.last:
-        return archived.summary
-    if last < archived.last or summary.has_open_segment:  # the server lost something; or a writer is at work
-        return summary
-    try:
-        entries, _ = store.hot.read(summary.id)
+    def _is_wrong(self, found: Summary, archived: Archived, last: EventId | None) -> bool | None:
+        """Whether archive and log say otherwise; None while that cannot be told without reading all of the log."""
+        if archived.last is None:
+            return None
+        if last is None:  # it was let go, and its summary with it
+            return True
+        if last <= archived.last:
+            return found != archived.summary
+        if found.has_open_segment:  # a writer is at work
+            return None
+        entries, _ = self._store.hot.read(found.id)
         events = [event for entry in entries if entry.at > archived.last for event in entry.events()]
-    except (Corrupt, SchemaError):
-        return summary
-    return summarize(summary.id, events, after=archived.summary)
+        return found != summarize(found.id, events, after=archived.summary)
 
+    def _repair(self, id: str, found: Summary | None) -> Summary | None:
+        right = self._store.repair_summary(id)
+        if right != found:
+            log.info(
+                "the summary of %s was wrong: %s, and is now %s",
+                id,
+                "nothing that can be read" if found is None else f"{found.status} at {found.last}",
+                "gone" if right is None else f"{right.status} at {right.last}",
+                extra={"event": "summary-mended", "trajectory": id},
+            )
+        return right
 
-def _tells(summary: Summary, right: Summary | None) -> bool:
-    """Whether it says the same, but for the times."""
-    return right is not None and all(
-        getattr(summary, name) == getattr(right, name)
-        for name in Summary.__struct_fields__
-        if name not in ("created", "updated")
-    )
+    def _remember(self, one: int) -> None:
+        if len(self._right) >= _REMEMBERED:
+            self._right.clear()
+        self._right.add(one)

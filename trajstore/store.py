@@ -258,8 +258,8 @@ class Store(Archive):
             if self._server is not None:
                 self._server.leave()
 
-    def repair_summary(self, id: str) -> None:
-        """Write a trajectory's summary anew from its log: the loser of a race may have left its own.
+    def repair_summary(self, id: str) -> Summary | None:
+        """Write a trajectory's summary anew from its log, and return it: the loser of a race may have left its own.
 
         What became final and was archived and removed has its summary in the archive only; what retention has dropped,
         nowhere.
@@ -276,6 +276,7 @@ class Store(Archive):
                 self.wire.transaction([("HDEL", name, id)], watch=watch)
             elif summary is not None and EventId.parse(summary.last) >= last:
                 self.wire.transaction([("HSET", name, id, encode_summary(summary))], watch=watch)
+        return summary
 
     def backlog(self) -> Backlog:
         """What the hot log holds that is not archived yet, and how full the server is. Only looks; does not flush.

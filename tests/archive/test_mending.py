@@ -6,10 +6,14 @@ import pytest
 import trajstore
 from tests.archive.test_archiver import hot_entries, until
 from tests.builders import SPEC, rows
+from trajstore import archiver
+from trajstore import mending as module
+from trajstore.archive.archived import Archived
 from trajstore.archiver import Archiver
 from trajstore.errors import Corrupt
+from trajstore.mending import Mending
 from trajstore.reading import ALL_STATUSES
-from trajstore.summary import encode_summary
+from trajstore.summary import Summary, encode_summary
 
 
 @pytest.fixture
@@ -27,23 +31,23 @@ def archive(store, **options):
     return Archiver(store, **options).run(once=True)
 
 
-def aborted(store):
+def aborted(store, *, id="mine", trimmed=True):
     """A trajectory that can be gone on with, its summaries after each of its events; all of it is archived."""
     seen = []
-    trajectory = store.create(id="mine", group="g", routing=SPEC)
+    trajectory = store.create(id=id, group="g", routing=SPEC)
     with trajectory.segment(context=[1, 2], weight_version="v1") as segment:
         store.flush()
-        seen += store.list()
+        seen.append(store.hot.summary(id))
         segment.tokens([3])
         segment.routing(rows(2), start=0)
         store.flush()
-        seen += store.list()
+        seen.append(store.hot.summary(id))
         segment.close("abort")
     trajectory.close("aborted")
     store.flush()
-    seen += store.list()
+    seen.append(store.hot.summary(id))
     archive(store)
-    assert hot_entries(store, "mine") == []
+    assert (hot_entries(store, id) == []) == trimmed
     return seen
 
 
@@ -69,6 +73,33 @@ def test_losers_summary_of_what_is_archived_is_mended(store, changes):
     wrong = leave(store, right, **changes)
     assert store.list(status=ALL_STATUSES) == [wrong]
     archive(store)
+    assert store.hot.summary("mine") == right
+
+
+def test_losers_summary_that_comes_again_is_mended_again(store):
+    *_, right = aborted(store)
+    mending = Mending(store, every=0.0)
+    for _ in range(2):
+        leave(store, right, weight_version="loser")
+        compare(store, mending)
+        assert store.hot.summary("mine") == right
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known to the archive"])
+def test_losers_summary_of_what_is_not_archived_yet_is_mended_once_it_is(store, known, monkeypatch):
+    monkeypatch.setattr(Archiver, "_mend", lambda *_, **__: None)
+    mending = Mending(store, every=0.0)
+    if known:
+        aborted(store)
+    trajectory = store.get("mine") if known else store.create(id="mine", routing=SPEC)
+    with trajectory.segment(context=[1, 2, 3]) as segment:
+        segment.tokens([4])
+    store.flush()
+    right = store.hot.summary("mine")
+    leave(store, right, finish_reason="")
+    compare(store, mending)
+    archive(store)
+    compare(store, mending)
     assert store.hot.summary("mine") == right
 
 
@@ -109,28 +140,113 @@ def test_summary_that_came_late_of_what_has_left_the_hot_log_goes(store, how):
     assert store.hot.summary("mine") is None
 
 
-def test_what_is_right_is_read_from_no_log(store, monkeypatch):
+def test_what_is_right_is_read_from_no_log_and_asked_of_the_archive_once(store, monkeypatch):
     aborted(store)
-    summary = store.hot.summary("mine")
+    asked = []
+    find = type(store.archive.manifest(0)).find
+    monkeypatch.setattr(type(store.archive.manifest(0)), "find", lambda of, mine: asked.append(mine) or find(of, mine))
     monkeypatch.setattr(store, "repair_summary", pytest.fail)
     monkeypatch.setattr(store.hot, "read", pytest.fail)
-    archive(store)
-    assert store.hot.summary("mine") == summary
+    mending = Mending(store, every=0.0)
+    compare(store, mending)
+    compare(store, mending)
+    assert asked == ["mine"]
 
 
-def test_partition_whose_manifest_is_damaged_stops_no_sweep(store, caplog, monkeypatch):
+def test_summary_whose_server_lacks_what_is_archived_is_mended(store):
+    """As after a failover to a replica that was behind."""
     *_, right = aborted(store)
-    leave(store, right, weight_version="loser")
-
-    def damaged(manifest):
-        raise Corrupt("record 1 cannot be read")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(type(store.archive.manifest(0)), "refresh", damaged)
-        Archiver(store)._mend(0)
-    assert "summaries of partition 0 are not compared with the archive: record 1" in caplog.text
+    stream = store.keys.entries("mine")
+    store.wire.call("UNLINK", stream)
+    store.wire.call("XADD", stream, "1-0", "e", "x")
+    store.wire.call("XTRIM", stream, "MAXLEN", 0)
+    leave(store, right, status="completed", last="9-0")
     archive(store)
     assert store.hot.summary("mine") == right
+
+
+def test_open_segment_that_somebody_writes_on_is_left_alone(store, monkeypatch):
+    aborted(store)
+    store.get("mine").segment(context=[1, 2, 3], weight_version="v2").tokens([4])
+    store.flush()
+    monkeypatch.setattr(store.hot, "read", pytest.fail)
+    monkeypatch.setattr(store, "repair_summary", pytest.fail)
+    compare(store, Mending(store, every=0.0))
+
+
+def test_what_is_archived_and_not_trimmed_yet_counts_once(store, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(archiver, "trim", lambda *_, **__: set())
+        aborted(store, trimmed=False)
+    with store.get("mine").segment(context=[1, 2, 3]) as segment:
+        segment.tokens([4])
+    store.flush()
+    monkeypatch.setattr(store, "repair_summary", pytest.fail)
+    compare(store, Mending(store, every=0.0))
+
+
+def test_what_an_older_version_archived_is_written_anew_no_more_than_once(store, monkeypatch):
+    """Its summary lacks what was counted only later, and that of the whole log has it."""
+    *_, right = aborted(store)
+    old = msgspec.structs.replace(right, nonfinite=7)
+    monkeypatch.setattr(Archived, "summary", property(lambda _: old))
+    repaired = []
+    repair = store.repair_summary
+    monkeypatch.setattr(store, "repair_summary", lambda of: repaired.append(of) or repair(of))
+    mending = Mending(store, every=0.0)
+    compare(store, mending)
+    compare(store, mending)
+    assert repaired == ["mine"]
+    assert store.hot.summary("mine") == right
+
+
+def test_many_are_compared_a_page_at_a_time_and_once_in_a_while(store, monkeypatch):
+    ids = [f"t{n}" for n in range(7)]
+    for id in ids:
+        aborted(store, id=id)
+    monkeypatch.setattr(module, "_PAGE", 2)
+    store.wire.call("CONFIG", "SET", "hash-max-listpack-entries", 1)
+    store.wire.call("HSET", store.keys.summaries(0), "of another kind", b"")  # now it is no list any more
+    store.wire.call("HDEL", store.keys.summaries(0), "of another kind")
+    right = {id: store.hot.summary(id) for id in ids}
+    for summary in right.values():
+        leave(store, summary, weight_version="loser")
+    mending = Mending(store, every=3600.0)
+    steps = compare(store, mending)
+    assert steps > 2
+    assert {id: store.hot.summary(id) for id in ids} == right
+    leave(store, right["t0"], weight_version="loser")
+    assert compare(store, mending) == 1, "not again so soon"
+    assert store.hot.summary("t0") != right["t0"]
+
+
+def test_whoever_has_lost_the_partition_stops(store):
+    right = {id: aborted(store, id=id)[-1] for id in ("a", "b", "c")}
+    for summary in right.values():
+        leave(store, summary, weight_version="loser")
+    asked = iter((True, False, False))
+    Mending(store, every=0.0).step(0, store.archive.manifest(0), stay=lambda: next(asked))
+    assert sum(store.hot.summary(id) == right[id] for id in right) == 1
+
+
+def test_archive_or_server_that_does_not_answer_holds_up_nothing_else(store, caplog, monkeypatch):
+    *_, right = aborted(store)
+    leave(store, right, weight_version="loser")
+    manifest = type(store.archive.manifest(0))
+    for error in (Corrupt("record 1 cannot be read"), trajstore.Unavailable("the slot is on its way"), OSError("disk")):
+        with monkeypatch.context() as patched:
+            patched.setattr(manifest if isinstance(error, Corrupt) else store, *_raising(error))
+            compare(store, Mending(store, every=0.0))
+        assert f"summaries of partition 0 are not compared with the archive for now: {error}" in caplog.text
+    archive(store)
+    assert store.hot.summary("mine") == right
+
+
+def _raising(error):
+    def fail(*_):
+        raise error
+
+    return ("refresh" if isinstance(error, Corrupt) else "repair_summary"), fail
 
 
 def test_summary_that_nobody_can_read_stops_no_archiver_and_is_written_anew(store):
@@ -142,12 +258,27 @@ def test_summary_that_nobody_can_read_stops_no_archiver_and_is_written_anew(stor
     assert store.list(status="aborted") == [right]
 
 
-def test_summary_of_a_log_that_nobody_can_read_stops_no_archiver(store, caplog):
-    aborted(store)
-    for key in (store.keys.entries("broken"), store.keys.entries("mine")):
-        store.wire.call("XADD", key, "9-0", "e", b"\xffno entry")
+def test_what_nobody_can_read_or_is_nobodys_stops_neither_archiving_nor_the_comparison_of_others(store, caplog):
+    right = {id: aborted(store, id=id)[-1] for id in ("foreign", "mine", "also")}
+    store.wire.call("UNLINK", store.keys.entries("foreign"))
+    store.wire.call("SET", store.keys.entries("foreign"), "a string")
+    store.wire.call("XADD", store.keys.entries("broken"), "9-0", "e", b"\xffno entry")
     store.wire.call("HSET", store.keys.summaries(0), "broken", b"\xffno summary")
+    store.wire.call("SET", store.keys.entries("bare"), "a string")
+    leave(store, Summary(id="bare", last="1-0"))
+    for id in ("mine", "also"):
+        leave(store, right[id], weight_version="loser")
     store.create(id="other")
     store.flush()
-    assert archive(store).packs == 1
-    assert "broken: " in caplog.text
+    assert archive(store).refused == 0
+    assert {id: store.hot.summary(id) for id in ("mine", "also")} == {id: right[id] for id in ("mine", "also")}
+    assert "the summary of broken may be out of date" in caplog.text
+    assert "the summary of foreign may be out of date" in caplog.text
+
+
+def compare(store, mending):
+    """Steps that a comparison of the whole partition took."""
+    steps = 1
+    while mending.step(0, store.archive.manifest(0), stay=lambda: True):
+        steps += 1
+    return steps

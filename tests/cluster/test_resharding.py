@@ -17,6 +17,7 @@ from tests.waiting import until
 from trajstore.archive.verify.verify import verify
 from trajstore.archiver import Archiver
 from trajstore.materializer import Materializer
+from trajstore.summary import encode_summary
 from trajstore_trainer.reader import TrajectoryReader
 
 OpenAt = Callable[..., trajstore.Store]
@@ -188,3 +189,40 @@ def test_half_moved_slot_holds_up_no_other_partition(cluster: Cluster, open_at: 
     lengths = {len(store.load(handle.id).token_ids) for handle in handles}
     assert len(lengths) == 1
     assert min(lengths) > 3
+
+
+def test_summary_that_cannot_be_mended_while_its_slot_moves_stops_no_archiver(
+    cluster: Cluster, open_at: OpenAt, tmp_path: Path
+) -> None:
+    """Of what has left the hot log, which can neither be watched here nor there while keys are on their way."""
+    store = open_at(cluster, archive=tmp_path / "archive", partitions=2)
+    names: dict[int, list[str]] = {partition: [] for partition in range(2)}
+    for number in range(20):
+        names[store.keys.partition(f"t{number}")].append(f"t{number}")
+    moving, staying = names[0][0], names[1][:2]
+
+    def finish(id: str) -> None:
+        with store.create(id=id).segment(context=[1]) as segment:
+            segment.tokens([2])
+        store.get(id).close("completed")
+        store.flush()
+
+    finish(moving)
+    summary = store.list(status="completed")[0]
+    Archiver(store, grace_seconds=0.001).run(once=True)
+    until(lambda: not store.wire.call("EXISTS", store.keys.entries(moving)), seconds=10.0)
+    store.wire.call("HSET", store.keys.summaries(0), moving, encode_summary(summary))
+    slot = key_slot(store.keys.summaries(0).encode())
+    target = next(node for node in cluster.nodes if node is not cluster._owner_of(slot))
+    waiting = list(staying)
+    packs: list[int] = []
+
+    def archive_the_others() -> None:
+        if waiting:
+            finish(waiting.pop())
+            packs.append(Archiver(store).run(once=True).packs)
+
+    cluster.move(slot, target, between=archive_the_others)
+    assert packs == [1, 1]
+    Archiver(store).run(once=True)
+    assert store.hot.summary(moving) is None

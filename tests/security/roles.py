@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import trajstore
@@ -20,6 +21,7 @@ from trajstore.log.feed import FeedTail
 from trajstore.materializer import Materializer
 from trajstore.recovery import recover
 from trajstore.status import RunLook
+from trajstore.summary import encode_summary
 from trajstore_replay import diagnose
 from trajstore_trainer.claims import Claims
 from trajstore_trainer.dataset import TrajectoryDataset
@@ -97,12 +99,18 @@ def _produce(url: str, timeout: float) -> None:
 
 
 def _archive(url: str, timeout: float) -> None:
-    """An archiver: everything ripe goes into a pack and out of the hot log, what was left alone is closed."""
+    """An archiver: everything ripe goes into a pack and out of the hot log, what was left alone is closed; a summary
+    that a lost race has left is written anew."""
     with trajstore.open(url, create=False, ack="fsync", timeout=timeout) as store:
+        assert store.archive is not None
+        old = store.archive.find("old-aborted").summary
+        assert old is not None
+        wrong = encode_summary(msgspec.structs.replace(old, weight_version="loser"))
+        store.wire.call("HSET", store.keys.summaries(0), "old-aborted", wrong)
         done = Archiver(store, lease_seconds=timeout, grace_seconds=60.0, abandon_seconds=0.0).run(once=True)
         assert (done.refused, done.waiting, done.abandoned) == (0, 0, 1)
-        assert store.archive is not None
         assert store.archive.find("a").parts
+        assert "loser" not in {one.weight_version for one in store.list(status="aborted")}
         store.repair_summary("a")
 
 

@@ -271,7 +271,7 @@ MUTANTS = {
         "trajstore.abandon", "        if not handle._is_at(now.last):", "        if False:"
     ),
     "summaries are not compared with the archive": Mutant(
-        "trajstore.archiver", "            self._mend(partition)\n", ""
+        "trajstore.archiver", "            self._mend(at_once=once)\n", "            pass\n"
     ),
     "an archiver waits for room to look around": Mutant(
         "trajstore.abandon", "                return Swept(closed, created)\n", "                raise\n"

@@ -96,7 +96,7 @@ class Flusher:
         horizon: float,
         archive: ArchiveIndex,
         on_connect: Callable[[], None],
-        on_refused: Callable[[str], None],
+        on_refused: Callable[[str], object],
     ) -> None:
         self.chance, self.slabs = Chance(), Slabs()
         self._wire = wire

@@ -141,7 +141,7 @@ class HotReader:
         return None if reply is None else decode_summary(reply)
 
     def summaries(
-        self, partition: int, *, on_unreadable: Callable[[str, SchemaError], None] | None = None
+        self, partition: int, *, on_unreadable: Callable[[str, SchemaError], object] | None = None
     ) -> Iterator[Summary]:
         """All summaries of a partition, in no order; one may come twice.
 
@@ -151,20 +151,34 @@ class HotReader:
         Raises:
             SchemaError: one cannot be read.
         """
-        cursor = b"0"
-        while True:
-            cursor, flat = self._wire.call("HSCAN", self._keys.summaries(partition), cursor, "COUNT", _PAGE)
-            for id, data in zip(flat[::2], flat[1::2], strict=True):
-                try:
-                    summary = decode_summary(data)
-                except SchemaError as error:
-                    if on_unreadable is None:
-                        raise
-                    on_unreadable(id.decode(errors="replace"), error)
-                else:
+        cursor: bytes | None = None
+        while cursor != b"0":
+            cursor, page = self.summaries_from(partition, cursor, count=_PAGE)
+            for id, summary in page:
+                if isinstance(summary, Summary):
                     yield summary
-            if cursor == b"0":
-                return
+                elif on_unreadable is not None:
+                    on_unreadable(id, summary)
+                else:
+                    raise summary
+
+    def summaries_from(
+        self, partition: int, cursor: bytes | None, *, count: int
+    ) -> tuple[bytes, list[tuple[str, Summary | SchemaError]]]:
+        """About so many summaries by id, or why one cannot be read, and where to go on; b"0" at the end.
+
+        Args:
+            cursor: where the last ones ended, None for the first.
+        """
+        at, flat = self._wire.call("HSCAN", self._keys.summaries(partition), cursor or b"0", "COUNT", count)
+        page: list[tuple[str, Summary | SchemaError]] = []
+        for id, data in zip(flat[::2], flat[1::2], strict=True):
+            try:
+                found: Summary | SchemaError = decode_summary(data)
+            except SchemaError as error:
+                found = error
+            page.append((id.decode(errors="replace"), found))
+        return at, page
 
     def ids(self, partition: int) -> Iterator[str]:
         """Ids of all trajectories with a stream in a partition, by scanning all keys of each server."""
