@@ -49,12 +49,12 @@ def sweep(store: Store, partitions: Iterable[int], *, after: float, created_afte
         known = {id.decode(): text.decode() for id, text in zip(flat[::2], flat[1::2], strict=True)}
         summaries = store.hot.summaries(partition, on_unreadable=lambda *_: None)  # see `mending`
         quiet_now = {one.id: one for one in summaries if one.has_open_segment or _is_bare(one)}
-        changed: list[str | int] = []
+        changed: list[Summary] = []
         bare: list[str] = []
         for summary in quiet_now.values():
             last, _, since = known.get(summary.id, "").partition(" ")
             if last != summary.last:
-                changed += [summary.id, f"{summary.last} {now}"]
+                changed.append(summary)
             if _is_bare(summary):
                 if (now - int(since) if last == summary.last else 0) >= created_after:
                     bare.append(summary.id)
@@ -63,8 +63,10 @@ def sweep(store: Store, partitions: Iterable[int], *, after: float, created_afte
         lengths = store.wire.call_all([("XLEN", store.keys.entries(id)) for id in bare])
         created[partition] = [id for id, length in zip(bare, lengths, strict=True) if length]  # else it is archived
         if changed:
+            read_at, _ = store.wire.call("TIME")  # what was read may be younger than `now`
+            marks = [part for one in changed for part in (one.id, f"{one.last} {int(read_at)}")]
             try:
-                store.wire.call("HSET", key, *changed)
+                store.wire.call("HSET", key, *marks)
             except StoreFull:  # draining the server comes first; the next sweep looks again
                 return Swept(closed, created)
         gone = [id for id in known if id not in quiet_now]

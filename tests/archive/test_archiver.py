@@ -507,6 +507,21 @@ def test_segment_that_moves_on_while_the_archiver_looks_at_it_is_not_abandoned(o
         assert writing.load("slow").token_ids.tolist() == [1, 2, 3, 4]
 
 
+def test_segment_that_moved_on_while_the_archiver_asked_is_quiet_only_since_then(durable, monkeypatch):
+    """Found by simulation seed 1441: it was closed early by as long as the first answer to the sweep took."""
+    segment = durable.create(id="slow", routing=SPEC).segment(context=[1, 2])
+    durable.flush()
+    call, times = durable.wire.call, iter((1000, 5000))
+    monkeypatch.setattr(
+        durable.wire, "call", lambda *command: [next(times), 0] if command[0] == "TIME" else call(*command)
+    )
+    sweep(durable, [0], after=3600.0, created_after=3600.0)
+    assert call("HGET", durable.keys.quiet(0), "slow") == b"2-0 5000"
+    times = iter((8000,))
+    assert sweep(durable, [0], after=3600.0, created_after=3600.0).closed == 0
+    segment.close("stop")
+
+
 def test_entry_that_was_written_anew_between_the_two_looks_must_ripen_anew():
     """Also where the server does not tell that it restarted, or another has taken its place."""
     now = [(EventId(epoch, 0), digest) for epoch, digest in ((1, "a"), (2, "another"), (3, "c"))]
