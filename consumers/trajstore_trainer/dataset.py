@@ -20,7 +20,6 @@ from trajstore.trajectory import Trajectory
 from trajstore_trainer.checkpoint import DatasetState, require_enough, require_own
 from trajstore_trainer.claims import Slot, slot_of
 from trajstore_trainer.counts import Counts
-from trajstore_trainer.decisions import Decisions
 from trajstore_trainer.filtered import Filtered, FilteredLog
 from trajstore_trainer.handing import Handing
 from trajstore_trainer.pinning import pinned
@@ -344,7 +343,6 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
             if info is not None:
                 self._worker, self._workers = Slot(self._rank, info.id), info.num_workers
             settling = self._settling  # asks the server; who has threads already would go on reading if that failed
-            decisions = Decisions(store.wire, store.keys, consumers=self._group)
             self._session = Session(
                 store,
                 group=self._group,
@@ -354,7 +352,6 @@ class TrajectoryDataset(IterableDataset[ReadyTrajectories]):
                 lease=self._lease,
                 prefetch_groups=self._prefetch_groups,
                 prefetch_bytes=self._prefetch_bytes,
-                when_gone=decisions.withdraw if self._checkpoints else None,
             )
             self._handing = Handing(
                 store,

@@ -5,11 +5,9 @@ been trained on without that member, or was dropped because of it, other entries
 come in the order in which they were published: one rank may have read the earlier ahead and use it last.
 """
 
-from collections.abc import Iterable
-
 from trajstore.log.keys import Keys
 from trajstore.log.wire import Wire
-from trajstore.ready import Delivery, assembly_name
+from trajstore.ready import assembly_name
 from trajstore_trainer.reader import ReadyTrajectories
 from trajstore_trainer.selection import DECIDED, Verdict
 
@@ -54,22 +52,6 @@ class Decisions:
         if chosen in (None, entry):
             return verdict
         return Verdict([], {member.id: DECIDED for member in members}, DECIDED)
-
-    def withdraw(self, gone: Iterable[Delivery]) -> None:
-        """What was decided on these entries holds no longer: no checkpoint has them, and nothing is left of them.
-
-        Only members that were late can come to a group of which nothing is left.
-
-        Raises:
-            Unavailable: the server does not answer; withdraw again.
-        """
-        for delivery in gone:
-            group = delivery.group
-            if group.late and group.group is not None:
-                key = self._keys.chosen(group.group, self._consumers)
-                with self._wire.watching(key) as watch:  # a request that arrives late must not undo a later decision
-                    if watch.session.exchange([("GET", key)]) == [str(delivery.place).encode()]:
-                        self._wire.transaction([("UNLINK", key)], watch=watch)
 
 
 def _assembly_name(ready: ReadyTrajectories) -> str | None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, cast
@@ -55,7 +55,6 @@ class TrajectoryReader:
             name that nobody had.
         claim_seconds: how long a consumer may have something before others take it over; more than from one `take` to
             the next, or to `acknowledge`. None: this reader takes nothing over.
-        when_gone: told of entries all of whose members were deleted, before they are acknowledged; may be told again.
 
     Attributes:
         deleted: members that were published, and deleted before this reader came to them. A group lacks them; an entry
@@ -69,12 +68,10 @@ class TrajectoryReader:
         group: str = TRAINER_GROUP,
         consumer: str | None = None,
         claim_seconds: float | None = 300.0,
-        when_gone: Callable[[Sequence[Delivery]], None] | None = None,
     ) -> None:
         self._store = store
         self._group = group
         self._claim_seconds = claim_seconds
-        self._when_gone = when_gone
         self._queue = ReadyFollower(store.wire, store.keys, group, consumer or worker_name())
         self._former = dict.fromkeys(range(store.partitions if consumer else 0), "0-0")
         self._held: list[Delivery] = []
@@ -193,8 +190,6 @@ class TrajectoryReader:
         taken = self._held[:groups]
         deleted, ready = self._read(taken)
         gone = [one for one in ready if deleted.issuperset(member.id for member in one.delivery.group.members)]
-        if gone and self._when_gone is not None:
-            self._when_gone([one.delivery for one in gone])
         self.acknowledge(gone)
         del self._held[: len(taken)]
         self.deleted += sum(member.id in deleted for one in taken for member in one.group.members)

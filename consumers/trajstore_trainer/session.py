@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 from trajstore.errors import Unavailable
 from trajstore.events import EventId
@@ -39,7 +39,6 @@ class Session:
         may_take_over: asked about a silent consumer with its name.
         lease: seconds after which a silent consumer counts as dead.
         prefetch_groups, prefetch_bytes: how far it reads ahead; it stops at either.
-        when_gone: as of `TrajectoryReader`; called by the reading thread.
 
     Attributes:
         consumer: its name.
@@ -59,15 +58,12 @@ class Session:
         lease: float,
         prefetch_groups: int,
         prefetch_bytes: int,
-        when_gone: Callable[[Sequence[Delivery]], None] | None = None,
     ) -> None:
         self.consumer = consumer_name(slot)
         self.handed: dict[EntryPlace, Filtered | None] = {}
         self.taken_over = 0
         self.again = 0
-        self._reader = TrajectoryReader(
-            store, group=group, consumer=self.consumer, claim_seconds=None, when_gone=when_gone
-        )
+        self._reader = TrajectoryReader(store, group=group, consumer=self.consumer, claim_seconds=None)
         self._claims = Claims(store.wire, store.keys, group=group, consumer=self.consumer, lease=lease)
         self._is_predecessor = is_predecessor
         self._may_take_over = may_take_over

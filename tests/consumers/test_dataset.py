@@ -18,7 +18,6 @@ from tests.consumers.rollouts import finish, look, materialize, wait_until
 from tests.log.proxy import FaultyProxy
 from trajstore.store import Store
 from trajstore_trainer import Selection, TrajectoryDataset, TrajectoryReader, padded_batch
-from trajstore_trainer.decisions import Decisions
 
 pytestmark = pytest.mark.torch
 
@@ -354,43 +353,6 @@ def test_what_a_process_of_an_ended_job_reads_late_is_taken_over_by_whoever_has_
     late.close()
     assert "g2" in take(heir, 2)
     assert heir.counts.taken_over == 1
-
-
-@pytest.mark.parametrize("late", ["rest", "drop"])
-def test_decision_that_is_in_no_checkpoint_goes_with_the_members_it_was_about(store, dataset, late):
-    """Its entry comes to nobody any more, so nobody would decide on it anew."""
-    early = finish(store, group="g", group_size=2)
-    materialize(store, group_seconds=0)
-    options = {"checkpoints": True, "selection": Selection(late=late, unfit="rest", min_members=1)}
-    first = dataset(**options)
-    first._timeout = 0.4
-    with suppress(TimeoutError):
-        next(iter(first))
-    assert first.state_dict()["entries"], "handed out, or dropped"
-    first.close()
-    store.delete(early.id)
-    came = finish(store, group="g", group_size=2)
-    materialize(store)
-    (ready,) = islice(dataset(**options), 1)
-    assert [one.id for one in ready.trajectories] == [came.id]
-
-
-def test_decision_that_another_has_made_meanwhile_is_not_taken_back(store, monkeypatch):
-    """A request to take one back may arrive long after its sender has given it up."""
-    finish(store, group="g", group_size=2)
-    materialize(store, group_seconds=0)
-    (ready,) = TrajectoryReader(store, consumer="dead").take(1, timeout=10.0)
-    key = store.keys.chosen("g", "trainer")
-    store.wire.call("SET", key, str(ready.delivery.place))
-    transaction = store.wire.transaction
-
-    def late(commands, *, watch):
-        store.wire.call("SET", key, "another's")
-        return transaction(commands, watch=watch)
-
-    monkeypatch.setattr(store.wire, "transaction", late)
-    Decisions(store.wire, store.keys, consumers="trainer").withdraw([ready.delivery])
-    assert store.wire.call("GET", key) == b"another's"
 
 
 def test_one_rank_commits_for_all(store, dataset):

@@ -25,7 +25,6 @@ from trajstore.summary import encode_summary
 from trajstore_replay import diagnose
 from trajstore_trainer.claims import Claims
 from trajstore_trainer.dataset import TrajectoryDataset
-from trajstore_trainer.decisions import Decisions
 from trajstore_trainer.rank_routing import RoutingPlace, read_routing
 from trajstore_trainer.reader import TrajectoryReader
 from trajstore_trainer.selection import Selection
@@ -123,8 +122,7 @@ def _materialize(url: str, timeout: float) -> None:
 
 
 def _train(url: str, timeout: float) -> None:
-    """Trainers: one that drops groups for good, one that takes over from the dead and takes back what they decided,
-    reads a rank's rows, observes."""
+    """Trainers: one that drops groups for good, one that takes over from the dead, reads a rank's rows, observes."""
     dropping = Selection(aborted="drop")
     with TrajectoryDataset(url, group="other", selection=dropping, lease=max(0.2, timeout), timeout=timeout) as data:
         assert next(iter(data)).trajectories[0].id == "single"
@@ -138,12 +136,6 @@ def _train(url: str, timeout: float) -> None:
         assert read_routing(store, [place], spans=[Span(0, 0, 2)]).routing_mask.all()
         store.get("a").observe(rows(2), start=0, source="trainer", weight_version="v3")
         store.flush()
-        delivery = groups[0].delivery
-        lacking = delivery._replace(group=msgspec.structs.replace(delivery.group, group="g9", size=2, came=1))
-        decisions = Decisions(store.wire, store.keys, consumers="trainer")
-        store.wire.call("SET", store.keys.chosen("g9", "trainer"), str(lacking.place))
-        decisions.withdraw([lacking])
-        assert not store.wire.call("EXISTS", store.keys.chosen("g9", "trainer"))
         reader.acknowledge(groups)
 
 
