@@ -354,7 +354,10 @@ class Archiver:
             more = True
             while more and self._holds(partition):
                 manifest = self._archive.manifest(partition)
-                more = self._mending.step(partition, manifest, stay=partial(self._holds, partition)) and at_once
+                step = self._mending.step(partition, manifest, stay=partial(self._holds, partition))
+                waiting = self._waiting.get(partition, {})
+                self._look({(partition, id): [] for id in step.untrimmed if id not in waiting})
+                more = step.more and at_once
 
     def _look(self, fresh: Mapping[tuple[int, str], Sequence[Hint]]) -> None:
         """First look at trajectories of which these hints tell."""

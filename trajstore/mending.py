@@ -3,21 +3,25 @@
 The loser of a race was cut off before it could take its own back, or a request that its sender had long given up laid
 an older one over the newest. The archive has a summary with everything that it holds, so this reads no log but what is
 younger than that. It is done a page at a time, for whoever archives has more urgent things to do.
+
+On the way it finds what is archived and yet not trimmed: a server that crashed just then came back with it, and its
+hints were acknowledged.
 """
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from trajstore.archive.archived import Archived
 from trajstore.archive.manifest import Manifest
 from trajstore.errors import Corrupt, SchemaError
 from trajstore.events import EventId
-from trajstore.log.stream import stream_last_id
+from trajstore.log.stream import stream_last_id, stream_length
 from trajstore.store import Store
 from trajstore.summary import Summary, summarize
 
-__all__ = ["Mending"]
+__all__ = ["Mending", "Step"]
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +29,18 @@ _PAGE = 100
 
 _REMEMBERED = 1 << 17
 """Summaries that are known to be right, at most: of these the archive is not asked again."""
+
+
+class Step(NamedTuple):
+    """What a step of a comparison came to.
+
+    Attributes:
+        more: there are more pages.
+        untrimmed: ids of trajectories of which the hot log still has what is archived.
+    """
+
+    more: bool
+    untrimmed: list[str]
 
 
 class Mending:
@@ -40,10 +56,10 @@ class Mending:
         self._every = every
         self._next: dict[int, float] = {}  # when each partition is to be compared again
         self._cursors: dict[int, bytes] = {}  # of those that are being compared
-        self._right: set[int] = set()  # hashes of summaries, with their streams' newest ids
+        self._right: set[int] = set()  # hashes of summaries, with how their streams stood
 
-    def step(self, partition: int, manifest: Manifest, *, stay: Callable[[], bool]) -> bool:
-        """Compare the next page of a partition, if it is time; True if there is more.
+    def step(self, partition: int, manifest: Manifest, *, stay: Callable[[], bool]) -> Step:
+        """Compare the next page of a partition, if it is time.
 
         Summaries that nobody can read are written anew, too. One that says that a segment stands open above what is
         archived is left to `trajstore.abandon`.
@@ -52,11 +68,12 @@ class Mending:
             stay: asked before each trajectory; False to stop.
         """
         if time.monotonic() < self._next.get(partition, 0.0):
-            return False
+            return Step(False, [])
+        untrimmed: list[str] = []
         try:
             manifest.refresh()
             cursor, page = self._store.hot.summaries_from(partition, self._cursors.get(partition), count=_PAGE)
-            self._compare(manifest, page, stay)
+            untrimmed += self._compare(manifest, page, stay)
         except (OSError, Corrupt, SchemaError) as error:  # it is hints: what else there is to do goes on
             cursor = b"0"
             log.warning(
@@ -67,27 +84,24 @@ class Mending:
             )
         if cursor != b"0":
             self._cursors[partition] = cursor
-            return True
+            return Step(True, untrimmed)
         self._cursors.pop(partition, None)
         self._next[partition] = time.monotonic() + self._every
-        return False
+        return Step(False, untrimmed)
 
     def _compare(
         self, manifest: Manifest, page: list[tuple[str, Summary | SchemaError]], stay: Callable[[], bool]
-    ) -> None:
+    ) -> Iterator[str]:
+        """Mend a page; gives the ids of what is archived and not trimmed."""
         commands = [("XINFO", "STREAM", self._store.keys.entries(id)) for id, _ in page]
         for (id, found), info in zip(page, self._store.wire.exchange(commands), strict=True):
             if not stay():
                 return
             try:
-                last = stream_last_id(info)
                 if not isinstance(found, Summary):
                     self._repair(id, None)
-                elif hash((found, last)) not in self._right:
-                    wrong = self._is_wrong(found, manifest.find(id), last)
-                    # A repair leaves it as it was where an older version archived it, whose summaries say less.
-                    if wrong is False or (wrong and self._repair(id, found) == found):
-                        self._remember(hash((found, last)))
+                elif self._compare_one(manifest, found, stream_last_id(info), stream_length(info)):
+                    yield id
             except (Corrupt, SchemaError) as error:  # of one trajectory
                 log.warning(
                     "the summary of %s may be out of date: %s",
@@ -95,6 +109,21 @@ class Mending:
                     error,
                     extra={"event": "summary-stale", "trajectory": id},
                 )
+
+    def _compare_one(self, manifest: Manifest, found: Summary, last: EventId | None, length: int) -> bool:
+        """True if the hot log has entries, and all of them are archived."""
+        stands = hash((found, last, length > 0))
+        if stands in self._right:
+            return False
+        archived = manifest.find(found.id)
+        wrong = self._is_wrong(found, archived, last)
+        # A repair leaves it as it was where an older version archived it, whose summaries say less.
+        right = self._repair(found.id, found) == found if wrong else wrong is False
+        if length and last is not None and archived.last is not None and last <= archived.last:
+            return True
+        if right:
+            self._remember(stands)
+        return False
 
     def _is_wrong(self, found: Summary, archived: Archived, last: EventId | None) -> bool | None:
         """Whether archive and log say otherwise; None while that cannot be told without reading all of the log."""

@@ -276,9 +276,31 @@ def test_what_nobody_can_read_or_is_nobodys_stops_neither_archiving_nor_the_comp
     assert "the summary of foreign may be out of date" in caplog.text
 
 
+@pytest.mark.parametrize("status", ["aborted", "completed"])
+def test_what_a_crash_brought_back_after_it_was_trimmed_is_trimmed_again(store, status):
+    """Found by simulation seed 323: the server lost what had trimmed it, and not that its hints were acknowledged."""
+    trajectory = store.create(id="mine", routing=SPEC)
+    with trajectory.segment(context=range(400)) as segment:
+        segment.routing(rows(400), start=0)
+    trajectory.close(status)
+    store.flush()
+    keys = (store.keys.entries("mine"), store.keys.payloads("mine"))
+    before = {key: store.wire.call("DUMP", key) for key in keys}
+    summary = store.hot.summary("mine")
+    archive(store)
+    for key, data in before.items():
+        store.wire.call("RESTORE", key, 0, data, "REPLACE")
+    leave(store, summary)
+    archive(store)
+    assert hot_entries(store, "mine") == []
+    assert not store.wire.call("EXISTS", keys[1]) or not store.wire.call("HLEN", keys[1])
+    assert (store.hot.summary("mine") is None) == (status == "completed")
+    assert store.load("mine").status == status
+
+
 def compare(store, mending):
     """Steps that a comparison of the whole partition took."""
     steps = 1
-    while mending.step(0, store.archive.manifest(0), stay=lambda: True):
+    while mending.step(0, store.archive.manifest(0), stay=lambda: True).more:
         steps += 1
     return steps

@@ -11,7 +11,15 @@ from trajstore.events import EventId, TrajectoryDeleted
 from trajstore.log.batch import ENTRY_FIELD
 from trajstore.log.wire import reply_fields, translate
 
-__all__ = ["ends_in_tombstone", "nonce_of", "parse_entries", "stream_last_event", "stream_last_id", "stream_last_nonce"]
+__all__ = [
+    "ends_in_tombstone",
+    "nonce_of",
+    "parse_entries",
+    "stream_last_event",
+    "stream_last_id",
+    "stream_last_nonce",
+    "stream_length",
+]
 
 
 class _Outline(msgspec.Struct):
@@ -38,6 +46,11 @@ def stream_last_id(reply: Any) -> EventId | None:
             return None
         raise translate(reply, "XINFO STREAM")
     return EventId.parse(reply_fields(reply)[b"last-generated-id"])
+
+
+def stream_length(reply: Any) -> int:
+    """How many entries a stream holds, from XINFO STREAM; 0 if it does not exist."""
+    return 0 if isinstance(reply, redis.ResponseError) else int(reply_fields(reply)[b"length"])
 
 
 def stream_last_event(reply: Any) -> EventId | None:
