@@ -205,9 +205,9 @@ def test_many_are_compared_a_page_at_a_time_and_once_in_a_while(store, monkeypat
     for id in ids:
         aborted(store, id=id)
     monkeypatch.setattr(module, "_PAGE", 2)
-    store.wire.call("CONFIG", "SET", "hash-max-listpack-entries", 1)
-    store.wire.call("HSET", store.keys.summaries(0), "of another kind", b"")  # now it is no list any more
-    store.wire.call("HDEL", store.keys.summaries(0), "of another kind")
+    store.wire.call("CONFIG", "SET", "hash-max-listpack-entries", 1)  # one page holds all of a small hash
+    for number in range(200):
+        leave(store, Summary(id=f"new-{number}", last="1-0"))
     right = {id: store.hot.summary(id) for id in ids}
     for summary in right.values():
         leave(store, summary, weight_version="loser")
