@@ -355,8 +355,9 @@ class Archiver:
             while more and self._holds(partition):
                 manifest = self._archive.manifest(partition)
                 step = self._mending.step(partition, manifest, stay=partial(self._holds, partition))
-                known = {*self._waiting.get(partition, ()), *(id for of, id in self._left if of == partition)}
-                self._look({(partition, id): [] for id in step.untrimmed if id not in known})
+                waiting = self._waiting.get(partition, {})
+                places = [(partition, id) for id in step.untrimmed if id not in waiting]
+                self._look({place: [] for place in places if place not in self._left})
                 more = step.more and at_once
 
     def _look(self, fresh: Mapping[tuple[int, str], Sequence[Hint]]) -> None:
