@@ -1,7 +1,9 @@
 """Commands as frames and bytes as replies: what a server reads is what was meant, however its answer is cut."""
 
+import signal
 import socket
 import threading
+import time
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
@@ -187,6 +189,70 @@ def test_silent_server_is_a_timeout(ends):
     connection._sock.settimeout(0.01)
     with pytest.raises(redis.TimeoutError, match="in time"):
         receive(connection, 1)
+    assert connection._sock.fileno() == -1
+
+
+def draining(server, size, *, pause=0.0):
+    """A thread that reads so much from a socket, and the bytes."""
+    found = bytearray()
+
+    def drain():
+        while len(found) < size and (some := server.recv(1 << 17)):
+            found.extend(some)
+            time.sleep(pause)
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    return thread, found
+
+
+@pytest.mark.parametrize("count", [16, 1000], ids=["few pieces", "more than the kernel takes at once"])
+def test_large_commands_arrive_whole_through_signals_and_a_full_socket(ends, count):
+    """A signal ends a call of the kernel's half way; it says how far it has come."""
+    connection, server = ends
+    commands = [("SET", f"key-{i}", LARGE[i : i + (1 << 17)]) for i in range(count)]
+    whole = b"".join(pack(commands))
+    handled = []
+    before = signal.signal(signal.SIGALRM, lambda *_: handled.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    try:
+        thread, found = draining(server, len(whole), pause=0.005 if count == 16 else 0.0)
+        send(connection, commands, check_health=False)
+        thread.join()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert found == whole
+    assert connection._sock.gettimeout() == 20
+    assert handled
+
+
+def test_slow_server_that_gets_on_is_waited_for(ends):
+    connection, server = ends
+    connection._sock.settimeout(0.5)
+    whole = b"".join(pack([("SET", "a", LARGE)] * 8))
+    thread, found = draining(server, len(whole), pause=0.1)
+    begun = time.monotonic()
+    send(connection, [("SET", "a", LARGE)] * 8, check_health=False)
+    assert time.monotonic() - begun > 0.5
+    thread.join()
+    assert found == whole
+
+
+@pytest.mark.parametrize("timeout", [0.05, 1e-9], ids=["a while", "below the kernel's clock"])
+def test_server_that_takes_no_more_is_a_timeout_and_the_connection_is_closed(ends, timeout):
+    connection, _ = ends
+    connection._sock.settimeout(timeout)
+    with pytest.raises(redis.TimeoutError, match="took nothing more in time"):
+        send(connection, [("SET", "a", LARGE)] * 8, check_health=False)
+    assert connection._sock.fileno() == -1
+
+
+def test_server_that_goes_half_way_is_a_lost_connection(ends):
+    connection, server = ends
+    threading.Timer(0.05, server.shutdown, [socket.SHUT_RDWR]).start()
+    with pytest.raises(redis.ConnectionError, match="lost"):
+        send(connection, [("SET", "a", LARGE)] * 8, check_health=False)
     assert connection._sock.fileno() == -1
 
 
