@@ -191,9 +191,25 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     def _has_distinct(self, ids: RoutingArray) -> bool:
         """Whether no cell repeats an id; for many cells of few ids, of which it is the fastest way.
 
-        Each id is compared with that `shift` places on, across the ends of cells, and then is looked at which places of
-        a cell have had a hit.
+        Each id is compared with that `shift` places on, across the ends of cells, where it says nothing.
         """
+        return self._differ_marked(ids) if ids.itemsize == 1 and self.num_experts <= 128 else self._differ(ids)
+
+    def _differ_marked(self, ids: RoutingArray) -> bool:
+        """Every other cell has a bit set that no id uses, so that ids of neighbours differ whatever they are."""
+        width = _SPAN // 2 // (2 * self.top_k) * 2 * self.top_k  # two arrays of them stay in the cache
+        marks = _marks(self.top_k, width)
+        marked, differing = np.empty((2, min(len(ids), width)), ids.dtype)
+        for first in range(0, len(ids), width):
+            some = ids[first : first + width]
+            some = np.bitwise_or(some, marks[: len(some)], out=marked[: len(some)])
+            for shift in range(1, self.top_k):
+                if not np.bitwise_xor(some[shift:], some[:-shift], out=differing[: len(some) - shift]).min():
+                    return False
+        return True
+
+    def _differ(self, ids: RoutingArray) -> bool:
+        """It is looked at which places of a cell have had a hit; the last ones, of the next cell, do not count."""
         width = self.top_k * _WIDE
         equal = np.empty((min(len(ids), _SPAN) // width + 1, width), np.bool_)
         flat = equal.reshape(-1)
@@ -257,6 +273,15 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
             layer=self.layer_ids[layer],
             row=start + row,
         )
+
+
+@cache
+def _marks(top_k: int, count: int) -> npt.NDArray[np.uint8]:
+    """The highest bit for the ids of every other cell, none for those between."""
+    marks = np.zeros((count // (2 * top_k), 2, top_k), np.uint8)
+    marks[:, 1] = 0x80
+    marks.flags.writeable = False
+    return marks.reshape(-1)
 
 
 @cache

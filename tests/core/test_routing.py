@@ -1,6 +1,7 @@
 """`RoutingSpec` and what it lets in."""
 
 import re
+from itertools import combinations
 
 import msgspec
 import numpy as np
@@ -149,7 +150,7 @@ def test_repeats_are_found_between_any_two_of_the_top_k():
 @pytest.mark.parametrize(("top_k", "experts"), [(2, 8), (3, 512), (7, 64), (8, 128), (16, 256), (17, 64)])
 @pytest.mark.parametrize("cells", [300, 5_000, 80_000])
 def test_repeats_are_found_in_recordings_of_any_size(top_k, experts, cells):
-    """By size there are three ways to look for them."""
+    """By size and number of experts there are four ways to look for them."""
     rng = np.random.default_rng(top_k)
     wide = spec(layer_ids=(0, 2, 5), top_k=top_k, num_experts=experts, num_hidden_layers=6)
     good = np.argsort(rng.random((cells // 3, 3, experts)), axis=-1)[..., :top_k]
@@ -163,10 +164,25 @@ def test_repeats_are_found_in_recordings_of_any_size(top_k, experts, cells):
         assert (refused.value.row, refused.value.layer) == (10 + row, 2)
 
 
-def test_equal_ids_of_neighbouring_cells_are_no_repeat():
-    wide = spec(layer_ids=(0,), top_k=4, num_experts=8, num_hidden_layers=1)
-    rows = np.tile(np.array([[[0, 1, 2, 3]], [[3, 2, 1, 0]]]), (40_000, 1, 1))
+@pytest.mark.parametrize("experts", [8, 128, 129, 256, 512])
+def test_equal_ids_of_neighbouring_cells_are_no_repeat(experts):
+    wide = spec(layer_ids=(0,), top_k=4, num_experts=experts, num_hidden_layers=1)
+    last = np.arange(experts - 4, experts)
+    rows = np.tile(np.array([[last], [last[::-1]]]), (40_000, 1, 1))
     np.testing.assert_array_equal(wide.narrow(rows, start=0), rows)
+
+
+@pytest.mark.parametrize("experts", [128, 129, 256])
+def test_repeats_in_large_recordings_are_found_between_any_two_places_of_any_cell(experts):
+    """Up to 128 experts the highest bit of a byte tells cells apart."""
+    wide = spec(layer_ids=(0,), top_k=8, num_experts=experts, num_hidden_layers=1)
+    good = np.tile(np.arange(experts - 8, experts, dtype=np.uint8), (1 << 17, 1, 1))
+    for row in (0, 1, 16_383, 16_384, 65_535, (1 << 17) - 1):
+        for i, j in combinations(range(8), 2):
+            good[row, 0, j] = good[row, 0, i]
+            with pytest.raises(trajstore.RoutingError, match=f"row {row} repeats"):
+                wide.narrow(good, start=0)
+            good[row, 0, j] = experts - 8 + j
 
 
 def test_copy_goes_where_it_is_wanted():
