@@ -6,6 +6,7 @@ simulation those names lead here, in every module of the library, so that a new 
 
 import contextlib
 import random
+import socket
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -71,7 +72,7 @@ class Outside:
             "weakref": SimpleNamespace(
                 ref=weakref.ref, WeakSet=InOrder, WeakValueDictionary=weakref.WeakValueDictionary
             ),
-            "socket": SimpleNamespace(gethostname=lambda: "host"),
+            "socket": SimpleNamespace(gethostname=lambda: "host", socket=socket.socket),
         }
         for name, module in list(sys.modules.items()):
             if name.partition(".")[0] not in ("trajstore", "trajstore_trainer") or module is None:
