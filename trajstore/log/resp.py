@@ -5,9 +5,11 @@ replies, and redis-py's packer and parser took as much time for them as all else
 Errors are redis-py's own.
 """
 
+import math
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -48,7 +50,7 @@ def send(connection: Any, commands: Sequence[Command], *, check_health: bool = T
     """Send commands over a connection of redis-py, which connects if need be; its errors are redis-py's.
 
     Raises:
-        redis.RedisError: nothing of them went out for the socket's timeout, or it was lost; it is closed then.
+        redis.RedisError: they did not all go out within the socket's timeout, or it was lost; it is closed then.
     """
     pieces = pack(commands)
     if len(pieces) < 2 or type(connection._sock) is not socket.socket:  # small, or TLS, which sends by itself
@@ -56,7 +58,7 @@ def send(connection: Any, commands: Sequence[Command], *, check_health: bool = T
         return
     if check_health:
         connection.check_health()
-    with _closing(connection, "the server took nothing more in time"):
+    with _closing(connection, "the server did not take all in time"):
         _send_together(connection._sock, pieces)
 
 
@@ -90,9 +92,11 @@ def _send_together(sock: socket.socket, pieces: Sequence[Buffer]) -> None:
     """Send pieces in as few calls as can be, each of which blocks until the kernel has taken all of it.
 
     A Python socket with a timeout asks before every 200 kB whether there is room, and its thread competes for Python's
-    lock after each answer; so the kernel keeps the time here (benchmarks/hotpath.py: a tenth of the throughput).
+    lock after each answer; so the kernel keeps the time here (benchmarks/hotpath.py: a tenth of the throughput). Over
+    TCP its time runs for a whole call; over a unix socket it begins anew whenever the server has taken something.
     """
     timeout = sock.gettimeout()
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
     if timeout is not None:
         seconds, rest = divmod(max(timeout, 0.001), 1)  # the kernel takes 0 for ever
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6)))
@@ -104,8 +108,10 @@ def _send_together(sock: socket.socket, pieces: Sequence[Buffer]) -> None:
             sent = sock.sendmsg(left[: -_CALL - 1 : -1])
             while left and sent >= len(left[-1]):
                 sent -= len(left.pop())
-            if sent:  # a signal came between, or the time was up, which is told when nothing more goes out
+            if sent:  # a signal came between, or the time was up
                 left[-1] = left[-1][sent:]
+            if left and time.monotonic() > deadline:
+                raise TimeoutError("timed out")
     except BlockingIOError as error:
         raise TimeoutError("timed out") from error
     finally:
