@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 import trajstore
+from trajstore.cli.signals import signals_held
 from trajstore_demo.compare import compare
 from trajstore_demo.compare import render as render_comparison
 from trajstore_demo.plan import DemoPlan, Journal
@@ -148,6 +149,7 @@ def _processes(folder: Path, commands: Mapping[str, list[str]]) -> Iterator[dict
             with (
                 (folder / "demo" / f"{name}.json").open("wb") as out,
                 (folder / "demo" / f"{name}.log").open("wb") as log,
+                signals_held(),
             ):
                 running[name] = subprocess.Popen(  # noqa: S603 - our own commands
                     command, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=environment

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import trajstore
+from trajstore_demo import command
 from trajstore_demo.report import DemoReport, next_commands
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(600)]
@@ -124,6 +125,28 @@ def test_interrupted_run_leaves_nothing_running(tmp_path):
     assert demo.returncode != 0
     assert "Traceback" not in shown
     assert not processes_over(folder)
+
+
+def test_process_that_is_just_being_started_does_not_outlive_an_interruption(tmp_path, monkeypatch):
+    """Ctrl-C between a process's start and its name on the list: it ran on, one time in twelve."""
+    (tmp_path / "demo").mkdir()
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with pytest.raises(KeyboardInterrupt), command._processes(tmp_path, {"first": sleeper, "second": sleeper}):
+        pytest.fail("the interruption went by")
+    ended = [process.poll() for process in started]
+    for process in started:
+        process.kill()
+        process.wait()
+    assert ended == [-signal.SIGTERM]
 
 
 def processes_over(folder: Path, of: str = "") -> list[int]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["exiting_on_sigterm", "graceful_stop"]
+__all__ = ["exiting_on_sigterm", "graceful_stop", "signals_held"]
 
 
 @contextmanager
@@ -43,6 +43,24 @@ def graceful_stop() -> Iterator[threading.Event]:
     finally:
         for one, handler in before:
             signal.signal(one, handler)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """SIGTERM and Ctrl-C come when the block is over: for what must not be left half done, as a process that is started
+    and not known yet.
+
+    A blocked signal would stay so in that process; a handler does not outlive its `exec`.
+    """
+    came: list[int] = []
+    before = [(one, signal.signal(one, lambda number, _: came.append(number))) for one in _SIGNALS]
+    try:
+        yield
+    finally:
+        for one, handler in before:
+            signal.signal(one, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
