@@ -1,5 +1,6 @@
 """A folder as the place of an archive: what its location means, durability, and how a disk fails."""
 
+import errno
 import os
 import threading
 import time
@@ -144,6 +145,23 @@ def test_a_folder_that_is_removed_just_before_its_use_is_made_again(tmp_path, mo
     storage.publish("packs/07/1", {"zarr.json": b"{}"}, lambda step: None)
     assert pruned == [tmp_path / "manifest/07/1.json", tmp_path / "packs/07/1"]
     assert paths(storage) == ["manifest/07/1.json", "packs/07/1/zarr.json"]
+
+
+def test_a_folder_that_another_makes_and_a_remover_takes_away_meanwhile_is_made_again(tmp_path, monkeypatch):
+    """`Path.mkdir` is told that it exists, looks, and finds nothing."""
+    mkdir, gone = os.mkdir, []
+
+    def made(path, *mode):
+        if Path(path).name == "07" and not gone:
+            gone.append(path)
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        mkdir(path, *mode)
+
+    monkeypatch.setattr(os, "mkdir", made)
+    storage = LocalStorage(tmp_path)
+    storage.publish("packs/07/1", {"zarr.json": b"{}"}, lambda step: None)
+    assert gone
+    assert paths(storage) == ["packs/07/1/zarr.json"]
 
 
 def test_folders_that_lie_on_another_disk_are_listed(tmp_path):

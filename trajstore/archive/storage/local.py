@@ -242,7 +242,7 @@ class LocalStorage:
                 make_folder(target.parent)
                 placed = put()
                 break
-            except FileNotFoundError:  # the folder was empty, and somebody has just pruned it
+            except (FileNotFoundError, FileExistsError):  # the folder was empty, and somebody has just pruned it
                 if attempt + 1 == _ATTEMPTS:
                     raise
         for folder in target.parents:
