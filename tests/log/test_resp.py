@@ -227,8 +227,84 @@ def test_large_commands_arrive_whole_through_signals_and_a_full_socket(ends, cou
     assert handled
 
 
+def test_slow_line_is_waited_for_although_all_of_it_takes_longer_than_the_timeout(ends):
+    """A flush may be 32 MiB: over a slow line that takes a while, and giving it up would lose what had arrived."""
+    connection, server = ends
+    connection._sock.settimeout(3.0)
+    commands = [("SET", "a", LARGE)] * 80
+    whole = b"".join(pack(commands))
+    begun = time.monotonic()
+    thread, found = draining(server, len(whole), pause=0.025)
+    send(connection, commands, check_health=False)
+    thread.join()
+    assert found == whole
+    assert time.monotonic() - begun > 3.0, "it has to take longer than the timeout, or this shows nothing"
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_signals_do_not_lengthen_the_wait_for_a_server_that_takes_nothing(kind):
+    """What sends nothing before a signal comes is begun anew by Python, and the kernel's time with it."""
+    if kind == "unix":
+        client, server = socket.socketpair()
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            client = socket.create_connection(listening.getsockname())
+            server, _ = listening.accept()
+    client.settimeout(0.5)
+    connection = SimpleNamespace(_sock=client, disconnect=client.close)
+    over = threading.Event()
+
+    def signals():
+        for _ in range(300):  # the server is gone then, and what is raised is another error
+            if over.wait(0.05):
+                return
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        server.close()
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    thread = threading.Thread(target=signals)
+    with client, server:
+        thread.start()
+        try:
+            with pytest.raises(redis.TimeoutError, match="did not take all in time"):
+                send(connection, [("SET", "a", LARGE)] * 40, check_health=False)
+        finally:
+            over.set()
+            thread.join()
+            signal.signal(signal.SIGUSR1, before)
+
+
+def test_ctrl_c_stays_ctrl_c_where_its_handler_closes_the_connection(ends):
+    connection, _ = ends
+
+    def close(*_):
+        connection._sock.close()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, close)
+    timer = threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGUSR1])
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            send(connection, [("SET", "a", LARGE)] * 8, check_health=False)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_connection_that_another_thread_has_closed_is_a_lost_one(ends):
+    connection, _ = ends
+
+    def close():
+        connection._sock = None
+
+    connection.check_health = close
+    with pytest.raises(redis.ConnectionError, match="closed"):
+        send(connection, [("SET", "a", LARGE)])
+
+
 def test_server_that_trickles_over_tcp_is_given_up_all_the_same():
-    """It takes something all the time, and would take minutes for all of it; this one may only take the timeout."""
+    """It takes something all the time, and would take minutes for a few MB; these may only take the timeout."""
     with (
         socket.create_server(("127.0.0.1", 0)) as listening,
         socket.create_connection(listening.getsockname()) as client,

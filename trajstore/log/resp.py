@@ -5,7 +5,7 @@ replies, and redis-py's packer and parser took as much time for them as all else
 Errors are redis-py's own.
 """
 
-import math
+import os
 import socket
 import ssl
 import struct
@@ -33,6 +33,10 @@ _TOGETHER = 1 << 18
 _CALL = 512
 """Pieces that the kernel is handed at once; it takes 1024 at most."""
 
+_STEP = 1 << 22
+"""Bytes that go out in one call at most, unless one piece has more. They have the socket's timeout to themselves, so
+that a line is given up for being stuck, and not for being slow."""
+
 _WORDS = {
     word: b"$%d\r\n%b\r\n" % (len(word), word.encode()) for word in ("MULTI", "EXEC", "XADD", "HSET", "NOMKSTREAM")
 }
@@ -50,7 +54,8 @@ def send(connection: Any, commands: Sequence[Command], *, check_health: bool = T
     """Send commands over a connection of redis-py, which connects if need be; its errors are redis-py's.
 
     Raises:
-        redis.RedisError: they did not all go out within the socket's timeout, or it was lost; it is closed then.
+        redis.RedisError: some of it (4 MiB, or one larger argument) did not go out within the socket's timeout, or the
+            connection was lost; it is closed then.
     """
     pieces = pack(commands)
     if len(pieces) < 2 or type(connection._sock) is not socket.socket:  # small, or TLS, which sends by itself
@@ -59,7 +64,10 @@ def send(connection: Any, commands: Sequence[Command], *, check_health: bool = T
     if check_health:
         connection.check_health()
     with _closing(connection, "the server did not take all in time"):
-        _send_together(connection._sock, pieces)
+        sock = connection._sock
+        if sock is None:  # closed by another thread
+            raise redis.ConnectionError(_CLOSED)
+        _send_together(sock, pieces)
 
 
 def receive(connection: Any, count: int) -> list[Any]:
@@ -89,33 +97,48 @@ def _closing(connection: Any, late: str) -> Iterator[None]:
 
 
 def _send_together(sock: socket.socket, pieces: Sequence[Buffer]) -> None:
-    """Send pieces in as few calls as can be, each of which blocks until the kernel has taken all of it.
+    """Send pieces in few calls, each of which blocks until the kernel has taken all of it.
 
     A Python socket with a timeout asks before every 200 kB whether there is room, and its thread competes for Python's
-    lock after each answer; so the kernel keeps the time here (benchmarks/hotpath.py: a tenth of the throughput). Over
-    TCP its time runs for a whole call; over a unix socket it begins anew whenever the server has taken something.
+    lock after each answer; so the kernel keeps the time within a call (benchmarks/hotpath.py: a tenth of the
+    throughput). Python asks once before each call all the same, which is as well: a call that has sent nothing when a
+    signal comes is begun anew, and with it the kernel's time, but not Python's.
     """
     timeout = sock.gettimeout()
-    deadline = math.inf if timeout is None else time.monotonic() + timeout
-    if timeout is not None:
-        seconds, rest = divmod(max(timeout, 0.001), 1)  # the kernel takes 0 for ever
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6)))
     left = [memoryview(piece) for piece in pieces]
     left.reverse()
-    sock.settimeout(None)
+    if timeout is not None:
+        os.set_blocking(sock.fileno(), True)
     try:
         while left:
-            sent = sock.sendmsg(left[: -_CALL - 1 : -1])
-            while left and sent >= len(left[-1]):
-                sent -= len(left.pop())
-            if sent:  # a signal came between, or the time was up
-                left[-1] = left[-1][sent:]
-            if left and time.monotonic() > deadline:
-                raise TimeoutError("timed out")
-    except BlockingIOError as error:
-        raise TimeoutError("timed out") from error
+            step = [left.pop()]
+            size = len(step[0])
+            while left and len(step) < _CALL and size + len(left[-1]) <= _STEP:
+                step.append(left.pop())
+                size += len(step[-1])
+            _send_step(sock, step, timeout)
     finally:
-        sock.settimeout(timeout)
+        if timeout is not None and sock.fileno() >= 0:  # -1: somebody has closed it
+            os.set_blocking(sock.fileno(), False)
+
+
+def _send_step(sock: socket.socket, step: list[memoryview], timeout: float | None) -> None:
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while step:
+        if deadline is not None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("timed out")
+            seconds, rest = divmod(max(left, 0.001), 1)  # the kernel takes 0 for ever
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6)))
+        sent = sock.sendmsg(step)
+        through = 0
+        while through < len(step) and sent >= len(step[through]):
+            sent -= len(step[through])
+            through += 1
+        del step[:through]
+        if sent:  # a signal came between, or the time was up
+            step[0] = step[0][sent:]
 
 
 def pack(commands: Iterable[Command]) -> list[Buffer]:
