@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 import trajstore
 from tests.cli.running import environment, invoke, run
 from trajstore.cli.group import CommandGroup, _load
-from trajstore.cli.signals import exiting_on_sigterm, graceful_stop
+from trajstore.cli.signals import exiting_on_sigterm, graceful_stop, signals_held
 from trajstore.errors import UNLOADABLE, Conflict, Fenced, NotFound, StoreFull
 
 COMMANDS = sorted(point.name for point in entry_points(group="trajstore.commands"))
@@ -163,3 +164,46 @@ def test_the_first_signal_asks_and_handlers_are_put_back(number):
         os.kill(os.getpid(), number)
         assert stopped.is_set()
     assert signal.getsignal(number) == before
+
+
+def test_held_signal_comes_when_the_block_is_over():
+    def command():
+        with exiting_on_sigterm():
+            with signals_held():
+                os.kill(os.getpid(), signal.SIGTERM)
+                came.append("the rest of the block")
+            came.append("what is after it")
+
+    came = []
+    with pytest.raises(SystemExit):
+        command()
+    assert came == ["the rest of the block"]
+
+
+def test_signal_that_is_ignored_stays_so_in_what_is_started_and_takes_no_other_s_place():
+    """As in a script's `trajstore demo &`, whose Ctrl-C is not meant for it."""
+
+    def command():
+        with exiting_on_sigterm(), signals_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            started.append(subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True, check=True))
+
+    ask, started = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)", []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit):
+            command()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert started[0].stdout.strip() == "True"
+
+
+def test_signals_are_held_in_the_main_thread_only():
+    def start():
+        with signals_held():
+            return "started"
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(start).result(20) == "started"

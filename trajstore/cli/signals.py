@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 __all__ = ["exiting_on_sigterm", "graceful_stop", "signals_held"]
@@ -50,20 +50,29 @@ def signals_held() -> Iterator[None]:
     """SIGTERM and Ctrl-C come when the block is over: for what must not be left half done, as a process that is started
     and not known yet.
 
-    A blocked signal would stay so in that process; a handler does not outlive its `exec`.
+    A blocked signal would stay so in that process; a handler does not outlive its `exec`. What is ignored stays so,
+    there too. In another thread than the main one, which no signal interrupts, nothing is held.
     """
-    came: list[int] = []
-    before = [(one, signal.signal(one, lambda number, _: came.append(number))) for one in _SIGNALS]
-    try:
+    if threading.current_thread() is not threading.main_thread():
         yield
-    finally:
-        for one, handler in before:
-            signal.signal(one, handler)
-        for number in came[:1]:
-            signal.raise_signal(number)
+        return
+    came: list[int] = []
+    with ExitStack() as after:  # all of it, whatever a signal raises meanwhile
+        after.callback(_raise_first, came)
+        for one in _SIGNALS:
+            handler = signal.getsignal(one)
+            if handler not in (signal.SIG_IGN, None):  # None: not Python's, and not to be put back by it
+                after.callback(signal.signal, one, handler)
+                signal.signal(one, lambda number, _: came.append(number))
+        yield
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _raise_first(came: list[int]) -> None:
+    for number in came[:1]:
+        signal.raise_signal(number)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
