@@ -79,7 +79,11 @@ class RealServer:
                 start_new_session=True,
             )
         with self.client() as client:
-            _until(client.ping, what=f"{self.name} on port {self.port}")
+            try:
+                _until(client.ping, what=f"{self.name} on port {self.port}")
+            except TimeoutError as error:  # pytest keeps no folder of a test whose fixture failed
+                error.add_note((self.folder / "server.log").read_text(errors="replace")[-2000:])
+                raise
 
     def kill(self) -> None:
         """End it as a power cut would end the process."""
