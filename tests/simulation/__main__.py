@@ -5,13 +5,16 @@
 """
 
 import argparse
+import os
 import sys
 import time
-import traceback
-from collections import Counter
 
 from tests.simulation.hunt import hunt
 from tests.simulation.mutants import KNOWN, MUTANTS, install
+from tests.simulation.tally import DONE, Tally, play, play_in_parts
+
+_TOLD = 1000
+"""Seeds from one line about them to the next."""
 
 
 def main() -> int:
@@ -24,6 +27,7 @@ def main() -> int:
     parser.add_argument("--mutants", action="store_true", help="every such bug, each in a process of its own")
     parser.add_argument("--known", action="store_true", help="with --mutants: the seed that is known to find it first")
     parser.add_argument("--part", default="0:1", help="with --mutants: WHICH:OF, every so many-th of them")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="with --seeds: processes")
     options = parser.parse_args()
     first, last = (options.seed, options.seed + 1) if options.seed is not None else map(int, options.seeds.split(":"))
     if options.mutants:
@@ -32,36 +36,40 @@ def main() -> int:
         return run_mutants(names[which::of], range(first, last), known=options.known)
     if options.mutant:
         install(options.mutant)
-    return run_seeds(range(first, last), verbose=options.seed is not None, stop=bool(options.mutant))
+    if options.mutant or options.seed is not None:
+        return run_here(range(first, last), show=options.seed is not None, stop=bool(options.mutant))
+    return run_seeds(range(first, last), workers=options.workers)
 
 
-def run_seeds(seeds: range, *, verbose: bool, stop: bool) -> int:
-    from tests.simulation.world import simulate  # after the library was broken, if it was to be
-
-    failed: list[int] = []
-    totals: Counter[str] = Counter()
-    happened: Counter[str] = Counter()
+def run_seeds(seeds: range, *, workers: int) -> int:
+    """Play seeds in several processes and say what they came to; 1 if one failed."""
     begun = time.perf_counter()
-    for seed in seeds:
-        try:
-            account = simulate(seed)
-        except Exception as error:  # noqa: BLE001 (whatever it is, the seed has found it)
-            failed.append(seed)
-            say(f"seed {seed}: {type(error).__name__}: {error}")
-            if verbose:
-                traceback.print_exc()
-            if stop:
-                break
-            continue
-        for name in ("steps", "events", "acknowledged", "forgotten", "archived", "published", "checked"):
-            totals[name] += getattr(account, name)
-        happened.update(account.happened)
-        if verbose:
-            say(account)
-    say(f"{len(seeds)} seeds in {time.perf_counter() - begun:.0f} s; failed: {failed or 'none'}")
-    say(", ".join(f"{count} {name}" for name, count in totals.items()))
-    say(", ".join(f"{name}: {count}" for name, count in sorted(happened.items())))
-    return bool(failed)
+    tally = Tally()
+    for part in play_in_parts(seeds, workers=workers):
+        for seed, what in part.failed.items():
+            say(f"seed {seed}: {what}")
+        told = tally.played // _TOLD
+        tally.add(part)
+        if tally.played // _TOLD > told:
+            say(f"{tally.played} of {len(seeds)} seeds, {len(tally.failed)} failed")
+    return tell(tally, time.perf_counter() - begun)
+
+
+def run_here(seeds: range, *, show: bool, stop: bool) -> int:
+    """Play seeds in this process, with the library as it was made; 1 if one failed."""
+    begun = time.perf_counter()
+    tally = play(seeds, show=say if show else None, stop=stop)
+    for seed, what in tally.failed.items():
+        say(f"seed {seed}: {what}")
+    return tell(tally, time.perf_counter() - begun)
+
+
+def tell(tally: Tally, seconds: float) -> int:
+    """Say what seeds came to; 1 if one failed."""
+    say(f"{tally.played} seeds in {seconds:.0f} s; failed: {sorted(tally.failed) or 'none'}")
+    say(", ".join(f"{tally.done[name]} {name}" for name in DONE))
+    say(", ".join(f"{name}: {count}" for name, count in sorted(tally.happened.items())))
+    return bool(tally.failed)
 
 
 def run_mutants(names: list[str], seeds: range, *, known: bool) -> int:

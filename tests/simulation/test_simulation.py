@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.simulation.mutants import KNOWN, MUTANTS
+from tests.simulation.tally import Tally, play, play_in_parts
 from tests.simulation.world import Account, simulate
 
 SEEDS = 200
@@ -39,6 +40,27 @@ def run(seed: int) -> Account:
     except Exception as error:
         error.add_note(f"\nagain: python -m tests.simulation --seed {seed}")
         raise
+
+
+def test_seeds_come_to_the_same_in_several_processes(monkeypatch):
+    monkeypatch.setattr("tests.simulation.tally._TOGETHER", 2)
+    whole = Tally()
+    for part in play_in_parts(range(5), workers=2):
+        whole.add(part)
+    assert whole == play(range(5))
+    assert whole.done["steps"] > 5
+
+
+def test_seed_that_fails_is_named_and_the_others_go_on(monkeypatch):
+    def failing(seed):
+        if seed == 1:
+            raise ValueError("an invariant")
+        return simulate(seed)
+
+    monkeypatch.setattr("tests.simulation.world.simulate", failing)
+    tally = play(range(3))
+    assert (tally.played, tally.failed) == (3, {1: "ValueError: an invariant"})
+    assert tally.done["steps"] == simulate(0).steps + simulate(2).steps
 
 
 def test_seed_plays_the_same_story_in_every_process():
