@@ -4,8 +4,10 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from unittest import mock
 
 import numpy as np
@@ -16,6 +18,7 @@ from benchmarks.hot_scale import HotScale, RawClient, bare_client, opened, socke
 from benchmarks.measure import in_turns
 from benchmarks.tables import Cell, Goal, Table, Topic
 from trajstore.log.resp import pack
+from trajstore.slabs import Slabs
 
 __all__ = ["measure_calls", "measure_events", "measure_payloads"]
 
@@ -34,7 +37,9 @@ def measure_payloads(scale: HotScale, folder: Path) -> Topic:
     """Recordings of 1.5 MB, written until acknowledged and read back, beside bare HSETs and HGETs of the same bytes.
 
     Trajectories of several, each recording of other rows, show what a payload costs; those of one, what a rollout adds.
-    What is read is checksummed; the same with zlib's CRC-32 shows what that costs where isal is missing.
+    A thread of HSETs beside one that checks the rows first, as every recording is checked, shows what is left of the
+    bare client then: with the server these are three that want a core. What is read is checksummed; the same with
+    zlib's CRC-32 shows what that costs where isal is missing.
     """
     count, shapes = scale.payloads, (scale.together, 1)
     recorded = _rows(PAYLOAD // SPEC.row_bytes)
@@ -68,6 +73,19 @@ def measure_payloads(scale: HotScale, folder: Path) -> Topic:
             for key in keys:
                 client.hset(key, "1-1", payload)
 
+        def bare_write_checked() -> None:
+            slabs, checked = Slabs(), SimpleQueue[memoryview]()
+
+            def send() -> None:
+                for key in keys:
+                    client.hset(key, "1-1", checked.get())
+
+            with ThreadPoolExecutor(1) as pool:
+                sent = pool.submit(send)
+                for _ in keys:
+                    checked.put(SPEC.narrow(recorded, start=0, empty=slabs.cut).reshape(-1).data)
+                sent.result()
+
         def bare_read() -> None:
             for key in keys:
                 client.hget(key, "1-1")
@@ -83,7 +101,8 @@ def measure_payloads(scale: HotScale, folder: Path) -> Topic:
         names = {several: f"trajstore, {several} in a trajectory" for several in shapes}
         writes = in_turns(
             {names[several]: partial(write, several) for several in shapes}
-            | {"redis-py, HSET": bare_write, "raw frames": partial(raw.send, sets)},
+            | {"redis-py, HSET": bare_write, "the same, rows checked beside": bare_write_checked}
+            | {"raw frames": partial(raw.send, sets)},
             repeats=scale.repeats,
             before=make_room,
         )

@@ -22,6 +22,8 @@ from trajstore.entries import Buffer
 __all__ = ["Argument", "Command", "ReplyParser", "pack", "receive", "send"]
 
 Argument: TypeAlias = str | bytes | bytearray | memoryview | int
+"""Of a request. A view is of contiguous bytes."""
+
 Command: TypeAlias = Sequence[Argument]
 
 _APART = 1 << 16
