@@ -161,7 +161,7 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         if given.size == 0:
             return self.empty(0)
         # One pass per bound on the wide dtype: a narrowed id would have wrapped into range.
-        if int(given.max()) >= self.num_experts or int(given.min()) < 0:
+        if int(given.max()) >= self.num_experts or (given.dtype.kind == "i" and int(given.min()) < 0):
             row, layer, k = (int(i) for i in np.argwhere((given < 0) | (given >= self.num_experts))[0])
             raise RoutingError(
                 f"expert id {int(given[row, layer, k])} at layer {self.layer_ids[layer]}, row {start + row} lies "
