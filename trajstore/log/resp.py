@@ -104,8 +104,8 @@ def _send_together(sock: socket.socket, pieces: Sequence[Buffer]) -> None:
     A Python socket with a timeout asks before every 200 kB whether there is room, and its thread competes for Python's
     lock after each answer; so the kernel keeps the time within a call (benchmarks/hotpath.py: a tenth of the
     throughput). Python asks once before each call all the same, which is as well: a call that has sent nothing when a
-    signal comes is begun anew, and with it the kernel's time, but not Python's. Over a unix socket the kernel's time also
-    begins anew whenever the server has taken something.
+    signal comes is begun anew, and with it the kernel's time, but not Python's. Over a unix socket the kernel's time
+    also begins anew whenever the server has taken something.
     """
     timeout = sock.gettimeout()
     left = [memoryview(piece) for piece in pieces]
