@@ -184,7 +184,7 @@ def _watch(
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while any(processes[name].poll() is None for name in ("rollout", "trainer")):
             for name, process in processes.items():
-                _expect_success(folder, name, process.poll())
+                _expect_success(folder, name, process.poll(), lasting=name in ("archiver", "materializer"))
             progress = _Progress(store, folder, plan)
             if console.is_terminal:
                 live.update(progress.table(), refresh=True)
@@ -201,12 +201,14 @@ def _watch(
     console.print(_Progress(store, folder, plan).line(), soft_wrap=True)
 
 
-def _expect_success(folder: Path, name: str, code: int | None) -> None:
-    if code:
+def _expect_success(folder: Path, name: str, code: int | None, *, lasting: bool = False) -> None:
+    """Not ended, or well; nor that if it is to last until it is told to end."""
+    if code is not None and (code or lasting):
         path = folder / "demo" / f"{name}.log"
         last = path.read_text(errors="replace").strip().splitlines()[-5:]
         raise click.ClickException(
-            f"the {name} process ended with code {code}; its log is {path}:\n" + "\n".join(f"  {line}" for line in last)
+            f"the {name} process ended with code {code}{'' if code else ', before the run had ended'}; its log is "
+            f"{path}:\n" + "\n".join(f"  {line}" for line in last)
         )
 
 

@@ -166,6 +166,20 @@ def test_the_first_signal_asks_and_handlers_are_put_back(number):
     assert signal.getsignal(number) == before
 
 
+def test_signal_that_is_ignored_asks_nobody_to_stop():
+    """A script has Ctrl-C ignored in what it runs in the background; its own workers took it for theirs."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with graceful_stop() as stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stopped.is_set()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopped.is_set()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_held_signal_comes_when_the_block_is_over():
     def command():
         with exiting_on_sigterm():

@@ -1,5 +1,6 @@
 """The main job as a user runs it: `trajstore demo`, real processes, real model, read back afterwards."""
 
+import io
 import itertools
 import json
 import os
@@ -9,12 +10,15 @@ import sys
 import threading
 from pathlib import Path
 
+import click
 import msgspec
 import numpy as np
 import pytest
+from rich.console import Console
 
 import trajstore
 from trajstore_demo import command
+from trajstore_demo.plan import DemoPlan
 from trajstore_demo.report import DemoReport, next_commands
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(600)]
@@ -114,6 +118,23 @@ def test_run_whose_process_dies_ends_with_its_name_and_leaves_nothing_running(tm
     assert {"trajstore_demo.training": "trainer", "materialize": "materializer"}[victim] in shown
     assert "Traceback" not in shown
     assert not processes_over(folder)
+
+
+def test_worker_that_ends_well_but_early_ends_the_run(tmp_path):
+    """A materializer that somebody stops exits with 0; the trainer would wait for it for ever."""
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    commands = dict.fromkeys(("archiver", "trainer", "rollout"), sleeper)
+    commands["materializer"] = [sys.executable, "-c", "import sys; sys.stderr.write('signed off')"]
+    plan = DemoPlan(groups=2, seed=0)
+    with trajstore.open(tmp_path / "run") as store:
+        plan.write(tmp_path / "run")
+        with (
+            command._processes(tmp_path / "run", commands) as processes,
+            pytest.raises(
+                click.ClickException, match=r"materializer .* code 0, before .*\n  signed off"
+            ),
+        ):
+            command._watch(store, tmp_path / "run", plan, Console(file=io.StringIO()), processes)
 
 
 def test_interrupted_run_leaves_nothing_running(tmp_path):

@@ -24,7 +24,8 @@ def exiting_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def graceful_stop() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or Ctrl-C sets; a second one ends the process at once.
+    """An event that the first SIGTERM or Ctrl-C sets; a second one ends the process at once. What is ignored stays so:
+    a script's Ctrl-C is not meant for what it runs in the background.
 
     Only ask the event in the main thread, never wait for it there: a handler that sets an event which the thread that
     it interrupts waits for can hang.
@@ -37,7 +38,7 @@ def graceful_stop() -> Iterator[threading.Event]:
             _end(number, frame)
         stopped.set()
 
-    before = [(one, signal.signal(one, ask)) for one in _SIGNALS]
+    before = [(one, signal.signal(one, ask)) for one in _SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
     try:
         yield stopped
     finally:
