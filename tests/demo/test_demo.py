@@ -130,9 +130,7 @@ def test_worker_that_ends_well_but_early_ends_the_run(tmp_path):
         plan.write(tmp_path / "run")
         with (
             command._processes(tmp_path / "run", commands) as processes,
-            pytest.raises(
-                click.ClickException, match=r"materializer .* code 0, before .*\n  signed off"
-            ),
+            pytest.raises(click.ClickException, match=r"materializer .* code 0, before .*\n  signed off"),
         ):
             command._watch(store, tmp_path / "run", plan, Console(file=io.StringIO()), processes)
 
