@@ -192,12 +192,12 @@ def test_silent_server_is_a_timeout(ends):
     assert connection._sock.fileno() == -1
 
 
-def draining(server, size, *, pause=0.0):
+def draining(server, size, *, pause=0.0, most=1 << 17):
     """A thread that reads so much from a socket, and the bytes."""
     found = bytearray()
 
     def drain():
-        while len(found) < size and (some := server.recv(1 << 17)):
+        while len(found) < size and (some := server.recv(most)):
             found.extend(some)
             time.sleep(pause)
 
@@ -227,18 +227,26 @@ def test_large_commands_arrive_whole_through_signals_and_a_full_socket(ends, cou
     assert handled
 
 
-def test_slow_line_is_waited_for_although_all_of_it_takes_longer_than_the_timeout(ends):
+def test_slow_line_is_waited_for_although_all_of_it_takes_longer_than_the_timeout():
     """A flush may be 32 MiB: over a slow line that takes a while, and giving it up would lose what had arrived."""
-    connection, server = ends
-    connection._sock.settimeout(3.0)
     commands = [("SET", "a", LARGE)] * 80
     whole = b"".join(pack(commands))
-    begun = time.monotonic()
-    thread, found = draining(server, len(whole), pause=0.025)
-    send(connection, commands, check_health=False)
-    thread.join()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        socket.create_connection(listening.getsockname()) as client,
+    ):
+        server, _ = listening.accept()
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+        client.settimeout(3.0)
+        connection = SimpleNamespace(_sock=client, disconnect=client.close)
+        begun = time.monotonic()
+        with server:
+            thread, found = draining(server, len(whole), pause=0.0125, most=1 << 16)
+            send(connection, commands, check_health=False)
+            assert time.monotonic() - begun > 3.0, "it has to take longer than the timeout, or this shows nothing"
+            thread.join()
     assert found == whole
-    assert time.monotonic() - begun > 3.0, "it has to take longer than the timeout, or this shows nothing"
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
