@@ -121,7 +121,7 @@ def test_watch_follows_a_slot_that_moved(cluster: Cluster, run_name: str) -> Non
 
 def test_command_whose_reply_was_lost_is_not_sent_again(start_cluster: StartCluster) -> None:
     cluster = start_cluster()
-    wire = wire_to(cluster, timeout=0.5)
+    wire = wire_to(cluster, timeout=2.0)
     node = cluster.nodes[1]
     key = key_of(node, cluster, "counted")
     wire.call("INCR", key)
@@ -336,7 +336,7 @@ def test_fsync_is_asked_of_every_server(start_cluster: StartCluster, open_at: Op
 def test_one_full_server_stops_writers_before_it_refuses_them(start_cluster: StartCluster, open_at: OpenAt) -> None:
     cluster = start_cluster()
     node = cluster.owner(open_at(cluster).keys.feed(0))
-    store = open_at(cluster, timeout=1.0)
+    store = open_at(cluster, timeout=2.0)
     node.ask("CONFIG", "SET", "maxmemory", 1 << 20)
     assert store.backlog().maxmemory == 1 << 20
     assert RunLook(store).look().server.maxmemory == 1 << 20

@@ -192,7 +192,7 @@ def test_lost_connection_is_unavailable_and_the_next_one_is_a_new_one(own_server
 
 
 def test_silent_server_is_unavailable_at_the_deadline(own_server, own_client, proxy, open_at):
-    store = open_at(proxy, timeout=0.3)
+    store = open_at(proxy, timeout=2.0)
     own_client.set("a", b"1")
     proxy.swallow_reply(b"GET")
     with pytest.raises(Unavailable, match="in time"):

@@ -353,7 +353,7 @@ def test_acknowledged_deletion_survives_the_server(own_server, run_name):
 
 
 def test_full_server_refuses_a_tombstone_and_changes_nothing(own_server, run_name):
-    with trajstore.open(own_server.url(run_name), partitions=1, timeout=1.0) as store:
+    with trajstore.open(own_server.url(run_name), partitions=1, timeout=2.0) as store:
         trajectory = record_seed_case(store)
         store.flush()
         own_server.client().config_set("maxmemory", "1")
