@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,9 @@ from tests.servers import BACKENDS, FAKEREDIS_CANNOT_SHOW, FakeServer, RealServe
 log = logging.getLogger(__name__)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers share the cores, and its threads spin
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in the background of a shell: what tests start would
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignore it, too
 
 OpenStore = Callable[..., trajstore.Store]
 

@@ -22,7 +22,7 @@ import msgspec
 from trajstore.errors import UNREADABLE, Corrupt, Unavailable
 from trajstore.log.feed import parse_stream
 from trajstore.log.keys import Keys
-from trajstore.log.wire import FULL_AT, Command, Wire, memory_use, reply_fields
+from trajstore.log.wire import Command, Wire, memory_use, reply_fields
 
 __all__ = [
     "Delivery",
@@ -38,6 +38,10 @@ __all__ = [
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+_LAID_AT = 0.6
+"""Share of `maxmemory` up to which folds are laid ready. Readers can fold again; writers, who stop at `FULL_AT`, can
+only wait, and archiving makes no room where folds lie."""
 
 _ATTEMPTS = 100
 _PUBLISHED = b"\x00published"  # no id begins so
@@ -339,7 +343,7 @@ class ReadyQueue:
         info = self._wire.at(key).exchange([("INFO", "memory")])[0]
         if isinstance(info, bytes):
             used, limit = memory_use(info)
-            if limit and used + len(blob) >= FULL_AT * limit:
+            if limit and used + len(blob) >= _LAID_AT * limit:
                 return
         self._wire.call("SET", key, blob, "PX", int(keep * 1000))
 

@@ -1,7 +1,7 @@
 """The trainer's side of the ready streams: one consumer of one consumer group over all of a run's.
 
 Delivery is at least once. An entry is taken from where one lies, so that others get the rest; what every group has used
-is trimmed, and its blobs go.
+is trimmed. Blobs go earlier: they are kept for groups that have consumers, others fold again when they come.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +17,6 @@ from trajstore.history import find_tombstone
 from trajstore.log.bulk import Value
 from trajstore.log.feed import lowest_needed, sign_off
 from trajstore.log.keys import Keys
-from trajstore.log.run import TRAINER_GROUP
 from trajstore.log.stream import parse_entries
 from trajstore.log.wire import Command, Wire, reply_fields, translate
 from trajstore.ready import Delivery, ReadyMember, parse_deliveries
@@ -40,8 +39,7 @@ class ReadyFollower:
         self._group = group
         self._consumer = consumer
         self._seen = dict.fromkeys(range(keys.partitions), "0-0")
-        if group != TRAINER_GROUP:
-            self._join()
+        self._join()
 
     def poll(self, *, count: int, block: float = 0.0) -> list[Delivery]:
         """Entries that no consumer of the group has had, at most `count`; waits up to `block` seconds for the first."""
@@ -122,7 +120,7 @@ class ReadyFollower:
         return {id for id, reply in zip(ids, replies, strict=True) if _is_tombstone(reply)}
 
     def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
-        """These entries were used. What every group has used is trimmed, and its blobs go."""
+        """These entries were used. What every group has used is trimmed; blobs go when those with consumers have."""
         by_partition: dict[int, list[Delivery]] = {}
         for delivery in deliveries:
             by_partition.setdefault(delivery.partition, []).append(delivery)
@@ -135,12 +133,13 @@ class ReadyFollower:
         for partition, some in by_partition.items():
             stream = self._keys.ready(partition)
             groups = self._groups(stream)
-            needed = lowest_needed(
-                groups, self._wire.call_all([("XPENDING", stream, reply_fields(one)[b"name"]) for one in groups])
-            )
+            pending = self._wire.call_all([("XPENDING", stream, reply_fields(one)[b"name"]) for one in groups])
+            needed = lowest_needed(groups, pending)
             commands: list[Command] = [] if needed is None else [("XTRIM", stream, "MINID", str(needed))]
+            others = [both for both in zip(groups, pending, strict=True) if self._is_read_by_others(both[0])]
+            used = lowest_needed(*zip(*others, strict=True)) if others else None
             for delivery in some:
-                if len(groups) == 1 or (needed is not None and EventId.parse(delivery.at) < needed):
+                if used is None or EventId.parse(delivery.at) < used:
                     keys = [self._keys.ready_payload(one.id, one.version) for one in delivery.group.members]
                     commands += [("UNLINK", key) for key in keys]
             self._wire.call_all(commands)
@@ -174,6 +173,11 @@ class ReadyFollower:
 
     def _last_delivered(self, stream: str) -> str:
         return self._last_of(self._groups(stream))
+
+    def _is_read_by_others(self, group: Any) -> bool:
+        """True for another consumer group than this one that has consumers, from XINFO GROUPS."""
+        fields = reply_fields(group)
+        return fields[b"name"] != self._group.encode() and bool(fields[b"consumers"])
 
     def _has_mine(self, groups: Sequence[Any]) -> bool:
         return any(reply_fields(one)[b"name"] == self._group.encode() for one in groups)

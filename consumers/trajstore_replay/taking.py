@@ -41,7 +41,8 @@ def take(
         seconds: end after so many seconds.
         stopped: end as soon as it is set.
         consumers: consumer group. Each gets everything, its consumers share it; one that is new begins with what the
-            ready streams still hold, and they keep for it what it has not acknowledged, for ever if nobody reads on.
+            ready streams still hold, and they keep for it what it has not acknowledged, for ever if nobody reads on
+            (`trajstore consumers --remove` ends that).
         name: of this consumer in the group, default one that nobody had.
 
     Returns:

@@ -1,6 +1,7 @@
 """Whether somebody works on a run: archiver and materializer follow the feeds, trainers take what is ready, memory."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -10,7 +11,6 @@ from rich.filesize import decimal
 from trajstore.archive.verify.findings import Finding
 from trajstore.errors import Corrupt
 from trajstore.log.feed import FEED_GROUPS, MATERIALIZER
-from trajstore.log.run import TRAINER_GROUP
 from trajstore.log.wire import FULL_AT, fullest, reply_fields, translate
 from trajstore.store import Store
 from trajstore_replay.ages import told
@@ -69,7 +69,7 @@ def check_workers(run: Store, *, stale_seconds: float, where: str) -> Iterator[F
         )
     ready = [run.keys.ready(partition) for partition in partitions]
     for group in followers(run, ready, stale_seconds):
-        yield from _of_ready(group, stale_seconds, where, ready)
+        yield from _of_ready(group, stale_seconds, where)
     yield from _memory(run, where)
     yield from _backlog(run, where)
 
@@ -128,14 +128,11 @@ def _of_feed(group: Followers, stale: float, where: str) -> Iterator[Finding]:
     )
 
 
-def _of_ready(group: Followers, stale: float, where: str, streams: Sequence[str]) -> Iterator[Finding]:
-    start = f"start its trainer; `trajstore status {where}` shows who takes what"
-    if group.name != TRAINER_GROUP:
-        start += (
-            "; if nobody uses the group any more, remove it, for all that is published is kept for it: "
-            f"XGROUP DESTROY {streams[0]} {group.name}"
-        )
-        start += f", and so of all {len(streams)} partitions" if len(streams) > 1 else ""
+def _of_ready(group: Followers, stale: float, where: str) -> Iterator[Finding]:
+    start = (
+        f"start its trainer; `trajstore status {where}` shows who takes what. All that is published is kept for it: if "
+        f"nobody uses the group any more, `trajstore consumers {where} --remove {shlex.quote(group.name)}` ends that"
+    )
     yield from _behind(
         group,
         stale,

@@ -11,6 +11,7 @@ import pytest
 import trajstore
 from tests.builders import SPEC, record_seed_case, rows
 from tests.consumers.rollouts import abort, finish, laid, look, materialize, members, resume, wait_until
+from trajstore.archiver import Archiver
 from trajstore.blob import from_blob, to_blob
 from trajstore.materializer import Materializer
 
@@ -542,6 +543,39 @@ def test_fold_that_the_server_has_no_room_for_is_published_without_its_payload(o
         (ready,) = look(store)
         assert laid(store, ready.members) == [None]
         assert members([ready]) == [(trajectory.id, 1)]
+
+
+def test_folds_lie_ready_only_while_writers_have_a_third_of_the_server(own_server, run_name):
+    with trajstore.open(own_server.url(run_name)) as store, own_server.client() as client:
+        finish(store, tokens=100_000)
+        used = int(client.info("memory")["used_memory"])
+        client.config_set("maxmemory", int((used + 3_000_000) / 0.6))
+        materialize(store)
+        assert [blob is not None for one in look(store) for blob in laid(store, one.members)] == [True]
+        finish(store, tokens=100_000)
+        used = int(client.info("memory")["used_memory"])
+        client.config_set("maxmemory", int((used + 200_000) / 0.6))
+        materialize(store)
+        assert sorted(blob is not None for one in look(store) for blob in laid(store, one.members)) == [False, True]
+
+
+def test_writers_and_archiver_go_on_while_nobody_trains(own_server, run_name, tmp_path):
+    """Folds that nobody took filled the server up to where writers stop, and archiving made no room."""
+    with own_server.client() as client:
+        client.config_set("appendfsync", "always")
+        client.config_set("maxmemory", "16mb")
+    options = {"archive": tmp_path / "archive", "partitions": 1, "timeout": 10.0}
+    with trajstore.open(own_server.url(run_name), **options) as store:
+        for seed in range(20):  # of 800 kB each, and their folds of as much
+            finish(store, tokens=60_000, seed=seed)
+            materialize(store)
+            Archiver(store, grace_seconds=0.0).run(once=True)
+        for seed in range(4):  # faster than they are archived
+            finish(store, tokens=60_000, seed=seed)
+        materialize(store)
+        Archiver(store, grace_seconds=0.0).run(once=True)
+        assert len(look(store)) == 24
+        assert store.backlog().trajectories == 0
 
 
 # Several, and their ends

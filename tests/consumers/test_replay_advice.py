@@ -136,7 +136,7 @@ def test_every_command_that_doctor_advises_works(folder, tmp_path):
         "unbegun": {"close"},
         "unfinished": {"materialize"},
         "unfollowed": {"archive", "materialize"},
-        "untaken": {"status"},
+        "untaken": {"consumers", "status"},
     }
     for _, words in commands:
         works(words, folder, tmp_path)

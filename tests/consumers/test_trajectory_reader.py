@@ -290,6 +290,24 @@ def test_payload_of_another_fold_is_not_taken_for_this_one(store, caplog, change
     assert made.id in caplog.text
 
 
+def test_folds_are_kept_for_other_groups_only_while_those_have_consumers(store):
+    """Every run has the group `trainer`: a job that reads under another name kept all of its folds for nobody."""
+    publish(store, 2)
+    with TrajectoryReader(store, group="look") as look_in:
+        (seen,) = look_in.take()
+        look_in.acknowledge([seen])
+        assert laid_blobs(store, [seen]) == 0, "the trainer has no consumer yet"
+        (other,) = look_in.take()
+        with TrajectoryReader(store) as trainer:
+            first = trainer.take(2)
+            assert ids(first) == ids([seen, other]), "what the fold is gone of is folded again"
+            look_in.acknowledge([other])
+            assert laid_blobs(store, [other]) == 1, "the trainer has it in hand"
+            trainer.acknowledge(first)
+            assert laid_blobs(store, [other]) == 0
+        assert look(store) == []
+
+
 def test_member_that_cannot_be_folded_is_named_and_the_others_come(store):
     bad, good = finish(store, group="g", group_size=2, tokens=400), finish(store, group="g", group_size=2)
     key = store.keys.payloads(bad.id)

@@ -17,8 +17,10 @@ from tests.builders import SPEC, rows
 from trajstore.archive.upkeep.retention import free_dropped, still_hot
 from trajstore.archive.verify.verify import verify
 from trajstore.archiver import Archiver
+from trajstore.consumer_groups import remove_consumer_group
 from trajstore.log.feed import FeedTail
 from trajstore.materializer import Materializer
+from trajstore.ready_follower import ReadyFollower
 from trajstore.recovery import recover
 from trajstore.status import RunLook
 from trajstore.summary import encode_summary
@@ -154,7 +156,8 @@ def _look(url: str, timeout: float) -> None:
 
 
 def _administer(url: str, timeout: float) -> None:
-    """Whoever begins runs, deletes, frees what retention has dropped, verifies, and mends what was lost."""
+    """Whoever begins runs, deletes, frees what retention has dropped, verifies, ends a consumer group, and mends what
+    was lost."""
     with trajstore.open(url, create=False, ack="fsync", timeout=timeout) as store:
         store.delete("a")
         assert store.delete(group="g0") == 2
@@ -164,6 +167,10 @@ def _administer(url: str, timeout: float) -> None:
         assert still_hot(store.wire, store.keys)(["left"]) == {"left"}
         assert free_dropped(store.wire, store.keys, store.hot, store.archive.manifest(0), 0) == []
         assert [one.severity for one in verify(store) if one.severity != "information"] == []
+        ReadyFollower(store.wire, store.keys, "kept", "")
+        with pytest.raises(trajstore.Conflict, match="dead"):
+            remove_consumer_group(store.wire, store.keys, "trainer")
+        remove_consumer_group(store.wire, store.keys, "trainer", force=True)
     assert recover(url, timeout=timeout).summaries
 
 

@@ -231,7 +231,7 @@ def materializer(world: "World", process: Process) -> None:
 def trainer(world: "World", process: Process) -> None:
     """Takes what is ready, uses it, acknowledges it."""
     store = _opened(world)
-    follower = ReadyFollower(store.wire, store.keys, TRAINER_GROUP, process.name)
+    follower = _following(world, store, process.name)
     in_hand: dict[tuple[int, str], Any] = {}
     while True:
         try:
@@ -247,6 +247,14 @@ def trainer(world: "World", process: Process) -> None:
                     del in_hand[place]
         except (Unavailable, StoreFull):
             world.scheduler.sleep(0.5)
+
+
+def _following(world: "World", store: Any, name: str) -> ReadyFollower:
+    while True:
+        try:
+            return ReadyFollower(store.wire, store.keys, TRAINER_GROUP, name)
+        except (Unavailable, StoreFull):
+            world.scheduler.sleep(0.3)
 
 
 def _train(world: "World", store: Any, follower: Any, delivery: Any) -> None:

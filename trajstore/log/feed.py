@@ -23,8 +23,10 @@ __all__ = [
     "FeedFollower",
     "FeedTail",
     "Hint",
+    "lowest_needed",
     "parse_stream",
     "sign_off",
+    "trim_used",
     "worker_name",
 ]
 
@@ -97,24 +99,7 @@ class FeedFollower:
 
     def trim(self, partitions: Iterable[int]) -> None:
         """Drop hints that no group needs any more: those below every group's oldest unacknowledged one."""
-        partitions = list(partitions)
-        groups = self._wire.call_all([("XINFO", "GROUPS", self._keys.feed(partition)) for partition in partitions])
-        names = [[reply_fields(group)[b"name"] for group in some] for some in groups]
-        summaries = iter(
-            self._wire.call_all(
-                [
-                    ("XPENDING", self._keys.feed(partition), name)
-                    for partition, some in zip(partitions, names, strict=True)
-                    for name in some
-                ]
-            )
-        )
-        commands: list[Command] = []
-        for partition, some, infos in zip(partitions, names, groups, strict=True):
-            needed = lowest_needed(infos, [next(summaries) for _ in some])
-            if needed is not None:
-                commands.append(("XTRIM", self._keys.feed(partition), "MINID", str(needed)))
-        self._wire.call_all(commands)
+        trim_used(self._wire, [self._keys.feed(partition) for partition in partitions])
 
     def leave(self, partitions: Iterable[int]) -> None:
         """Remove this consumer where nothing is pending for it, so that names do not pile up."""
@@ -169,6 +154,23 @@ def sign_off(wire: Wire, streams: Sequence[str], group: str, consumer: str) -> N
             if not entries
         ]
     )
+
+
+def trim_used(wire: Wire, streams: Sequence[str]) -> None:
+    """Drop entries that no consumer group of their stream needs any more; of a stream without groups nothing."""
+    groups = wire.call_all([("XINFO", "GROUPS", stream) for stream in streams])
+    names = [[reply_fields(group)[b"name"] for group in some] for some in groups]
+    summaries = iter(
+        wire.call_all(
+            [("XPENDING", stream, name) for stream, some in zip(streams, names, strict=True) for name in some]
+        )
+    )
+    commands: list[Command] = []
+    for stream, some, infos in zip(streams, names, groups, strict=True):
+        needed = lowest_needed(infos, [next(summaries) for _ in some])
+        if needed is not None:
+            commands.append(("XTRIM", stream, "MINID", str(needed)))
+    wire.call_all(commands)
 
 
 def lowest_needed(groups: Any, pending: Sequence[Any]) -> EventId | None:
