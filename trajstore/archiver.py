@@ -4,6 +4,7 @@ For each partition it holds the lease; what makes two archivers safe is the numb
 decided in `archive/ripening.py`. Everything from publish to trim uses only commands that a full server lets pass.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ from functools import partial
 import msgspec
 
 from trajstore.abandon import sweep
+from trajstore.archive.fair_share import FairShare
 from trajstore.archive.manifest import Manifest
 from trajstore.archive.reader import ArchiveReader
 from trajstore.archive.ripening import Look, Part, first_look, second_look
@@ -40,6 +42,12 @@ _LOOKED_AT = 4096
 
 _PATIENCE = 16.0
 """Leases for which a holder may be silent, at most, before whoever lost the partition to it takes it again."""
+
+_GIVEN = 2.0
+"""Leases for which a partition that was given up is left to others."""
+
+_ASIDE = 16.0
+"""Leases for which an archiver that could not archive lets others do it, while there are any."""
 
 
 class Archived(msgspec.Struct):
@@ -73,7 +81,7 @@ class Archived(msgspec.Struct):
 
 
 class Archiver:
-    """One archiving process.
+    """One archiving process. Any number may work on a run, and share its partitions evenly.
 
     Args:
         store: of the run; must have an archive.
@@ -128,6 +136,9 @@ class Archiver:
         self._horizon = FSYNC_HORIZON
         self._waiting: dict[int, dict[str, Look]] = {}
         self._patience: dict[int, float] = {}  # with the holders of partitions that were lost, see `_drop`
+        self._share = FairShare(store.partitions, seconds=lease_seconds)
+        self._given: dict[int, float] = {}  # partitions, and until when they are left to others
+        self._aside_until = 0.0
         self._left: dict[tuple[int, str], list[Hint]] = {}  # of refused trajectories, unacknowledged on purpose
         self._idle = IdleCompaction(
             self._archive,
@@ -174,7 +185,8 @@ class Archiver:
             self.pulse.beat()
             try:
                 busy = self._turn(once=once, stopped=stopped)
-                self.pulse.trouble = None
+                if time.monotonic() >= self._aside_until:
+                    self.pulse.trouble = None
             except OSError as error:  # Unavailable and StoreFull are such, and so is a full disk
                 if once:
                     raise
@@ -184,8 +196,7 @@ class Archiver:
                     error,
                     extra={"event": "paused"},
                 )
-                self._waiting.clear()  # taking the partitions anew brings back every hint that was read
-                self._next_lease = 0.0
+                self._step_aside()
                 stopped.wait(1.0)
                 continue
             self.done.waiting = sum(len(waiting) for waiting in self._waiting.values())
@@ -204,7 +215,13 @@ class Archiver:
         hints: list[Hint] = []
         if now >= self._next_lease:
             self._next_lease = now + self._lease_seconds / 3
-            hints += self._hold_leases()
+            others = [] if once else self._lease.others(0, within=self._lease_seconds / 2)
+            if not others:
+                self._aside_until = 0.0
+            if now >= self._aside_until:
+                hints += self._hold_leases()
+            if not once:
+                self._give_way(others)
             self._feed.trim(self._waiting)
         roomy = [partition for partition, waiting in self._waiting.items() if len(waiting) < _LOOKED_AT]
         hints += self._feed.poll(roomy, count=256, block=0.2)
@@ -248,6 +265,8 @@ class Archiver:
         for partition in range(self._store.partitions):
             self._stay()
             held = partition in self._waiting
+            if not held and time.monotonic() < self._given.get(partition, 0.0):
+                continue
             if self._lease.acquire(partition, patience=self._patience.get(partition, 1.0)):
                 if not held:
                     self._waiting[partition] = {}
@@ -258,6 +277,32 @@ class Archiver:
             elif held:
                 self._drop(partition)
         return hints
+
+    def _give_way(self, others: Sequence[str]) -> None:
+        """Give up what is more than a fair share; whoever has less finds it free at its next try."""
+        now = time.monotonic()
+        self._share.look(others, now)
+        for partition in self._share.surplus(self._waiting):
+            self._lease.release(partition)
+            self._given[partition] = now + _GIVEN * self._lease_seconds
+            del self._waiting[partition]
+            log.info(
+                "partition %d is left to other archivers: %d are there",
+                partition,
+                self._share.others,
+                extra={"event": "lease-given", "partition": partition},
+            )
+
+    def _step_aside(self) -> None:
+        """After a failure: forget what was looked at, and let others archive, if there are any; it may be this
+        machine's disk that is full."""
+        if self._share.others:
+            self._aside_until = time.monotonic() + _ASIDE * self._lease_seconds
+        with contextlib.suppress(Unavailable):  # then they run out
+            for partition in self._waiting:
+                self._lease.release(partition)
+        self._waiting.clear()  # taking the partitions anew brings back every hint that was read
+        self._next_lease = 0.0
 
     def _stay(self) -> None:
         """What long work calls in between: renews the leases when it is time, and drops what went to others.

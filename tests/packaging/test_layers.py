@@ -16,6 +16,7 @@ LAYERS = (
         "materializer",
         "ready",
         "ready_follower",
+        "consumer_groups",
         "blob",
         "exchange",
         "recovery",

@@ -5,6 +5,7 @@ An act is by one process of its role, over a run that its administrator has begu
 """
 
 import contextlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,8 @@ def _archive(url: str, timeout: float) -> None:
         assert old is not None
         wrong = encode_summary(msgspec.structs.replace(old, weight_version="loser"))
         store.wire.call("HSET", store.keys.summaries(0), "old-aborted", wrong)
+        stop = threading.Event()
+        Archiver(store).run(stop=stop, on_progress=lambda _: stop.set())  # a turn of one that stays: who else is there?
         done = Archiver(store, lease_seconds=timeout, grace_seconds=60.0, abandon_seconds=0.0).run(once=True)
         assert (done.refused, done.waiting, done.abandoned) == (0, 0, 1)
         assert store.archive.find("a").parts

@@ -7,7 +7,7 @@ manifest record.
 """
 
 from trajstore.log.keys import Keys
-from trajstore.log.wire import Command, Wire
+from trajstore.log.wire import Command, Wire, reply_fields
 
 __all__ = ["LEASE_GROUP", "Lease", "lease_setup"]
 
@@ -56,6 +56,13 @@ class Lease:
     def renew(self, partition: int) -> bool:
         """Prolong; False if it is another's."""
         return self._read(partition, "0")
+
+    def others(self, partition: int, *, within: float) -> list[str]:
+        """Who else has tried for the lease within so many seconds, or renewed it."""
+        consumers = self._wire.call("XINFO", "CONSUMERS", self._keys.lease(partition), LEASE_GROUP)
+        found = map(reply_fields, consumers)
+        names = [one[b"name"].decode(errors="replace") for one in found if int(one[b"idle"]) < within * 1000]
+        return [name for name in names if name != self._holder]
 
     def release(self, partition: int) -> None:
         """Let the next one take it at once."""

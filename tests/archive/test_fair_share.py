@@ -1,0 +1,180 @@
+"""Archivers of one run share its partitions, whoever came first; one that cannot archive lets the others do it."""
+
+import contextlib
+import errno
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import trajstore
+from tests.archive.test_archiver import hot_entries, until
+from tests.builders import record_seed_case
+from trajstore.archive.fair_share import FairShare
+from trajstore.archiver import Archiver
+from trajstore.log.lease import Lease
+
+LEASE = 0.6
+
+
+def share(partitions, others, *, ago=0.0):
+    """As it stands once these others have been there for `ago` seconds, of 10 that count."""
+    found = FairShare(partitions, seconds=10.0)
+    found.look(others, 100.0)
+    found.look(others, 100.0 + ago)
+    return found
+
+
+@given(partitions=st.integers(1, 64), count=st.integers(1, 9))
+def test_shares_hold_every_partition_and_differ_by_less_than_a_whole_share(partitions, count):
+    others = [f"archiver-{number}" for number in range(count - 1)]
+    fair = share(partitions, others, ago=10.0)
+    held = dict.fromkeys(range(partitions), ())
+    kept = partitions - len(fair.surplus(held))
+    assert kept * count >= partitions, "together they have room for all"
+    assert (kept - 1) * count < partitions
+
+
+def test_partitions_with_the_least_in_hand_are_given_up_first():
+    assert share(4, ["b"], ago=10.0).surplus({0: "xx", 1: "", 2: "x", 3: "xxx"}) == [1, 2]
+    assert share(4, ["b"], ago=10.0).surplus({0: "xx", 3: "xxx"}) == []
+
+
+def test_another_counts_only_once_it_has_been_there_for_long():
+    fair = share(4, ["b"], ago=9.9)
+    assert (fair.others, fair.surplus(dict.fromkeys(range(4), ()))) == (0, [])
+    fair.look(["b"], 110.0)
+    assert fair.others == 1
+    fair.look([], 111.0)
+    fair.look(["b"], 112.0)
+    assert fair.others == 0, "it was away, and may be one that has just left"
+
+
+@pytest.fixture
+def store(own_server, run_name, tmp_path):
+    with own_server.client() as client:
+        client.config_set("appendfsync", "always")
+    with trajstore.open(own_server.url(run_name), partitions=4, archive=tmp_path / "archive") as store:
+        yield store
+
+
+@contextlib.contextmanager
+def at_work(store, **options):
+    """An archiver, for the length of the block."""
+    stop = threading.Event()
+    archiver = Archiver(store, pack_seconds=0.0, lease_seconds=LEASE, **options)
+    thread = threading.Thread(target=archiver.run, kwargs={"stop": stop})
+    thread.start()
+    try:
+        yield archiver
+    finally:
+        stop.set()
+        thread.join(60)
+
+
+def held(*archivers):
+    """How many partitions each has."""
+    return [archiver.done.partitions for archiver in archivers]
+
+
+def write(store, count=12):
+    """Ids of finished trajectories."""
+    ids = [record_seed_case(store).id for _ in range(count)]
+    store.flush()
+    return ids
+
+
+def archived(store, ids):
+    return not any(hot_entries(store, id) for id in ids)
+
+
+def entries_of(store, ids):
+    return sum(len(store.archive.read(id)[0]) for id in ids)
+
+
+def test_archiver_that_comes_later_gets_its_share_and_leaves_it_at_its_end(store):
+    with at_work(store) as first:
+        until(lambda: held(first) == [4])
+        ids = write(store)
+        with at_work(store) as second:
+            until(lambda: held(first, second) == [2, 2])
+            ids += write(store)
+            until(lambda: archived(store, ids))
+            assert second.done.trajectories > 0
+        until(lambda: held(first) == [4])
+        ids += write(store)
+        until(lambda: archived(store, ids))
+    assert first.done.entries + second.done.entries == entries_of(store, ids), "each once"
+
+
+def test_share_of_an_archiver_that_dies_is_taken_back(store, monkeypatch):
+    with at_work(store) as first:
+        with at_work(store) as second:
+            until(lambda: held(first, second) == [2, 2])
+            monkeypatch.setattr(second, "_leave", lambda: None)  # as after kill -9
+        ids = write(store)
+        until(lambda: archived(store, ids))
+        until(lambda: held(first) == [4])
+
+
+def test_partitions_that_nobody_takes_are_taken_back(store):
+    """The other tries for leases and takes none: it hangs in between, say."""
+    rival = Lease(store.wire, store.keys, "rival", seconds=1e6)
+    with at_work(store) as first:
+        until(lambda: held(first) == [4])
+        ids = write(store)
+
+        def is_given_up():
+            assert not rival.renew(0), "it only lets itself be seen"
+            return held(first) == [2]
+
+        until(is_given_up)
+        ids += write(store)
+        until(lambda: archived(store, ids))
+
+
+def test_archiver_that_cannot_archive_leaves_everything_to_one_that_can(store):
+    """The folder of one is full, or not writable there; it came first, and held all partitions for good."""
+
+    tries = []
+
+    def fail(step):
+        tries.append(step)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with at_work(store, on_step=fail) as full:
+        until(lambda: held(full) == [4])
+        with at_work(store) as sound:
+            until(lambda: held(full, sound) == [2, 2])
+            ids = write(store)
+            until(lambda: archived(store, ids))
+            assert (full.done.entries, sound.done.entries) == (0, entries_of(store, ids))
+            assert isinstance(full.pulse.trouble, OSError), "it is not ready, for whoever asks"
+            until(lambda: held(full, sound) == [0, 4])
+        tries.clear()
+        late = write(store)
+        until(lambda: len(tries) > 1, what="it tries again where there is no other")
+        assert not archived(store, late)
+    Archiver(store).run(once=True)
+    assert archived(store, late)
+
+
+def test_archiver_that_is_alone_goes_on_trying(store):
+    failures = iter([OSError(errno.EIO, "Input/output error")] * 2)
+
+    def fail(step):
+        for error in failures:
+            raise error
+
+    with at_work(store, on_step=fail):
+        ids = write(store)
+        until(lambda: archived(store, ids))
+
+
+def test_run_once_beside_another_gives_nothing_up(store):
+    rival = Lease(store.wire, store.keys, "rival", seconds=1e6)
+    archiver = Archiver(store, lease_seconds=LEASE)
+    ids = write(store)
+    rival.renew(0)
+    assert archiver.run(once=True).trajectories == len(ids)

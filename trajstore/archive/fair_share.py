@@ -1,0 +1,44 @@
+"""How many partitions an archiver keeps while there are others. Pure.
+
+Whoever comes first finds all partitions free. One that comes later is seen by its tries for a lease; whoever holds more
+than a fair share gives the rest up, and the other finds them free. Nothing is agreed upon and nobody waits for anybody:
+a partition that nobody takes is taken back.
+"""
+
+from collections.abc import Collection, Mapping, Sized
+
+__all__ = ["FairShare"]
+
+
+class FairShare:
+    """Who else is there, and what is too much then.
+
+    Args:
+        partitions: of the run.
+        seconds: for which another must have been there to count: one that has just left was seen a moment ago, too.
+    """
+
+    def __init__(self, partitions: int, *, seconds: float) -> None:
+        self._partitions = partitions
+        self._seconds = seconds
+        self._since: dict[str, float] = {}
+        self._now = 0.0
+
+    def look(self, others: Collection[str], now: float) -> None:
+        """These others were seen just now, at `now` seconds of any clock that goes on."""
+        self._since = {name: self._since.get(name, now) for name in others}
+        self._now = now
+
+    @property
+    def others(self) -> int:
+        """How many have been there for long enough to count."""
+        return sum(self._now - since >= self._seconds for since in self._since.values())
+
+    def surplus(self, held: Mapping[int, Sized]) -> list[int]:
+        """Partitions to give up, those with the least in hand.
+
+        Args:
+            held: partitions, with what is in hand of each.
+        """
+        most = -(-self._partitions // (self.others + 1))
+        return sorted(held, key=lambda partition: (len(held[partition]), partition))[: max(0, len(held) - most)]
