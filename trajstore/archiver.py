@@ -138,6 +138,7 @@ class Archiver:
         self._patience: dict[int, float] = {}  # with the holders of partitions that were lost, see `_drop`
         self._share = FairShare(store.partitions, seconds=lease_seconds)
         self._given: dict[int, float] = {}  # partitions, and until when they are left to others
+        self._others: set[str] = set()  # archivers that were there at the last look
         self._aside_until = 0.0
         self._left: dict[tuple[int, str], list[Hint]] = {}  # of refused trajectories, unacknowledged on purpose
         self._idle = IdleCompaction(
@@ -215,13 +216,12 @@ class Archiver:
         hints: list[Hint] = []
         if now >= self._next_lease:
             self._next_lease = now + self._lease_seconds / 3
-            others = [] if once else self._lease.others(0, within=self._lease_seconds / 2)
-            if not others:
+            self._others = set() if once else self._lease.others(within=self._lease_seconds / 2)
+            if not self._others:
                 self._aside_until = 0.0
             if now >= self._aside_until:
                 hints += self._hold_leases()
-            if not once:
-                self._give_way(others)
+            self._give_way()
             self._feed.trim(self._waiting)
         roomy = [partition for partition, waiting in self._waiting.items() if len(waiting) < _LOOKED_AT]
         hints += self._feed.poll(roomy, count=256, block=0.2)
@@ -270,6 +270,7 @@ class Archiver:
             if self._lease.acquire(partition, patience=self._patience.get(partition, 1.0)):
                 if not held:
                     self._waiting[partition] = {}
+                    self._share.begin_anew()
                     self._left = {place: hints for place, hints in self._left.items() if place[0] != partition}
                     self._next_sweep = 0.0
                 # Of its own, too: a request that it has given up may have taken hints for it later.
@@ -278,10 +279,10 @@ class Archiver:
                 self._drop(partition)
         return hints
 
-    def _give_way(self, others: Sequence[str]) -> None:
+    def _give_way(self) -> None:
         """Give up what is more than a fair share; whoever has less finds it free at its next try."""
         now = time.monotonic()
-        self._share.look(others, now)
+        self._share.look(self._others, now)
         for partition in self._share.surplus(self._waiting):
             self._lease.release(partition)
             self._given[partition] = now + _GIVEN * self._lease_seconds
@@ -296,7 +297,7 @@ class Archiver:
     def _step_aside(self) -> None:
         """After a failure: forget what was looked at, and let others archive, if there are any; it may be this
         machine's disk that is full."""
-        if self._share.others:
+        if self._others:
             self._aside_until = time.monotonic() + _ASIDE * self._lease_seconds
         with contextlib.suppress(Unavailable):  # then they run out
             for partition in self._waiting:

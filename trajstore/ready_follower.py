@@ -15,7 +15,7 @@ from trajstore.errors import Corrupt, SchemaError
 from trajstore.events import EventId
 from trajstore.history import find_tombstone
 from trajstore.log.bulk import Value
-from trajstore.log.feed import lowest_needed, sign_off
+from trajstore.log.groups import groups_of, needs_of, sign_off
 from trajstore.log.keys import Keys
 from trajstore.log.stream import parse_entries
 from trajstore.log.wire import Command, Wire, reply_fields, translate
@@ -76,10 +76,7 @@ class ReadyFollower:
         Args:
             after: "0-0", or what the call before returned.
         """
-        reply = self._wire.call(
-            "XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", count,
-            "STREAMS", self._keys.ready(partition), after,
-        )  # fmt: skip
+        reply = self._wire.call(*self._unacknowledged(self._keys.ready(partition), after, count))
         entries = reply[0][1] if reply else []
         return parse_deliveries(partition, entries), entries[-1][0].decode() if entries else None
 
@@ -132,14 +129,12 @@ class ReadyFollower:
         )
         for partition, some in by_partition.items():
             stream = self._keys.ready(partition)
-            groups = self._groups(stream)
-            pending = self._wire.call_all([("XPENDING", stream, reply_fields(one)[b"name"]) for one in groups])
-            needed = lowest_needed(groups, pending)
+            (needs,) = needs_of(self._wire, [stream])
+            needed = min((need.oldest for need in needs), default=None)
             commands: list[Command] = [] if needed is None else [("XTRIM", stream, "MINID", str(needed))]
-            others = [both for both in zip(groups, pending, strict=True) if self._is_read_by_others(both[0])]
-            used = lowest_needed(*zip(*others, strict=True)) if others else None
+            others = [need.oldest for need in needs if need.consumers and need.name != self._group.encode()]
             for delivery in some:
-                if used is None or EventId.parse(delivery.at) < used:
+                if not others or EventId.parse(delivery.at) < min(others):
                     keys = [self._keys.ready_payload(one.id, one.version) for one in delivery.group.members]
                     commands += [("UNLINK", key) for key in keys]
             self._wire.call_all(commands)
@@ -150,18 +145,26 @@ class ReadyFollower:
         sign_off(self._wire, streams, self._group, self._consumer)
 
     def _join(self) -> None:
-        """Make the consumer group if there is none; it reads from the beginning of what is there."""
+        """Make the consumer group if there is none, which reads from the beginning of what is there, and sign on.
+
+        Raises:
+            Unavailable: the server does not answer, or has lost a partition.
+        """
         streams = [self._keys.ready(partition) for partition in range(self._keys.partitions)]
         # A full server refuses XGROUP CREATE also where there is such a group, so look first.
-        seen = self._wire.exchange([("XINFO", "GROUPS", one) for one in streams])
         missing = [
             stream
-            for stream, groups in zip(streams, seen, strict=True)
-            if isinstance(groups, redis.RedisError) or not self._has_mine(groups)
+            for stream, groups in zip(streams, groups_of(self._wire, streams), strict=True)
+            if groups is None or not self._has_mine(groups)
         ]
-        for reply in self._wire.exchange([("XGROUP", "CREATE", one, self._group, "0", "MKSTREAM") for one in missing]):
+        for reply in self._wire.exchange([("XGROUP", "CREATE", one, self._group, "0") for one in missing]):
             if isinstance(reply, redis.RedisError) and "BUSYGROUP" not in str(reply):
                 raise translate(reply, "XGROUP CREATE")
+        if self._consumer:  # others see that the group is read, from every stream, before anything is taken from it
+            self._wire.call_all([self._unacknowledged(stream, "0-0", 1) for stream in streams])
+
+    def _unacknowledged(self, stream: str, after: str, count: int) -> Command:
+        return "XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", count, "STREAMS", stream, after
 
     def _go_back(self) -> None:
         """A server that lost its tail may have forgotten what it gave out, and gives it out again: look there, too."""
@@ -173,11 +176,6 @@ class ReadyFollower:
 
     def _last_delivered(self, stream: str) -> str:
         return self._last_of(self._groups(stream))
-
-    def _is_read_by_others(self, group: Any) -> bool:
-        """True for another consumer group than this one that has consumers, from XINFO GROUPS."""
-        fields = reply_fields(group)
-        return fields[b"name"] != self._group.encode() and bool(fields[b"consumers"])
 
     def _has_mine(self, groups: Sequence[Any]) -> bool:
         return any(reply_fields(one)[b"name"] == self._group.encode() for one in groups)

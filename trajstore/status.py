@@ -28,6 +28,7 @@ __all__ = [
     "RunStatus",
     "ServerStanding",
     "by_slot",
+    "measure_ready",
     "measure_status",
 ]
 
@@ -286,6 +287,17 @@ def measure_status(store: Store) -> RunStatus:
         server=_server(store),
         archive=_archive(store),
     )
+
+
+def measure_ready(store: Store) -> tuple[GroupStanding, ...]:
+    """The consumer groups of the ready streams, and nothing else.
+
+    Raises:
+        Unavailable: the server does not answer.
+    """
+    seconds, micros = store.wire.call("TIME")
+    readies = [store.keys.ready(partition) for partition in range(store.partitions)]
+    return _follow(store, readies, int(seconds) + int(micros) / 1e6)[1]
 
 
 def _follow(store: Store, streams: Sequence[str], now: float) -> tuple[int | None, tuple[GroupStanding, ...]]:

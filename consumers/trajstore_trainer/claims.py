@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ulid import ULID
 
-from trajstore.log.feed import sign_off
+from trajstore.log.groups import sign_off
 from trajstore.log.keys import Keys
 from trajstore.log.wire import Command, Wire, reply_fields
 from trajstore.ready import Delivery, EntryPlace, parse_deliveries

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import threading
 
 import pytest
@@ -48,7 +49,12 @@ def test_another_counts_only_once_it_has_been_there_for_long():
     assert fair.others == 1
     fair.look([], 111.0)
     fair.look(["b"], 112.0)
-    assert fair.others == 0, "it was away, and may be one that has just left"
+    assert fair.others == 0, "it was away in between"
+    fair.look(["b"], 122.0)
+    assert fair.others == 1
+    fair.begin_anew()
+    fair.look(["b"], 122.5)
+    assert fair.others == 0, "what is held now may be what it has just left"
 
 
 @pytest.fixture
@@ -106,6 +112,32 @@ def test_archiver_that_comes_later_gets_its_share_and_leaves_it_at_its_end(store
         ids += write(store)
         until(lambda: archived(store, ids))
     assert first.done.entries + second.done.entries == entries_of(store, ids), "each once"
+
+
+def test_busy_archiver_is_seen_by_the_leases_that_it_renews(store):
+    busy, idle = (Lease(store.wire, store.keys, name, seconds=1e6) for name in ("busy", "idle"))
+    one = Lease(store.wire, store.keys, "one", seconds=1e6)
+    assert one.others(within=60.0) == set()
+    assert busy.acquire(2)
+    idle.renew(0)
+    assert one.others(within=60.0) == {"busy", "idle"}
+    assert busy.others(within=60.0) == {"idle"}
+    assert one.others(within=0.0) == set()
+    busy.release(2)
+    assert one.others(within=60.0) == {"idle"}
+
+
+def test_what_another_has_left_is_not_given_up_again(store, caplog):
+    caplog.set_level(logging.INFO, logger="trajstore.archiver")
+    with at_work(store) as first:
+        with at_work(store) as second:
+            until(lambda: held(first, second) == [2, 2])
+        given = caplog.text.count("is left to other archivers")
+        until(lambda: held(first) == [4])
+        for _ in range(10):
+            assert held(first) == [4]
+            threading.Event().wait(LEASE / 3)
+    assert (given, caplog.text.count("is left to other archivers")) == (2, 2)
 
 
 def test_share_of_an_archiver_that_dies_is_taken_back(store, monkeypatch):

@@ -24,9 +24,10 @@ def test_groups_are_listed_with_what_is_kept_for_them(folder, published):
     found = {one["name"]: one for one in json.loads(invoke("consumers", folder, "--json").stdout)}
     assert (found["look"]["held"], found["trainer"]["waiting"]) == (1, 1)
     assert found["look"]["consumers"]["rank-0"]["held"] == 1
+    assert all(one["seconds"] > 0 for one in found.values())
 
 
-def test_group_is_removed_once_it_has_no_consumers_or_by_force(folder, published):
+def test_group_is_removed_once_it_has_no_consumers_or_by_force(folder, durable, published):
     refused = invoke("consumers", folder, "--remove", "look")
     assert refused.exit_code == 1
     assert "has consumers: rank-0" in refused.stderr
@@ -35,6 +36,9 @@ def test_group_is_removed_once_it_has_no_consumers_or_by_force(folder, published
     assert removed.exit_code == 0
     assert [one["name"] for one in json.loads(removed.stdout)] == ["trainer"]
     assert "consumer group 'look' is removed" in removed.stderr
+    ReadyFollower(durable.wire, durable.keys, "look", "rank-0").leave()
+    assert invoke("consumers", folder, "--remove", "look").exit_code == 0
+    assert "is the last consumer group" in invoke("consumers", folder, "--remove", "trainer").stderr
 
 
 def test_what_cannot_be_removed_is_said(folder, published):

@@ -4,7 +4,8 @@ import pytest
 
 from tests.builders import record_seed_case
 from trajstore.events import EventId
-from trajstore.log.feed import ARCHIVER, MATERIALIZER, FeedFollower, FeedTail, lowest_needed
+from trajstore.log.feed import ARCHIVER, MATERIALIZER, FeedFollower, FeedTail
+from trajstore.log.groups import needs_of, oldest_needed
 
 
 def follower(store, group=ARCHIVER, name="one"):
@@ -152,12 +153,26 @@ def test_repeated_and_spurious_hints_change_nothing(store, client):
 @pytest.mark.parametrize(
     ("delivered", "pending", "expected"),
     [
-        (["5-0", "9-3"], [None, None], EventId(5, 1)),
-        (["5-0", "9-3"], [b"2-7", None], EventId(2, 7)),
-        (["0-0", "9-3"], [None, b"4-0"], EventId(0, 1)),
-        ([], [], None),
+        (b"5-0", None, EventId(5, 1)),
+        (b"5-0", b"2-7", EventId(2, 7)),
+        (b"0-0", None, EventId(0, 1)),
+        (b"0-0", b"4-0", EventId(0, 1)),
     ],
 )
-def test_lowest_needed_is_the_oldest_that_any_group_has_not_seen_or_not_acknowledged(delivered, pending, expected):
-    groups = [[b"name", b"g", b"last-delivered-id", at.encode()] for at in delivered]
-    assert lowest_needed(groups, [[1, oldest, None, None] for oldest in pending]) == expected
+def test_a_group_needs_what_it_has_not_seen_and_not_acknowledged(delivered, pending, expected):
+    assert oldest_needed(delivered, pending) == expected
+
+
+def test_group_that_is_removed_while_it_is_looked_at_needs_nothing(store, monkeypatch):
+    streams = [store.keys.ready(partition) for partition in range(store.partitions)]
+    store.wire.call_all([("XGROUP", "CREATE", stream, "look", "0") for stream in streams])
+    exchange = store.wire.exchange
+
+    def remove_first(commands):
+        if commands[0][0] == "XPENDING":
+            exchange([("XGROUP", "DESTROY", stream, "look") for stream in streams])
+        return exchange(commands)
+
+    monkeypatch.setattr(store.wire, "exchange", remove_first)
+    needs = needs_of(store.wire, [*streams, "not-there"])
+    assert [[need.name for need in some] for some in needs] == [[b"trainer"]] * len(streams) + [[]]

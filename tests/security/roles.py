@@ -15,10 +15,10 @@ import pytest
 
 import trajstore
 from tests.builders import SPEC, rows
+from tests.cli.running import invoke
 from trajstore.archive.upkeep.retention import free_dropped, still_hot
 from trajstore.archive.verify.verify import verify
 from trajstore.archiver import Archiver
-from trajstore.consumer_groups import remove_consumer_group
 from trajstore.log.feed import FeedTail
 from trajstore.materializer import Materializer
 from trajstore.ready_follower import ReadyFollower
@@ -171,9 +171,9 @@ def _administer(url: str, timeout: float) -> None:
         assert free_dropped(store.wire, store.keys, store.hot, store.archive.manifest(0), 0) == []
         assert [one.severity for one in verify(store) if one.severity != "information"] == []
         ReadyFollower(store.wire, store.keys, "kept", "")
-        with pytest.raises(trajstore.Conflict, match="dead"):
-            remove_consumer_group(store.wire, store.keys, "trainer")
-        remove_consumer_group(store.wire, store.keys, "trainer", force=True)
+    refused, removed = (invoke("consumers", url, "--remove", "trainer", *force) for force in ((), ("--force",)))
+    assert (refused.exit_code, "dead" in refused.stderr) == (1, True)
+    assert (removed.exit_code, "kept" in removed.stdout) == (0, True)
     assert recover(url, timeout=timeout).summaries
 
 

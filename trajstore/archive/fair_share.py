@@ -15,7 +15,7 @@ class FairShare:
 
     Args:
         partitions: of the run.
-        seconds: for which another must have been there to count: one that has just left was seen a moment ago, too.
+        seconds: for which another must have been there to count. One that has just left was seen a moment ago, too.
     """
 
     def __init__(self, partitions: int, *, seconds: float) -> None:
@@ -28,6 +28,10 @@ class FairShare:
         """These others were seen just now, at `now` seconds of any clock that goes on."""
         self._since = {name: self._since.get(name, now) for name in others}
         self._now = now
+
+    def begin_anew(self) -> None:
+        """More is held than before: perhaps because another has just left. Whoever is there must show it again."""
+        self._since.clear()
 
     @property
     def others(self) -> int:

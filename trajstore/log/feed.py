@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from ulid import ULID
 
 from trajstore.events import EventId
+from trajstore.log.groups import sign_off, trim_used
 from trajstore.log.keys import Keys
 from trajstore.log.stream import stream_last_id
-from trajstore.log.wire import Command, Wire, reply_fields
+from trajstore.log.wire import Wire, reply_fields
 
 __all__ = [
     "ARCHIVER",
@@ -23,10 +24,7 @@ __all__ = [
     "FeedFollower",
     "FeedTail",
     "Hint",
-    "lowest_needed",
     "parse_stream",
-    "sign_off",
-    "trim_used",
     "worker_name",
 ]
 
@@ -142,45 +140,6 @@ def parse_stream(entries: Any) -> list[tuple[str, dict[bytes, bytes]]]:
         if entry is not None and entry[1] is not None:
             parsed.append((entry[0].decode(), reply_fields(entry[1])))
     return parsed
-
-
-def sign_off(wire: Wire, streams: Sequence[str], group: str, consumer: str) -> None:
-    """Remove a consumer from its group of each stream where nothing is pending for it. It must not read meanwhile."""
-    pending = wire.call_all([("XPENDING", stream, group, "-", "+", 1, consumer) for stream in streams])
-    wire.call_all(
-        [
-            ("XGROUP", "DELCONSUMER", stream, group, consumer)
-            for stream, entries in zip(streams, pending, strict=True)
-            if not entries
-        ]
-    )
-
-
-def trim_used(wire: Wire, streams: Sequence[str]) -> None:
-    """Drop entries that no consumer group of their stream needs any more; of a stream without groups nothing."""
-    groups = wire.call_all([("XINFO", "GROUPS", stream) for stream in streams])
-    names = [[reply_fields(group)[b"name"] for group in some] for some in groups]
-    summaries = iter(
-        wire.call_all(
-            [("XPENDING", stream, name) for stream, some in zip(streams, names, strict=True) for name in some]
-        )
-    )
-    commands: list[Command] = []
-    for stream, some, infos in zip(streams, names, groups, strict=True):
-        needed = lowest_needed(infos, [next(summaries) for _ in some])
-        if needed is not None:
-            commands.append(("XTRIM", stream, "MINID", str(needed)))
-    wire.call_all(commands)
-
-
-def lowest_needed(groups: Any, pending: Sequence[Any]) -> EventId | None:
-    """Oldest id that some group still needs, from XINFO GROUPS and each group's XPENDING summary."""
-    needed = [
-        EventId(last.epoch, last.seq + 1)
-        for last in (EventId.parse(reply_fields(group)[b"last-delivered-id"]) for group in groups)
-    ]
-    needed += [EventId.parse(summary[1]) for summary in pending if summary and summary[1] is not None]
-    return min(needed, default=None)
 
 
 def _hint(partition: int, entry: tuple[str, dict[bytes, bytes]]) -> Hint:

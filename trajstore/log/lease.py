@@ -57,12 +57,18 @@ class Lease:
         """Prolong; False if it is another's."""
         return self._read(partition, "0")
 
-    def others(self, partition: int, *, within: float) -> list[str]:
-        """Who else has tried for the lease within so many seconds, or renewed it."""
-        consumers = self._wire.call("XINFO", "CONSUMERS", self._keys.lease(partition), LEASE_GROUP)
-        found = map(reply_fields, consumers)
-        names = [one[b"name"].decode(errors="replace") for one in found if int(one[b"idle"]) < within * 1000]
-        return [name for name in names if name != self._holder]
+    def others(self, *, within: float) -> set[str]:
+        """Who else has renewed a lease within so many seconds, or tried for the first partition's."""
+        leases = [self._keys.lease(partition) for partition in range(self._keys.partitions)]
+        tries, *held = self._wire.call_all(
+            [
+                ("XINFO", "CONSUMERS", leases[0], LEASE_GROUP),
+                *(("XPENDING", lease, LEASE_GROUP, "-", "+", 1) for lease in leases),
+            ]
+        )
+        seen = [(one[b"name"], one[b"idle"]) for one in map(reply_fields, tries)]
+        seen += [(holder, idle) for pending in held for _, holder, idle, _ in pending]
+        return {name.decode(errors="replace") for name, idle in seen if int(idle) < within * 1000} - {self._holder}
 
     def release(self, partition: int) -> None:
         """Let the next one take it at once."""

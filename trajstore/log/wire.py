@@ -414,10 +414,11 @@ def translate(error: redis.RedisError, what: str) -> TrajstoreError:
         return Unavailable(f"the server refused {what}: {error}; check the user and password of the URL")
     if isinstance(error, AskError):
         return Unavailable(f"the server refused {what}: the key's slot of the cluster is on its way to another server")
-    if str(error).startswith("NOGROUP"):
+    if str(error).startswith("NOGROUP") or "requires the key to exist" in str(error):
         return Unavailable(
-            f"the server refused {what}: {error}. It has lost a partition of the run; stop what works on it, and make "
-            "it whole: `trajstore rebuild STORE`"
+            f"the server refused {what}: {error}. Somebody has removed the consumer group (`trajstore consumers STORE` "
+            "lists them), or the server has lost a partition of the run: then stop what works on it, and make it whole "
+            "by `trajstore rebuild STORE`"
         )
     if str(error).startswith("WRONGTYPE"):
         return Corrupt(f"the server refused {what}: a key of trajstore's holds something else ({error})")
