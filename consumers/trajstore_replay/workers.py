@@ -68,8 +68,9 @@ def check_workers(run: Store, *, stale_seconds: float, where: str) -> Iterator[F
             what_to_do=f"`trajstore archive {where} --archive FOLDER`",
         )
     ready = [run.keys.ready(partition) for partition in partitions]
-    for group in followers(run, ready, stale_seconds):
-        yield from _of_ready(group, stale_seconds, where)
+    groups = followers(run, ready, stale_seconds)
+    for group in groups:
+        yield from _of_ready(group, stale_seconds, where, is_last=len(groups) == 1)
     yield from _memory(run, where)
     yield from _backlog(run, where)
 
@@ -128,11 +129,15 @@ def _of_feed(group: Followers, stale: float, where: str) -> Iterator[Finding]:
     )
 
 
-def _of_ready(group: Followers, stale: float, where: str) -> Iterator[Finding]:
-    start = (
-        f"start its trainer; `trajstore status {where}` shows who takes what. All that is published is kept for it: if "
-        f"nobody uses the group any more, `trajstore consumers {where} --remove {shlex.quote(group.name)}` ends that"
-    )
+def _of_ready(group: Followers, stale: float, where: str, *, is_last: bool) -> Iterator[Finding]:
+    start = f"start its trainer; `trajstore status {where}` shows who takes what"
+    if is_last:
+        start += ". Where nobody trains, run no materializer: what is published stays until it is taken"
+    elif not group.consumers:
+        start += (
+            ". All that is published is kept for it: if nobody uses the group any more, "
+            f"`trajstore consumers {where} --remove {shlex.quote(group.name)}` ends that"
+        )
     yield from _behind(
         group,
         stale,
@@ -196,7 +201,8 @@ def _memory(run: Store, where: str) -> Iterator[Finding]:
             severity="error" if full else "warning",
             what=f"the server uses {used / limit:.0%} of its memory"
             + ("; writers are refused" if full else f"; at {FULL_AT:.0%} writers are refused"),
-            what_to_do=f"run `trajstore archive {where}`; `trajstore backlog {where}` tells what waits",
+            what_to_do=f"run `trajstore archive {where}`; `trajstore backlog {where}` tells what waits for it, and "
+            f"`trajstore consumers {where}` what is kept for trainers",
         )
 
 

@@ -8,6 +8,7 @@ import pytest
 import trajstore
 from tests.builders import record_seed_case
 from tests.cli.running import ended, in_terminal, invoke, run, started, until
+from trajstore.ready import assembly_name
 
 SEED_BYTES = 5 * 4 + 3 * 8 + 7 * 6 + 2 * 8 + 9 * 6
 """Payloads of the seed case: prompt, A B C with logprobs, their rows, D E with logprobs, their rows."""
@@ -63,6 +64,14 @@ def test_materialize_works_until_it_is_asked_to_stop(durable, folder, how):
     assert "stopped after" in errors.splitlines()[-1]
     for id in ids:
         assert any(id.encode() in entry and b"as_sampled" in entry for entry in ready(durable))
+
+
+@pytest.mark.parametrize(("options", "seconds"), [((), 7 * 86400), (("--remember-seconds", "60"), 60)])
+def test_what_was_published_is_remembered_for_as_long_as_is_said(durable, folder, options, seconds):
+    (id,) = finished(durable, 1)
+    assert invoke("materialize", folder, "--once", *options).exit_code == 0
+    left = durable.wire.call("PTTL", durable.keys.assembly(assembly_name(id, None, None)))
+    assert 0.9 * seconds < left / 1000 <= seconds
 
 
 def test_once_drains_what_is_there_and_exits(durable, folder):

@@ -16,6 +16,7 @@ from tests.consumers.replayed import aborted_rollout, begin_rollout, model_of, s
 from tests.consumers.rollouts import finish, materialize  # noqa: E402
 from trajstore.archiver import Archiver  # noqa: E402
 from trajstore.log.feed import MATERIALIZER, FeedFollower  # noqa: E402
+from trajstore.ready_follower import ReadyFollower  # noqa: E402
 from trajstore_transformers import TransformersEngine  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -87,6 +88,7 @@ def folder(tmp_path):
         rewound.close()
         store.flush()
         FeedFollower(store.wire, store.keys, MATERIALIZER, "gone").poll([0], count=1)
+        ReadyFollower(store.wire, store.keys, "look", "gone").leave()
         with suppress(trajstore.Fenced):
             store.close()
     return tmp_path / "run"

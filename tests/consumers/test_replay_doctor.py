@@ -195,7 +195,7 @@ def test_a_group_that_was_published_without_its_late_members_is_no_problem(store
 
 
 def test_a_consumer_group_that_nobody_uses_is_removed_as_the_advice_says(store):
-    ReadyFollower(store.wire, store.keys, "look", "me")
+    ReadyFollower(store.wire, store.keys, "look", "me").leave()
     finish(store)
     materialize(store)
     found = [one for one in diagnose(store, stale_seconds=0.0, name="runs/x") if one.kind == "untaken"]
@@ -205,6 +205,9 @@ def test_a_consumer_group_that_nobody_uses_is_removed_as_the_advice_says(store):
     assert told_of.keys() == {"look", "trainer"}
     remove_consumer_group(store.wire, store.keys, "look")
     assert [one.what for one in diagnose(store, stale_seconds=0.0) if "look" in one.what] == []
+    left = kinds(store, stale_seconds=0.0)["untaken"].what_to_do
+    assert "--remove" not in left, "it is the last"
+    assert "run no materializer" in left
 
 
 def test_feeds_that_nobody_follows_are_named_with_the_worker_to_start(store):

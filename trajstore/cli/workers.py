@@ -112,6 +112,15 @@ def archive(
     help="Publish a group that has waited so long without the members that are late; default: it waits for ever.",
 )
 @click.option(
+    "--remember-seconds",
+    type=SECONDS,
+    default=7 * 86400.0,
+    show_default=True,
+    metavar="S",
+    help="How long it is remembered what was published, at some hundred bytes a trajectory: a hint that comes again "
+    "publishes nothing twice.",
+)
+@click.option(
     "--drift-share",
     type=click.FloatRange(0.0, 1.0),
     default=0.0,
@@ -128,6 +137,7 @@ def materialize(
     once: bool,
     policy: Policy,
     group_seconds: float | None,
+    remember_seconds: float,
     drift_share: float,
     listen: tuple[str, int] | None,
     stall_seconds: float,
@@ -150,7 +160,13 @@ def materialize(
     with graceful_stop() as stopped, open_run(store) as run:
         name_run(run.run)
         drift = DriftSample(run, share=drift_share)
-        materializer = Materializer(run, policy=policy, group_seconds=group_seconds, on_offered=drift.add)
+        materializer = Materializer(
+            run,
+            policy=policy,
+            group_seconds=group_seconds,
+            assembly_seconds=remember_seconds,
+            on_offered=drift.add,
+        )
         with listening(listen, run, materializer.pulse, run, materializer, drift, stall=stall_seconds):
             by_signal = run_worker(
                 f"materializing {run.location}",
