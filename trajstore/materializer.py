@@ -54,6 +54,7 @@ class Materialized(msgspec.Struct):
         groups: entries published.
         tokens: of the trajectories.
         nbytes: of their blobs.
+        unlaid: of them, those for which the server had no room, or that were too large: readers fold them again.
         refused: trajectories that cannot be folded; each is logged, and stays in the log untouched. The group of one
             that is closed does not wait for it.
         seconds: spent on reading, folding and publishing.
@@ -63,6 +64,7 @@ class Materialized(msgspec.Struct):
     groups: int = 0
     tokens: int = 0
     nbytes: int = 0
+    unlaid: int = 0
     refused: int = 0
     seconds: float = 0.0
 
@@ -331,8 +333,8 @@ class Materializer:
         trajectory = self._store.load(id, policy=self._policy, until=history.last)
         blob = to_blob(trajectory)
         self._on_step("folded")
-        if len(blob) <= self._blob_bytes:
-            self._ready.put_blob(id, history.closes, blob, keep=self._blob_seconds)
+        is_laid = len(blob) <= self._blob_bytes
+        is_laid = is_laid and self._ready.put_blob(id, history.closes, blob, keep=self._blob_seconds)
         self._on_step("laid")
         if self._store.tombstone(id) is not None:  # since it was read: whoever deleted it may have missed the blob
             self._withdraw(id)
@@ -351,6 +353,7 @@ class Materializer:
             self.done.trajectories += 1
             self.done.tokens += len(trajectory)
             self.done.nbytes += len(blob)
+            self.done.unlaid += not is_laid
             self._on_offered(id)
 
     def _offer(self, member: ReadyMember, *, group: str | None, group_size: int | None) -> bool:

@@ -72,6 +72,9 @@ METRICS = (
     Metric("trajstore_materializer_groups_total", "counter", ("run",), "Entries published to trainers"),
     Metric("trajstore_materializer_tokens_total", "counter", ("run",), "Tokens of those trajectories"),
     Metric("trajstore_materializer_fold_bytes_total", "counter", ("run",), "Bytes of those folds"),
+    Metric(
+        "trajstore_materializer_unlaid_total", "counter", ("run",), "Folds that the server had no room to lay ready"
+    ),
     Metric("trajstore_materializer_refused_total", "counter", ("run",), "Trajectories that could not be folded"),
     Metric("trajstore_materializer_busy_seconds_total", "counter", ("run",), "Seconds of reading, folding, publishing"),
     Metric("trajstore_drift_rows_total", "counter", ("run",), "Routing rows compared with the previous recording"),

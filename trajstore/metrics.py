@@ -231,6 +231,7 @@ def _of_materializer(materializer: Materializer) -> Iterator[Sample]:
     yield Sample("trajstore_materializer_groups_total", run, done.groups)
     yield Sample("trajstore_materializer_tokens_total", run, done.tokens)
     yield Sample("trajstore_materializer_fold_bytes_total", run, done.nbytes)
+    yield Sample("trajstore_materializer_unlaid_total", run, done.unlaid)
     yield Sample("trajstore_materializer_refused_total", run, done.refused)
     yield Sample("trajstore_materializer_busy_seconds_total", run, done.seconds)
     yield from _of_pulse(materializer.pulse, (*run, "materializer"))

@@ -337,15 +337,17 @@ class ReadyQueue:
         """All that came were deleted; a member that comes yet brings the group back."""
         return [("PEXPIRE", self._keys.assembly(name), int(keep * 1000)), *self._waits_no_more(name)]
 
-    def put_blob(self, id: str, version: int, blob: bytes, *, keep: float) -> None:
-        """Lay a fold beside its entry for `keep` seconds, if the server has room for it; else readers fold it."""
+    def put_blob(self, id: str, version: int, blob: bytes, *, keep: float) -> bool:
+        """Lay a fold beside its entry for `keep` seconds, if the server has room for it, else readers fold it; whether
+        it had."""
         key = self._keys.ready_payload(id, version)
         info = self._wire.at(key).exchange([("INFO", "memory")])[0]
         if isinstance(info, bytes):
             used, limit = memory_use(info)
             if limit and used + len(blob) >= _LAID_AT * limit:
-                return
+                return False
         self._wire.call("SET", key, blob, "PX", int(keep * 1000))
+        return True
 
 
 def assembly_name(id: str, group: str | None, group_size: int | None) -> str:

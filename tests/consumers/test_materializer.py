@@ -550,12 +550,12 @@ def test_folds_lie_ready_only_while_writers_have_a_third_of_the_server(own_serve
         finish(store, tokens=100_000)
         used = int(client.info("memory")["used_memory"])
         client.config_set("maxmemory", int((used + 3_000_000) / 0.6))
-        materialize(store)
+        assert materialize(store).unlaid == 0
         assert [blob is not None for one in look(store) for blob in laid(store, one.members)] == [True]
         finish(store, tokens=100_000)
         used = int(client.info("memory")["used_memory"])
         client.config_set("maxmemory", int((used + 200_000) / 0.6))
-        materialize(store)
+        assert materialize(store).unlaid == 1
         assert sorted(blob is not None for one in look(store) for blob in laid(store, one.members)) == [False, True]
 
 

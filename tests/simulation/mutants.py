@@ -136,9 +136,9 @@ MUTANTS = {
         "        early = (old, old_notes)\n",
     ),
     "pending hints are trimmed": Mutant(
-        "trajstore.log.feed",
-        "    needed += [EventId.parse(summary[1]) for summary in pending if summary and summary[1] is not None]\n",
-        "",
+        "trajstore.log.groups",
+        "    return fresh if pending is None else min(fresh, EventId.parse(pending))\n",
+        "    return fresh\n",
     ),
     "published twice": Mutant(
         "trajstore.ready",

@@ -212,7 +212,7 @@ def _archived(done: Archived) -> str:
 
 def _materialized(done: Materialized) -> str:
     text = f"{done.trajectories} trajectories, {done.tokens} tokens, {decimal(done.nbytes)}, {done.groups} published"
-    return text + _also(refused=done.refused)
+    return text + _also(unlaid=done.unlaid, refused=done.refused)
 
 
 def _also(**counts: int) -> str:
