@@ -21,7 +21,7 @@ from trajstore.archive.ripening import Look, Part, first_look, second_look
 from trajstore.archive.trim import trim
 from trajstore.archive.upkeep.idle import IdleCompaction
 from trajstore.archive.writer import PackWriter
-from trajstore.errors import Conflict, Corrupt, Fenced, SchemaError, Unavailable
+from trajstore.errors import Conflict, Corrupt, Fenced, SchemaError, TrajstoreError, Unavailable
 from trajstore.log.feed import ARCHIVER, FeedFollower, Hint, worker_name
 from trajstore.log.flusher import FSYNC_HORIZON
 from trajstore.log.lease import Lease
@@ -47,7 +47,8 @@ _GIVEN = 2.0
 """Leases for which a partition that was given up is left to others."""
 
 _ASIDE = 16.0
-"""Leases for which an archiver that could not archive lets others do it, while there are any."""
+"""Leases for which an archiver that cannot archive lets others do it, at most: at first one, then twice as many each
+time."""
 
 
 class Archived(msgspec.Struct):
@@ -87,7 +88,7 @@ class Archiver:
         store: of the run; must have an archive.
         pack_bytes: payload bytes at which a pack is written without waiting for more.
         pack_seconds: how long ripe entries wait for more.
-        lease_seconds: how long this archiver may be silent before another takes its partitions.
+        lease_seconds: how long another may be silent before this one takes its partitions; the same for all of a run.
         abandon_seconds: an open segment without progress for so long is closed as aborted, its writer fenced; a
             trajectory that was only created is archived as it is after so long, with `once` at once.
         grace_seconds: how long the emptied keys of a final trajectory stay.
@@ -136,10 +137,12 @@ class Archiver:
         self._horizon = FSYNC_HORIZON
         self._waiting: dict[int, dict[str, Look]] = {}
         self._patience: dict[int, float] = {}  # with the holders of partitions that were lost, see `_drop`
-        self._share = FairShare(store.partitions, seconds=lease_seconds)
+        self._share = FairShare(store.partitions, name=self.name, seconds=lease_seconds)
         self._given: dict[int, float] = {}  # partitions, and until when they are left to others
         self._others: set[str] = set()  # archivers that were there at the last look
         self._aside_until = 0.0
+        self._next_aside = 1.0  # leases
+        self._has_failed = False  # and has archived nothing since
         self._left: dict[tuple[int, str], list[Hint]] = {}  # of refused trajectories, unacknowledged on purpose
         self._idle = IdleCompaction(
             self._archive,
@@ -186,8 +189,8 @@ class Archiver:
             self.pulse.beat()
             try:
                 busy = self._turn(once=once, stopped=stopped)
-                if time.monotonic() >= self._aside_until:
-                    self.pulse.trouble = None
+                if not self._has_failed or self._has_nothing_to_do():
+                    self.pulse.trouble, self._has_failed = None, False
             except OSError as error:  # Unavailable and StoreFull are such, and so is a full disk
                 if once:
                     raise
@@ -216,9 +219,10 @@ class Archiver:
         hints: list[Hint] = []
         if now >= self._next_lease:
             self._next_lease = now + self._lease_seconds / 3
-            self._others = set() if once else self._lease.others(within=self._lease_seconds / 2)
+            self._others = set() if once else self._lease.others()
             if not self._others:
                 self._aside_until = 0.0
+                self._given.clear()
             if now >= self._aside_until:
                 hints += self._hold_leases()
             self._give_way()
@@ -271,6 +275,8 @@ class Archiver:
                 if not held:
                     self._waiting[partition] = {}
                     self._share.begin_anew()
+                elif not self._waiting[partition]:  # nothing of it is to be archived
+                    self._patience.pop(partition, None)
                     self._left = {place: hints for place, hints in self._left.items() if place[0] != partition}
                     self._next_sweep = 0.0
                 # Of its own, too: a request that it has given up may have taken hints for it later.
@@ -290,20 +296,27 @@ class Archiver:
             log.info(
                 "partition %d is left to other archivers: %d are there",
                 partition,
-                self._share.others,
+                len(self._share.others),
                 extra={"event": "lease-given", "partition": partition},
             )
 
     def _step_aside(self) -> None:
-        """After a failure: forget what was looked at, and let others archive, if there are any; it may be this
+        """After a failure, forget what was looked at, and let others archive, if there are any: perhaps it is only this
         machine's disk that is full."""
+        self._has_failed = True
         if self._others:
-            self._aside_until = time.monotonic() + _ASIDE * self._lease_seconds
-        with contextlib.suppress(Unavailable):  # then they run out
+            self._aside_until = time.monotonic() + self._next_aside * self._lease_seconds
+            self._next_aside = min(2 * self._next_aside, _ASIDE)
+        with contextlib.suppress(TrajstoreError):  # then they run out
             for partition in self._waiting:
                 self._lease.release(partition)
         self._waiting.clear()  # taking the partitions anew brings back every hint that was read
+        self.done.partitions = self.done.waiting = 0
         self._next_lease = 0.0
+
+    def _has_nothing_to_do(self) -> bool:
+        """It has partitions, and nothing of them is to be archived."""
+        return bool(self._waiting) and not any(self._waiting.values())
 
     def _stay(self) -> None:
         """What long work calls in between: renews the leases when it is time, and drops what went to others.
@@ -461,6 +474,9 @@ class Archiver:
             except (SchemaError, Corrupt) as error:
                 self._refuse(partition, id, error, [*look.hints, *look.later])
                 continue
+            if part is None:
+                self._notice([*look.hints, *look.later])
+                continue
             if part.staged and sum(other.nbytes for other in parts) + part.nbytes > self._pack_bytes:
                 published = self._publish(partition, manifest, newest, parts)
                 if published is None:
@@ -499,6 +515,7 @@ class Archiver:
         self._on_step("trimmed")
         self._feed.acknowledge(hint for part in parts if part.id not in again for hint in part.look.hints)
         self._patience.pop(partition, None)
+        self._has_failed, self._next_aside = False, 1.0
         self._notice(hint for part in parts for hint in part.look.later)
         return newest
 

@@ -5,14 +5,18 @@ turn, and nothing is readable from then on. What the keys still hold is removed 
 tombstone (`delete` once more, a materializer, the archiver's trim), so a crash in between leaves nothing behind.
 """
 
+from trajstore.errors import StoreFull
 from trajstore.events import EventId, TrajectoryDeleted
 from trajstore.log.batch import Turn
 from trajstore.log.flusher import Flusher
 from trajstore.log.keys import Keys
-from trajstore.log.wire import Command
+from trajstore.log.wire import Command, Wire
 from trajstore.summary import Summary
 
-__all__ = ["removal", "write_tombstone"]
+__all__ = ["removal", "remove_deleted", "write_tombstone"]
+
+_TRIES = 10
+"""Others who meet the tombstone remove the same."""
 
 
 def write_tombstone(
@@ -46,6 +50,33 @@ def write_tombstone(
         flusher.told(lane.error)
         raise lane.error.with_traceback(None)
     return EventId(turn.epoch, 0)
+
+
+def remove_deleted(wire: Wire, keys: Keys, id: str, tombstone: EventId, *, archived: bool = False) -> None:
+    """Remove all that the hot log holds of a trajectory but its tombstone, which must be there still.
+
+    A server that crashed may have lost it, and somebody may have gone on with the trajectory meanwhile. A full server
+    may refuse to look and remove in one; then the archiver's trim removes it.
+
+    Args:
+        archived: the tombstone is in the archive, and cannot be lost.
+
+    Raises:
+        Unavailable: the server does not answer; whoever meets the tombstone removes the rest.
+    """
+    commands, entries = removal(keys, id, tombstone), keys.entries(id)
+    if archived:
+        wire.call_all(commands)
+        return
+    for _ in range(_TRIES):
+        with wire.watching(entries) as watch:
+            if not watch.call("XRANGE", entries, str(tombstone), str(tombstone)):
+                return
+            try:
+                if wire.transaction(commands, watch=watch) is not None:
+                    return
+            except StoreFull:
+                return
 
 
 def removal(keys: Keys, id: str, tombstone: EventId) -> list[Command]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from trajstore.blob import to_blob
-from trajstore.deletion import removal
+from trajstore.deletion import remove_deleted
 from trajstore.entries import Event
 from trajstore.errors import (
     Corrupt,
@@ -376,7 +376,7 @@ class Materializer:
         if tombstone is None or not isinstance(tombstone.header, TrajectoryDeleted):
             return
         self._look_at_group(id, tombstone.header.group, tombstone.header.group_size)
-        self._store.wire.call_all(removal(self._store.keys, id, tombstone.at))
+        remove_deleted(self._store.wire, self._store.keys, id, tombstone.at, archived=tombstone.stored != "hot")
         published = self._ready.withdraw(
             id,
             at=tombstone.id,

@@ -18,7 +18,7 @@ from ulid import ULID
 from trajstore.archive.of_run import RunArchive
 from trajstore.archive.reader import ArchiveReader
 from trajstore.backlog import Backlog, measure_backlog
-from trajstore.deletion import removal, write_tombstone
+from trajstore.deletion import remove_deleted, write_tombstone
 from trajstore.errors import Conflict, Corrupt, Fenced, NotFound, SchemaError, StoreFull, TrajstoreError, Unavailable
 from trajstore.events import CLOSED_STATUSES, EventId, TrajectoryDeleted, TrajectoryOpened
 from trajstore.history import deleted_error
@@ -345,7 +345,7 @@ class Store(Archive):
                 last, in_hot, summary = self._view.newest(id)
             else:
                 if log.tombstone is not None:
-                    self.wire.call_all(removal(self.keys, id, log.tombstone.at))
+                    remove_deleted(self.wire, self.keys, id, log.tombstone.at, archived=log.tombstone.stored != "hot")
                     with contextlib.suppress(StoreFull):  # it is a hint
                         self.repair_summary(id)
                     return False
@@ -367,7 +367,7 @@ class Store(Archive):
                 if time.monotonic() > deadline:
                     raise
                 continue
-            self.wire.call_all(removal(self.keys, id, tombstone))
+            remove_deleted(self.wire, self.keys, id, tombstone)
             return True
 
     def _load_tokens(self, id: str, until: EventId) -> npt.NDArray[np.int32]:

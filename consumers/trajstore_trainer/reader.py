@@ -222,9 +222,10 @@ class TrajectoryReader:
             self._hold(self._queue.poll(count=wanted - len(self._held), block=block))
 
     def _hold(self, found: Sequence[Delivery]) -> None:
-        new = [one for one in found if one.place not in self._outstanding]
-        self._held += new
-        self._outstanding.update(one.place for one in new)
+        for one in found:  # an entry may be there twice: its former consumer took it back in between
+            if one.place not in self._outstanding:
+                self._held.append(one)
+                self._outstanding.add(one.place)
 
     def _read(self, deliveries: Sequence[Delivery]) -> tuple[set[str], list[ReadyTrajectories]]:
         """Ids of deleted members, and the entries."""

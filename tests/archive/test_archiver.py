@@ -148,6 +148,30 @@ def test_aborted_trajectory_keeps_its_fence_and_resumes_after_archiving(durable,
     assert durable.list()[0].status == "open"
 
 
+def test_note_of_a_lost_trajectory_that_is_created_anew_is_archived_with_it(durable, folder, archive, monkeypatch):
+    """Found by simulation seed 5743: it was refused, for its trajectory was not seen before, and stayed so for good."""
+    lost = record_seed_case(durable)
+    lost.observe(rows(3), start=0, source="trainer")
+    durable.flush()
+    for key in (durable.keys.entries(lost.id), durable.keys.payloads(lost.id)):
+        durable.wire.call("DEL", key)
+    read, reads = durable.hot.read, []
+
+    def read_(id):
+        reads.append(id)
+        if len(reads) == 2:  # between the first look and the second
+            with trajstore.open(folder) as other:
+                record_seed_case(other, id=id)
+        return read(id)
+
+    monkeypatch.setattr(durable.hot, "read", read_)
+    done = archive()
+    assert (done.refused, done.trajectories) == (0, 1)
+    assert hot_entries(durable, lost.id) == []
+    assert [note.header.source for note in durable.notes(lost.id)] == ["trainer"]
+    assert len(durable.load(lost.id)) == 10
+
+
 def test_note_after_removal_is_kept_and_numbered_on(durable, archive):
     trajectory = record_seed_case(durable)
     trajectory.observe(rows(3), start=0, source="trainer")

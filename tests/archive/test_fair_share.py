@@ -4,12 +4,14 @@ import contextlib
 import errno
 import logging
 import threading
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import trajstore
+from tests import waiting
 from tests.archive.test_archiver import hot_entries, until
 from tests.builders import record_seed_case
 from trajstore.archive.fair_share import FairShare
@@ -19,22 +21,19 @@ from trajstore.log.lease import Lease
 LEASE = 0.6
 
 
-def share(partitions, others, *, ago=0.0):
+def share(partitions, others, *, ago=0.0, name="a"):
     """As it stands once these others have been there for `ago` seconds, of 10 that count."""
-    found = FairShare(partitions, seconds=10.0)
+    found = FairShare(partitions, name=name, seconds=10.0)
     found.look(others, 100.0)
     found.look(others, 100.0 + ago)
     return found
 
 
-@given(partitions=st.integers(1, 64), count=st.integers(1, 9))
-def test_shares_hold_every_partition_and_differ_by_less_than_a_whole_share(partitions, count):
-    others = [f"archiver-{number}" for number in range(count - 1)]
-    fair = share(partitions, others, ago=10.0)
-    held = dict.fromkeys(range(partitions), ())
-    kept = partitions - len(fair.surplus(held))
-    assert kept * count >= partitions, "together they have room for all"
-    assert (kept - 1) * count < partitions
+@given(partitions=st.integers(1, 64), names=st.sets(st.text(max_size=3), min_size=1, max_size=9))
+def test_shares_add_up_and_differ_by_one_at_most(partitions, names):
+    shares = [share(partitions, names - {name}, ago=10.0, name=name).most for name in names]
+    assert sum(shares) == partitions
+    assert max(shares) - min(shares) <= 1
 
 
 def test_partitions_with_the_least_in_hand_are_given_up_first():
@@ -44,17 +43,17 @@ def test_partitions_with_the_least_in_hand_are_given_up_first():
 
 def test_another_counts_only_once_it_has_been_there_for_long():
     fair = share(4, ["b"], ago=9.9)
-    assert (fair.others, fair.surplus(dict.fromkeys(range(4), ()))) == (0, [])
+    assert (fair.others, fair.surplus(dict.fromkeys(range(4), ()))) == ([], [])
     fair.look(["b"], 110.0)
-    assert fair.others == 1
+    assert fair.others == ["b"]
     fair.look([], 111.0)
     fair.look(["b"], 112.0)
-    assert fair.others == 0, "it was away in between"
+    assert fair.others == [], "it was away in between"
     fair.look(["b"], 122.0)
-    assert fair.others == 1
+    assert fair.others == ["b"]
     fair.begin_anew()
     fair.look(["b"], 122.5)
-    assert fair.others == 0, "what is held now may be what it has just left"
+    assert fair.others == [], "what is held now may be what it has just left"
 
 
 @pytest.fixture
@@ -114,17 +113,31 @@ def test_archiver_that_comes_later_gets_its_share_and_leaves_it_at_its_end(store
     assert first.done.entries + second.done.entries == entries_of(store, ids), "each once"
 
 
-def test_busy_archiver_is_seen_by_the_leases_that_it_renews(store):
-    busy, idle = (Lease(store.wire, store.keys, name, seconds=1e6) for name in ("busy", "idle"))
-    one = Lease(store.wire, store.keys, "one", seconds=1e6)
-    assert one.others(within=60.0) == set()
+def test_another_is_seen_by_what_it_holds_or_tries(store):
+    busy, idle = (Lease(store.wire, store.keys, name, seconds=60.0) for name in ("busy", "idle"))
+    one = Lease(store.wire, store.keys, "one", seconds=60.0)
+    assert one.others() == set()
     assert busy.acquire(2)
     idle.renew(0)
-    assert one.others(within=60.0) == {"busy", "idle"}
-    assert busy.others(within=60.0) == {"idle"}
-    assert one.others(within=0.0) == set()
+    assert one.others() == {"busy", "idle"}
+    assert busy.others() == {"idle"}
+    for silent, seen in ((29.0, {"busy"}), (59.0, {"busy"}), (61.0, set())):
+        lease = store.keys.lease(2)
+        store.wire.call("XCLAIM", lease, "archiver", "busy", 0, "1-0", "IDLE", int(1000 * silent), "JUSTID")
+        assert one.others() - {"idle"} == seen
+    assert Lease(store.wire, store.keys, "one", seconds=0.0).others() == set()
     busy.release(2)
-    assert one.others(within=60.0) == {"idle"}
+    assert one.others() == {"idle"}
+
+
+def test_user_who_may_not_ask_for_consumers_sees_holders(store, own_server, run_name):
+    assert Lease(store.wire, store.keys, "holder", seconds=60.0).acquire(1)
+    Lease(store.wire, store.keys, "idle", seconds=60.0).renew(0)
+    with own_server.client() as client:
+        client.execute_command("ACL", "SETUSER", "old", "on", ">secret", "~*", "&*", "+@all", "-xinfo|consumers")
+    url = own_server.url(run_name).replace("//", "//old:secret@")
+    with trajstore.open(url, create=False) as other:
+        assert Lease(other.wire, other.keys, "one", seconds=60.0).others() == {"holder"}
 
 
 def test_what_another_has_left_is_not_given_up_again(store, caplog):
@@ -168,7 +181,6 @@ def test_partitions_that_nobody_takes_are_taken_back(store):
 
 def test_archiver_that_cannot_archive_leaves_everything_to_one_that_can(store):
     """The folder of one is full, or not writable there; it came first, and held all partitions for good."""
-
     tries = []
 
     def fail(step):
@@ -182,14 +194,36 @@ def test_archiver_that_cannot_archive_leaves_everything_to_one_that_can(store):
             ids = write(store)
             until(lambda: archived(store, ids))
             assert (full.done.entries, sound.done.entries) == (0, entries_of(store, ids))
-            assert isinstance(full.pulse.trouble, OSError), "it is not ready, for whoever asks"
             until(lambda: held(full, sound) == [0, 4])
+            while full._next_aside < 4.0:  # it tries again now and then
+                ids += write(store, count=1)
+                assert isinstance(full.pulse.trouble, OSError), "it is not ready, for whoever asks"
+                threading.Event().wait(LEASE / 6)
+            until(lambda: archived(store, ids))
         tries.clear()
         late = write(store)
         until(lambda: len(tries) > 1, what="it tries again where there is no other")
         assert not archived(store, late)
     Archiver(store).run(once=True)
     assert archived(store, late)
+
+
+def test_one_failure_of_the_sound_archiver_does_not_leave_everything_to_the_other(store):
+    """It stood aside for 16 leases, and was not seen meanwhile by the one that fails for good."""
+    failures = iter([OSError(errno.EIO, "Input/output error")])
+
+    def fail_once(step):
+        for error in failures:
+            raise error
+
+    def fail(step):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with at_work(store, on_step=fail), at_work(store, on_step=fail_once) as sound:
+        until(lambda: held(sound) == [2])
+        ids = write(store)
+        waiting.until(lambda: archived(store, ids), seconds=12 * LEASE)
+        until(lambda: sound.pulse.trouble is None)
 
 
 def test_archiver_that_is_alone_goes_on_trying(store):
@@ -205,8 +239,17 @@ def test_archiver_that_is_alone_goes_on_trying(store):
 
 
 def test_run_once_beside_another_gives_nothing_up(store):
-    rival = Lease(store.wire, store.keys, "rival", seconds=1e6)
-    archiver = Archiver(store, lease_seconds=LEASE)
+    rival = Lease(store.wire, store.keys, "rival", seconds=LEASE)
+    begun = time.monotonic()
     ids = write(store)
-    rival.renew(0)
-    assert archiver.run(once=True).trajectories == len(ids)
+
+    def linger(step):
+        """Until the rival would count, which lets itself be seen."""
+        while time.monotonic() < begun + 4 * LEASE:
+            rival.renew(0)
+            threading.Event().wait(LEASE / 6)
+
+    archiver = Archiver(store, lease_seconds=LEASE, on_step=linger)
+    archiver.run(once=True)
+    assert archiver.done.entries == entries_of(store, ids)
+    assert archiver.done.partitions == 4

@@ -290,6 +290,16 @@ def test_payload_of_another_fold_is_not_taken_for_this_one(store, caplog, change
     assert made.id in caplog.text
 
 
+def test_entry_that_is_claimed_twice_comes_once(store):
+    """Found by simulation seed 1627: its former consumer took it back in the middle of an adoption."""
+    (made,) = publish(store, 1)
+    claimed = ReadyFollower(store.wire, store.keys, "trainer", "rank-0").poll(count=1)
+    reader = TrajectoryReader(store, consumer="rank-1")
+    reader.hold([*claimed, *claimed])
+    assert [ids([ready]) for ready in reader.poll(9, 0.0)] == [[made.id]]
+    assert reader.poll(9, 0.0) == []
+
+
 def test_folds_are_kept_for_other_groups_only_while_those_have_consumers(store):
     """Every run has the group `trainer`: a job that reads under another name kept all of its folds for nobody."""
     publish(store, 2)

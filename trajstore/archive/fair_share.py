@@ -1,8 +1,8 @@
 """How many partitions an archiver keeps while there are others. Pure.
 
-Whoever comes first finds all partitions free. One that comes later is seen by its tries for a lease; whoever holds more
-than a fair share gives the rest up, and the other finds them free. Nothing is agreed upon and nobody waits for anybody:
-a partition that nobody takes is taken back.
+Whoever comes first finds all partitions free. One that comes later is seen; whoever holds more than a fair share gives
+the rest up, and the other finds them free. Nothing is agreed upon and nobody waits for anybody: those who see the same
+archivers come to shares that add up, and a partition that nobody takes is taken back.
 """
 
 from collections.abc import Collection, Mapping, Sized
@@ -15,11 +15,13 @@ class FairShare:
 
     Args:
         partitions: of the run.
+        name: of this archiver.
         seconds: for which another must have been there to count. One that has just left was seen a moment ago, too.
     """
 
-    def __init__(self, partitions: int, *, seconds: float) -> None:
+    def __init__(self, partitions: int, *, name: str, seconds: float) -> None:
         self._partitions = partitions
+        self._name = name
         self._seconds = seconds
         self._since: dict[str, float] = {}
         self._now = 0.0
@@ -34,9 +36,16 @@ class FairShare:
         self._since.clear()
 
     @property
-    def others(self) -> int:
-        """How many have been there for long enough to count."""
-        return sum(self._now - since >= self._seconds for since in self._since.values())
+    def others(self) -> list[str]:
+        """Those who have been there for long enough to count."""
+        return [name for name, since in self._since.items() if self._now - since >= self._seconds]
+
+    @property
+    def most(self) -> int:
+        """How many partitions to keep: shares differ by one at most, those who are first by name having the larger."""
+        there = sorted([self._name, *self.others])
+        least, larger = divmod(self._partitions, len(there))
+        return least + (there.index(self._name) < larger)
 
     def surplus(self, held: Mapping[int, Sized]) -> list[int]:
         """Partitions to give up, those with the least in hand.
@@ -44,5 +53,5 @@ class FairShare:
         Args:
             held: partitions, with what is in hand of each.
         """
-        most = -(-self._partitions // (self.others + 1))
-        return sorted(held, key=lambda partition: (len(held[partition]), partition))[: max(0, len(held) - most)]
+        by_hand = sorted(held, key=lambda partition: (len(held[partition]), partition))
+        return by_hand[: max(0, len(held) - self.most)]

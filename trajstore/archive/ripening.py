@@ -121,8 +121,10 @@ def first_look(
     )
 
 
-def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: str, look: Look) -> Part:
+def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: str, look: Look) -> Part | None:
     """Read a trajectory again and stage what is still the same and finished; nothing if retention has dropped it.
+
+    None if only notes of it are ripe, and it itself has come since, created anew after a loss: look at it again.
 
     Raises:
         SchemaError: an event that this version does not know, so cannot write as it was.
@@ -147,6 +149,8 @@ def second_look(hot: HotReader, archive: ArchiveReader, manifest: Manifest, id: 
     is_deleted = tombstone is not None or (summary is not None and summary.status == "deleted")
     if is_deleted:
         decoded_notes = []
+    if decoded_notes and not decoded and last is None and entries and entries[0].at == EventId(1, 0):
+        return None
     for _, events in decoded:
         for event in events:
             if isinstance(event.header, UnknownEvent):

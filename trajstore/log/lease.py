@@ -6,8 +6,10 @@ XAUTOCLAIM takes it from a holder that stayed idle. It saves work; what makes tw
 manifest record.
 """
 
+import redis
+
 from trajstore.log.keys import Keys
-from trajstore.log.wire import Command, Wire, reply_fields
+from trajstore.log.wire import Command, Wire, reply_fields, translate
 
 __all__ = ["LEASE_GROUP", "Lease", "lease_setup"]
 
@@ -57,21 +59,33 @@ class Lease:
         """Prolong; False if it is another's."""
         return self._read(partition, "0")
 
-    def others(self, *, within: float) -> set[str]:
-        """Who else has renewed a lease within so many seconds, or tried for the first partition's."""
+    def others(self) -> set[str]:
+        """Who else holds a lease, or has tried for the first partition's within half of what a lease lasts.
+
+        A user who may not ask for consumers hears of holders alone.
+        """
         leases = [self._keys.lease(partition) for partition in range(self._keys.partitions)]
-        tries, *held = self._wire.call_all(
+        tries, *held = self._wire.exchange(
             [
                 ("XINFO", "CONSUMERS", leases[0], LEASE_GROUP),
                 *(("XPENDING", lease, LEASE_GROUP, "-", "+", 1) for lease in leases),
             ]
         )
-        seen = [(one[b"name"], one[b"idle"]) for one in map(reply_fields, tries)]
-        seen += [(holder, idle) for pending in held for _, holder, idle, _ in pending]
-        return {name.decode(errors="replace") for name, idle in seen if int(idle) < within * 1000} - {self._holder}
+        seen: set[bytes] = set()
+        for reply, what in ((tries, "XINFO CONSUMERS"), *((pending, "XPENDING") for pending in held)):
+            if isinstance(reply, redis.RedisError) and not isinstance(reply, redis.exceptions.NoPermissionError):
+                raise translate(reply, what)
+        if not isinstance(tries, redis.RedisError):
+            fields = map(reply_fields, tries)
+            seen |= {one[b"name"] for one in fields if int(one[b"idle"]) < self._seconds * 500}
+        for pending in held:
+            if not isinstance(pending, redis.RedisError):
+                seen |= {holder for _, holder, idle, _ in pending if int(idle) < self._seconds * 1000}
+        return {name.decode(errors="replace") for name in seen} - {self._holder}
 
     def release(self, partition: int) -> None:
-        """Let the next one take it at once."""
+        """Let the next one take it at once. A request that arrives late may so end another's lease; who has it drops
+        what it was looking at, and the next one begins anew."""
         if self.renew(partition):
             self._wire.call(
                 "XCLAIM", self._keys.lease(partition), LEASE_GROUP, self._holder, 0, _ENTRY,

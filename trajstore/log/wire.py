@@ -66,6 +66,9 @@ _OBJECTS = (
 )  # fmt: skip
 """Options of redis-py that are objects, and take any text without a word until they are used."""
 
+_LOST = ("requires the key to exist", "no such key")
+"""How a server tells of a stream that every run has, and that is not there."""
+
 FULL_AT = 0.9
 """Share of `maxmemory` at which writing stops, so that what drains the server keeps room to work."""
 
@@ -414,7 +417,7 @@ def translate(error: redis.RedisError, what: str) -> TrajstoreError:
         return Unavailable(f"the server refused {what}: {error}; check the user and password of the URL")
     if isinstance(error, AskError):
         return Unavailable(f"the server refused {what}: the key's slot of the cluster is on its way to another server")
-    if str(error).startswith("NOGROUP") or "requires the key to exist" in str(error):
+    if str(error).startswith("NOGROUP") or any(words in str(error) for words in _LOST):
         return Unavailable(
             f"the server refused {what}: {error}. Somebody has removed the consumer group (`trajstore consumers STORE` "
             "lists them), or the server has lost a partition of the run: then stop what works on it, and make it whole "
