@@ -275,10 +275,10 @@ class Archiver:
                 if not held:
                     self._waiting[partition] = {}
                     self._share.begin_anew()
-                elif not self._waiting[partition]:  # nothing of it is to be archived
-                    self._patience.pop(partition, None)
                     self._left = {place: hints for place, hints in self._left.items() if place[0] != partition}
                     self._next_sweep = 0.0
+                elif not self._waiting[partition]:  # nothing of it is to be archived
+                    self._patience.pop(partition, None)
                 # Of its own, too: a request that it has given up may have taken hints for it later.
                 hints += self._feed.take_over(partition, idle=self._lease_seconds if held else 0.0)
             elif held:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import trajstore
 from tests import waiting
 from tests.archive.test_archiver import hot_entries, until
-from tests.builders import record_seed_case
+from tests.builders import SPEC, record_seed_case
+from trajstore.abandon import sweep
 from trajstore.archive.fair_share import FairShare
 from trajstore.archiver import Archiver
 from trajstore.log.lease import Lease
@@ -253,3 +254,43 @@ def test_run_once_beside_another_gives_nothing_up(store):
     archiver.run(once=True)
     assert archiver.done.entries == entries_of(store, ids)
     assert archiver.done.partitions == 4
+
+
+def test_partition_that_is_held_on_is_not_gone_through_with_every_look_at_the_leases(store, monkeypatch):
+    swept = []
+
+    def count(run, partitions, **options):
+        swept.extend(partitions)
+        return sweep(run, partitions, **options)
+
+    monkeypatch.setattr("trajstore.archiver.sweep", count)
+    with at_work(store) as archiver:
+        until(lambda: held(archiver) == [4])
+        threading.Event().wait(2 * LEASE)
+    assert sorted(swept) == [0, 1, 2, 3]
+
+
+def test_what_was_refused_is_tried_again_by_who_takes_its_partition_anew(store):
+    """Also by the same archiver, after a failure."""
+    failures: list[OSError] = []
+
+    def fail(step):
+        while failures:
+            raise failures.pop()
+
+    with at_work(store, on_step=fail) as archiver:
+        until(lambda: held(archiver) == [4])
+        trajectory = store.create(routing=SPEC)
+        store.flush()
+        with trajectory.segment(context=[1]) as segment:
+            segment.close("stop")
+        store.flush()
+        store.wire.call("XADD", store.keys.entries(trajectory.id), "9-0", "e", b"not trajstore's")
+        store.wire.call(
+            "XADD", store.keys.feed(store.keys.partition(trajectory.id)), "*", "t", trajectory.id, "k", "x", "e", "9-0"
+        )
+        until(lambda: archiver.done.refused)
+        store.wire.call("XDEL", store.keys.entries(trajectory.id), "9-0")
+        failures.append(OSError(errno.EIO, "Input/output error"))
+        ids = write(store, count=1)
+        until(lambda: archived(store, [*ids, trajectory.id]))
