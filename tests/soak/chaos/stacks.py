@@ -6,8 +6,8 @@ import signal
 __all__ = ["ASK", "MARK", "tell_when_asked"]
 
 ASK = signal.SIGUSR1
-MARK = b"(most recent call first)"
-"""What each stack begins with."""
+MARK = b" in _run_module_as_main\n"
+"""What the last stack ends with: the main thread's, of a process begun by `python -m`."""
 
 
 def tell_when_asked() -> None:
