@@ -14,6 +14,7 @@ import trajstore
 from tests import waiting
 from tests.archive.test_archiver import hot_entries, until
 from tests.builders import SPEC, record_seed_case
+from tests.servers import binary_of, running
 from trajstore.abandon import sweep
 from trajstore.archive.fair_share import FairShare
 from trajstore.archiver import Archiver
@@ -57,11 +58,17 @@ def test_another_counts_only_once_it_has_been_there_for_long():
     assert fair.others == [], "what is held now may be what it has just left"
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One for all: an archiver at work takes time."""
+    name = next(name for name in ("redis", "valkey") if binary_of(name) is not None)
+    with running(name, tmp_path_factory.mktemp("server"), appendfsync="always") as server:
+        yield server
+
+
 @pytest.fixture
-def store(own_server, run_name, tmp_path):
-    with own_server.client() as client:
-        client.config_set("appendfsync", "always")
-    with trajstore.open(own_server.url(run_name), partitions=4, archive=tmp_path / "archive") as store:
+def store(server, run_name, tmp_path):
+    with trajstore.open(server.url(run_name), partitions=4, archive=tmp_path / "archive") as store:
         yield store
 
 
@@ -131,12 +138,12 @@ def test_another_is_seen_by_what_it_holds_or_tries(store):
     assert one.others() == {"idle"}
 
 
-def test_user_who_may_not_ask_for_consumers_sees_holders(store, own_server, run_name):
+def test_user_who_may_not_ask_for_consumers_sees_holders(store, server, run_name):
     assert Lease(store.wire, store.keys, "holder", seconds=60.0).acquire(1)
     Lease(store.wire, store.keys, "idle", seconds=60.0).renew(0)
-    with own_server.client() as client:
+    with server.client() as client:
         client.execute_command("ACL", "SETUSER", "old", "on", ">secret", "~*", "&*", "+@all", "-xinfo|consumers")
-    url = own_server.url(run_name).replace("//", "//old:secret@")
+    url = server.url(run_name).replace("//", "//old:secret@")
     with trajstore.open(url, create=False) as other:
         assert Lease(other.wire, other.keys, "one", seconds=60.0).others() == {"holder"}
 

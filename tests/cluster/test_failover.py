@@ -185,7 +185,7 @@ def test_without_a_replica_the_partition_is_unavailable_and_comes_back_whole(
     start_cluster: StartCluster, open_at: OpenAt
 ) -> None:
     cluster = start_cluster(appendfsync="always")
-    store = open_at(cluster, partitions=1, ack="fsync", timeout=3.0)
+    store = open_at(cluster, partitions=1, ack="fsync", timeout=1.5)
     handle = store.create()
     store.flush()
     master = cluster.owner(store.keys.feed(0))

@@ -121,7 +121,7 @@ def test_watch_follows_a_slot_that_moved(cluster: Cluster, run_name: str) -> Non
 
 def test_command_whose_reply_was_lost_is_not_sent_again(start_cluster: StartCluster) -> None:
     cluster = start_cluster()
-    wire = wire_to(cluster, timeout=2.0)
+    wire = wire_to(cluster, timeout=1.0)
     node = cluster.nodes[1]
     key = key_of(node, cluster, "counted")
     wire.call("INCR", key)

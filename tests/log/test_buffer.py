@@ -84,7 +84,7 @@ def test_interrupted_call_takes_no_later_event_with_it(own_server, open_at):
 
 def test_append_raises_at_the_deadline_when_the_buffer_stays_full(own_server, open_at):
     """TransferQueue: reads of a dead unit block for ever; here every call has a deadline."""
-    store = open_at(own_server, buffer_bytes=20_000, timeout=2.0)
+    store = open_at(own_server, buffer_bytes=20_000, timeout=1.0)
     segment = store.create().segment()
     store.flush()
     own_server.pause()
@@ -303,12 +303,12 @@ def test_stream_that_others_wrote_into_fails_its_trajectory_only(store, client):
 
 
 def test_hanging_server_fails_what_was_written_at_the_deadline_and_later_trajectories_succeed(own_server, open_at):
-    store = open_at(own_server, timeout=2.0)
+    store = open_at(own_server, timeout=1.0)
     trajectory = store.create()
     store.flush()
     own_server.pause()
     trajectory.reward(1.0)
-    with pytest.raises(trajstore.Unavailable, match="not written within 2 s"):
+    with pytest.raises(trajstore.Unavailable, match="not written within 1 s"):
         store.flush(trajectory.id)
     own_server.resume()
     store.get(trajectory.id).reward(2.0)
@@ -318,7 +318,7 @@ def test_hanging_server_fails_what_was_written_at_the_deadline_and_later_traject
 
 def test_every_call_has_a_deadline_on_a_hanging_server(own_server, open_at, run_name):
     """TransferQueue: a dead storage unit blocked its readers for ever."""
-    store = open_at(own_server, timeout=1.5)
+    store = open_at(own_server, timeout=1.0)
     trajectory = record_seed_case(store)
     store.flush()
     own_server.pause()
@@ -329,8 +329,8 @@ def test_every_call_has_a_deadline_on_a_hanging_server(own_server, open_at, run_
         lambda: store.get(trajectory.id),
         lambda: store.wait(trajectory.id, timeout=0.1),
         lambda: store.create(id="with-an-id-of-its-own"),
-        lambda: trajstore.open(own_server.url(run_name), timeout=1.5),
-        lambda: trajstore.open(own_server.url(run_name + "-2"), timeout=1.5),
+        lambda: trajstore.open(own_server.url(run_name), timeout=1.0),
+        lambda: trajstore.open(own_server.url(run_name + "-2"), timeout=1.0),
     ):
         with pytest.raises(trajstore.Unavailable):
             call()
@@ -342,7 +342,7 @@ def test_every_call_has_a_deadline_on_a_hanging_server(own_server, open_at, run_
 
 
 def test_close_on_a_hanging_server_says_what_was_not_written(own_server, open_at):
-    store = open_at(own_server, timeout=2.0)
+    store = open_at(own_server, timeout=1.0)
     trajectory = store.create()
     store.flush()
     own_server.pause()

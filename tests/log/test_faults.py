@@ -187,7 +187,7 @@ def test_entry_of_which_a_part_was_refused_is_not_acknowledged(own_server, own_c
 
 
 def test_part_that_stays_refused_is_told_at_the_deadline(own_server, own_client, open_at):
-    store = open_at(own_server, partitions=1, timeout=2.0)
+    store = open_at(own_server, partitions=1, timeout=1.0)
     trajectory = store.create()
     store.flush()
     own_client.set(store.keys.payloads(trajectory.id), "foreign")

@@ -39,7 +39,7 @@ def test_aflush_leaves_the_event_loop_responsive(own_server, open_at):
 
 
 def test_aflush_raises_what_could_not_be_written(own_server, open_at):
-    store = open_at(own_server, timeout=2.0)
+    store = open_at(own_server, timeout=1.0)
     trajectory = store.create()
     store.flush()
     own_server.pause()

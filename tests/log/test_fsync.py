@@ -42,7 +42,7 @@ def test_fsync_is_accepted_where_the_server_does_it_and_nothing_is_lost_by_a_cra
 
 def test_fsync_is_checked_again_at_each_connection(start_server, open_at):
     server = start_server(appendfsync="always")
-    store = open_at(server, ack="fsync", timeout=2.0)
+    store = open_at(server, ack="fsync", timeout=1.0)
     trajectory = record_seed_case(store)
     store.flush()
     server.stop()

@@ -35,7 +35,7 @@ def fill(store, *, most=400):
 def full(start_server, tmp_path, open_at):
     """A server that fsyncs (so that the archiver need not wait), and a store on it with a short deadline."""
     server = start_server(maxmemory="16mb", appendfsync="always")
-    return server, open_at(server, archive=tmp_path / "archive", timeout=2.0)
+    return server, open_at(server, archive=tmp_path / "archive", timeout=1.0)
 
 
 def test_writers_stop_short_of_a_full_server_and_change_nothing(full):

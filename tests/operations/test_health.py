@@ -152,7 +152,7 @@ def test_a_loop_that_does_not_turn_is_dead():
 
 
 def test_ready_says_what_does_not_answer(own_server, run_name, tmp_path):
-    with trajstore.open(own_server.url(run_name), partitions=1, archive=tmp_path / "archive", timeout=2.0) as store:
+    with trajstore.open(own_server.url(run_name), partitions=1, archive=tmp_path / "archive", timeout=1.0) as store:
         pulse = Pulse()
         ask = ready(store, pulse)
         assert ask() == Answer.text(200, "ready")

@@ -147,7 +147,7 @@ def test_a_fenced_writer_and_a_lost_reply_are_counted(own_server, run_name):
 
 
 def test_a_full_buffer_is_counted(own_server, run_name):
-    with trajstore.open(own_server.url(run_name), partitions=1, buffer_bytes=600, timeout=2.0) as store:
+    with trajstore.open(own_server.url(run_name), partitions=1, buffer_bytes=600, timeout=1.0) as store:
         writer = store.create()
         store.flush()
         own_server.pause()

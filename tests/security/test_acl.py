@@ -82,7 +82,7 @@ def test_reader_that_writes_is_told_what_it_may_not(guarded, run_name, tmp_path)
     begin(guarded.url(run_name), tmp_path / "archive", 10.0)
     with guarded.client() as client:
         load(client, run_name, "reader")
-    with trajstore.open(url_as(guarded, run_name, "reader"), create=False, timeout=2.0) as store:
+    with trajstore.open(url_as(guarded, run_name, "reader"), create=False, timeout=1.0) as store:
         id = store.create().id
         with pytest.raises(trajstore.Unavailable, match=r"not written.*refused MULTI.*lacks.*docs/security\.md"):
             store.flush(id)
@@ -95,7 +95,7 @@ def test_writer_without_a_right_is_told_which_command_was_refused(guarded, run_n
     begin(guarded.url(run_name), tmp_path / "archive", 10.0)
     with guarded.client() as client:
         load(client, run_name, "producer", rights=[one for one in RULES["producer"] if not one.endswith(":feed")])
-    with trajstore.open(url_as(guarded, run_name, "producer"), create=False, timeout=2.0) as store:
+    with trajstore.open(url_as(guarded, run_name, "producer"), create=False, timeout=1.0) as store:
         trajectory = store.create()
         trajectory.close()
         with pytest.raises(trajstore.Unavailable, match=r"not written.*refused XADD: .*docs/security\.md"):

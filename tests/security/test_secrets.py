@@ -115,7 +115,7 @@ def test_password_is_shown_by_no_object_and_stored_nowhere(guarded, run_name, tm
 
 def test_connection_that_is_lost_is_an_error_without_the_password(guarded, run_name, caplog):
     caplog.set_level(logging.DEBUG)
-    with trajstore.open(url_with(guarded, run_name, SECRET), partitions=1, timeout=2.0) as store:
+    with trajstore.open(url_with(guarded, run_name, SECRET), partitions=1, timeout=1.0) as store:
         trajectory = store.create()
         store.flush()
         guarded.kill()

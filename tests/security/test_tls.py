@@ -66,7 +66,7 @@ def test_plain_text_at_a_tls_port_is_an_error_before_the_deadline(tls_server, ru
 
 def test_tls_at_a_plain_port_is_an_error_at_the_deadline(tls_server, run_name):
     with pytest.raises(trajstore.Unavailable, match="did not answer"):
-        opened(tls_server.url(run_name).replace(f":{tls_server.port}/", f":{tls_server.server.port}/"), timeout=2.0)
+        opened(tls_server.url(run_name).replace(f":{tls_server.port}/", f":{tls_server.server.port}/"), timeout=1.0)
 
 
 @pytest.mark.parametrize("option", ["ssl_ca_certs", "ssl_certfile", "ssl_keyfile"])

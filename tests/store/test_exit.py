@@ -32,10 +32,10 @@ def test_an_open_segment_of_a_process_that_exits_is_kept_as_far_as_it_came(user,
 
 def test_a_failure_to_flush_at_exit_is_reported_and_does_not_hang(child, own_server, run_name):
     process = child()
-    process.do(f"store = trajstore.open({own_server.url(run_name)!r}, partitions=1, timeout=2.0)")
+    process.do(f"store = trajstore.open({own_server.url(run_name)!r}, partitions=1, timeout=1.0)")
     own_server.kill()
     process.last("store.create()", seconds=30)
-    assert "not written within 2 s" in process.words()
+    assert "not written within 1 s" in process.words()
 
 
 def test_a_server_killed_before_the_exit_is_started_again_for_the_last_flush(user, folder):

@@ -220,7 +220,7 @@ def test_aflush_leaves_the_event_loop_free(store):
 
 def unwritable(own_server, run_name) -> trajstore.Store:
     """A store with something to write, and no server to take it."""
-    store = trajstore.open(own_server.url(run_name), partitions=1, timeout=2.0)
+    store = trajstore.open(own_server.url(run_name), partitions=1, timeout=1.0)
     own_server.kill()
     store.create()
     return store
