@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEEDS ?= 10000
 MINUTES ?= 30
 KILLS ?= 300
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(16, 3 * (os.cpu_count() or 1) // 2))')
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(16, 2 * (os.cpu_count() or 1)))')
 
 .PHONY: demo test engines-live check bench soak clean
 
